@@ -1,0 +1,1 @@
+# find_package(lowbit) gives lowbit::lowbit.

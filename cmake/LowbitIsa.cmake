@@ -1,0 +1,33 @@
+# Instruction sets: each folder of src/cpu named here is compiled with its own flags as an object
+# library and exports one kernel table. Nothing else in the project gets -m flags.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  set(LOWBIT_ISAS avx2 avxvnni avx512vnni avx512bf16)
+  set(LOWBIT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
+  set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavxvnni)
+  set(LOWBIT_FLAGS_avx512vnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
+      -mavx512vbmi -mavx512vnni -mprefer-vector-width=512)
+  set(LOWBIT_FLAGS_avx512bf16 ${LOWBIT_FLAGS_avx512vnni} -mavx512bf16)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
+  set(LOWBIT_ISAS neon neondot)
+  set(LOWBIT_FLAGS_neon "")
+  set(LOWBIT_FLAGS_neondot -march=armv8.2-a+dotprod)
+else()
+  set(LOWBIT_ISAS "")
+endif()
+
+function(lowbit_add_isas target)
+  foreach(isa IN LISTS LOWBIT_ISAS)
+    file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/src/cpu/${isa}/*.cpp)
+    if(NOT sources)
+      continue()
+    endif()
+    add_library(lowbit_${isa} OBJECT ${sources})
+    lowbit_options(lowbit_${isa})
+    target_compile_options(lowbit_${isa} PRIVATE ${LOWBIT_FLAGS_${isa}})
+    target_include_directories(lowbit_${isa} PRIVATE
+      ${CMAKE_CURRENT_SOURCE_DIR}/include ${CMAKE_CURRENT_SOURCE_DIR}/src)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:lowbit_${isa}>)
+    string(TOUPPER ${isa} upper)
+    target_compile_definitions(${target} PRIVATE LOWBIT_HAVE_${upper}=1)
+  endforeach()
+endfunction()

@@ -1,0 +1,12 @@
+# Compile options every target of ours shares.
+function(lowbit_options target)
+  # No contraction: quantizing must give the same bits on every instruction set; kernels that want
+  # FMA say so with intrinsics.
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off>)
+  if(LOWBIT_SANITIZE)
+    target_compile_options(${target} PRIVATE
+      $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${LOWBIT_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)
+    target_link_options(${target} PUBLIC -fsanitize=${LOWBIT_SANITIZE})
+  endif()
+endfunction()
