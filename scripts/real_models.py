@@ -28,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("LOWBIT_MODELS", ROOT / ".cache" / "models"))
 
-# Spoken by espeak-ng. Its voice is synthetic and Whisper tiny.en small: of a dozen sentences tried in
-# six voices, this one comes back without an error, from fp32 and from 4-bit weights.
+# Spoken by espeak-ng. Its voice is synthetic and Whisper tiny.en small: of a dozen sentences tried
+# in six voices, this one comes back without an error, from fp32 and from 4-bit weights.
 SENTENCE = (
     "Please open the window and close the door. Today we will talk about the weather in London."
 )

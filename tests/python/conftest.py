@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-import real_models  # noqa: E402
+import pytest
+import real_models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
