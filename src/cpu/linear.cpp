@@ -1,0 +1,325 @@
+// lowbit::linear: arguments checked at the door, then one path per row block.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu/generic/convert.h"
+#include "cpu/linear_driver.h"
+#include "cpu/select.h"
+#include "lowbit/error.h"
+#include "lowbit/linear.h"
+
+namespace lowbit {
+namespace cpu {
+namespace {
+
+SelectFn select_function(Isa isa) {
+  switch (isa) {
+#if defined(LOWBIT_LINEAR_AVX2)
+    case Isa::kAvx2:
+      return select_linear_avx2;
+#endif
+#if defined(LOWBIT_LINEAR_AVXVNNI)
+    case Isa::kAvxVnni:
+      return select_linear_avxvnni;
+#endif
+#if defined(LOWBIT_LINEAR_AVX512VNNI)
+    case Isa::kAvx512Vnni:
+      return select_linear_avx512vnni;
+#endif
+#if defined(LOWBIT_LINEAR_AVX512BF16)
+    case Isa::kAvx512Bf16:
+      return select_linear_avx512bf16;
+#endif
+#if defined(LOWBIT_LINEAR_NEON)
+    case Isa::kNeon:
+      return select_linear_neon;
+#endif
+#if defined(LOWBIT_LINEAR_NEONDOT)
+    case Isa::kNeonDot:
+      return select_linear_neondot;
+#endif
+    case Isa::kScalar:
+      return select_linear_scalar;
+    default:
+      return nullptr;
+  }
+}
+
+struct Buffer {
+  std::byte* data = nullptr;
+  std::int64_t bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+
+constexpr int kSlots = 4;
+
+// Tokens handled per pass: prepared activations of 512 tokens stay in the last-level cache while
+// every weight panel passes over them, and expanding a panel anew costs 3/512 of using it.
+constexpr std::int64_t kTokensPerPass = 512;
+
+std::int64_t round_up(std::int64_t value, std::int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+// A run of row tiles of one block.
+struct Run {
+  const RowBlock* block;
+  const Path* path;
+  std::int64_t tile_begin, tile_end;
+};
+
+void fill_bias(const Tokens& tokens, const RowBlock& block);
+
+}  // namespace
+
+std::byte* thread_workspace(int slot, std::int64_t bytes) {
+  thread_local Buffer buffers[kSlots];
+  Buffer& buffer = buffers[slot];
+  if (buffer.bytes < bytes) {
+    std::free(buffer.data);
+    buffer.bytes = 0;
+    const std::int64_t size = round_up(bytes + bytes / 4, 4096);
+    buffer.data = static_cast<std::byte*>(std::aligned_alloc(4096, static_cast<std::size_t>(size)));
+    if (buffer.data == nullptr) {
+      throw Error(ErrorCode::kResource, "linear: no memory for a workspace of " +
+                                            std::to_string(size) +
+                                            " bytes; use fewer tokens per call");
+    }
+    buffer.bytes = size;
+  }
+  return buffer.data;
+}
+
+const Path& select_linear(Isa isa, const Layout& layout, Precision precision, std::int64_t m) {
+  for (;;) {
+    const SelectFn select = select_function(isa);
+    const Path* path = select == nullptr ? nullptr : select(layout, precision, m);
+    if (path != nullptr) return *path;
+    isa = isa_info(isa).fallback;
+  }
+}
+
+void linear_multi(const Tokens& tokens, Precision precision, std::span<const RowBlock> blocks,
+                  const Threads& threads) {
+  if (tokens.m == 0 || blocks.empty()) return;
+  const Isa isa = active_level();
+  const int workers = std::max(1, threads.count());
+
+  // Blocks that share activations go together; in practice that is all of them.
+  constexpr int kMaxShared = 16;
+  std::size_t first = 0;
+  while (first < blocks.size()) {
+    Run runs[kMaxShared];
+    int count = 0;
+    const RowBlock& head = blocks[first];
+    const Path& head_path = select_linear(isa, head.layout, precision, tokens.m);
+    while (first < blocks.size() && count < kMaxShared) {
+      const RowBlock& block = blocks[first];
+      const Path& path = select_linear(isa, block.layout, precision, tokens.m);
+      const bool shared = std::strcmp(path.activations, head_path.activations) == 0 &&
+                          block.layout.group_size == head.layout.group_size &&
+                          path.token_block == head_path.token_block;
+      if (!shared) break;
+      ++first;
+      if (tokens.k == 0) {
+        fill_bias(tokens, block);
+      } else if (block.layout.n > 0) {
+        runs[count++] = {&block, &path, 0, block.layout.tiles};
+      }
+    }
+    if (count == 0) continue;
+
+    Activations a;
+    a.k = tokens.k;
+    a.k_padded = head.layout.k_padded;
+    a.group = head.layout.group_size > 0 ? head.layout.group_size
+                                         : static_cast<int>(head.layout.k_padded);
+    a.groups = head.layout.group_size > 0 ? head.layout.groups : 1;
+    const std::int64_t token_block = head_path.token_block;
+    const std::int64_t passes = (tokens.m + kTokensPerPass - 1) / kTokensPerPass;
+    const std::int64_t per_pass = round_up((tokens.m + passes - 1) / passes, token_block);
+    for (std::int64_t base = 0; base < tokens.m; base += per_pass) {
+      a.m = std::min(per_pass, tokens.m - base);
+      a.data = thread_workspace(0, head_path.activation_bytes(a));
+      Tokens part = tokens;
+      part.m = a.m;
+      part.x = static_cast<const std::byte*>(tokens.x) +
+               base * tokens.stride * static_cast<std::int64_t>(dtype_bytes(tokens.dtype));
+
+      // Preparing a few tokens costs less than waking the pool for it.
+      const std::int64_t token_blocks = (a.m + token_block - 1) / token_block;
+      if (workers == 1 || a.m <= 16) {
+        head_path.prepare(part, a, 0, a.m);
+      } else {
+        const std::int64_t tasks = std::min<std::int64_t>(workers, token_blocks);
+        threads.run(tasks, [&](std::int64_t task) {
+          const std::int64_t begin = token_blocks * task / tasks * token_block;
+          const std::int64_t end = std::min(token_blocks * (task + 1) / tasks * token_block, a.m);
+          if (begin < end) head_path.prepare(part, a, begin, end);
+        });
+      }
+
+      // Work in steps of tile_block tiles (and, for panels, of a range of tokens). The steps of
+      // all runs form one sequence.
+      std::int64_t scratch = 0, steps_of[kMaxShared], steps = 0, bytes = 0;
+      for (int i = 0; i < count; ++i) {
+        scratch = std::max(scratch, runs[i].path->scratch_bytes(*runs[i].block, a));
+        steps_of[i] = (runs[i].tile_end + runs[i].path->tile_block - 1) / runs[i].path->tile_block;
+        steps += steps_of[i];
+        bytes += runs[i].block->layout.bytes();
+      }
+      // Too few panels for all threads: split the tokens as well.
+      std::int64_t splits = 1;
+      if (head_path.panel && workers > 1) {
+        while (steps * splits < 4 * workers && token_blocks / splits >= 8) splits *= 2;
+      }
+      const auto run_steps = [&](std::int64_t begin, std::int64_t end, std::int64_t token_begin,
+                                 std::int64_t token_end, std::byte* memory) {
+        for (int i = 0; i < count && begin < end; ++i) {
+          if (begin < steps_of[i]) {
+            const int block = runs[i].path->tile_block;
+            runs[i].path->run(*runs[i].block, a, base, begin * block,
+                              std::min(std::min(end, steps_of[i]) * block, runs[i].tile_end),
+                              token_begin, token_end, memory);
+          }
+          begin = std::max<std::int64_t>(begin - steps_of[i], 0);
+          end -= steps_of[i];
+        }
+      };
+      if (workers == 1 || steps * splits == 1) {
+        run_steps(0, steps, 0, a.m, thread_workspace(1, scratch));
+        continue;
+      }
+      std::atomic<bool> out_of_memory{false};
+      if (head_path.panel) {
+        // Panels are handed out one by one: a thread that the host slows down takes fewer.
+        std::atomic<std::int64_t> next{0};
+        threads.run(std::min<std::int64_t>(workers, steps * splits), [&](std::int64_t) {
+          try {
+            std::byte* memory = thread_workspace(1, scratch);
+            for (;;) {
+              const std::int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+              if (item >= steps * splits) break;
+              const std::int64_t split = item % splits, step = item / splits;
+              const std::int64_t token_begin = token_blocks * split / splits * token_block;
+              const std::int64_t token_end =
+                  std::min(token_blocks * (split + 1) / splits * token_block, a.m);
+              run_steps(step, step + 1, token_begin, token_end, memory);
+            }
+          } catch (...) {
+            out_of_memory = true;
+          }
+        });
+      } else {
+        // One contiguous run of rows, and so of bytes, for each thread.
+        const std::int64_t tasks = std::min<std::int64_t>(workers, steps);
+        threads.run(tasks, [&](std::int64_t task) {
+          try {
+            run_steps(steps * task / tasks, steps * (task + 1) / tasks, 0, a.m,
+                      thread_workspace(1, scratch));
+          } catch (...) {
+            out_of_memory = true;
+          }
+        });
+      }
+      if (out_of_memory) {
+        throw Error(ErrorCode::kResource, "linear: no memory for a workspace of " +
+                                              std::to_string(scratch) + " bytes per thread");
+      }
+    }
+  }
+}
+
+namespace {
+
+void fill_bias(const Tokens& tokens, const RowBlock& block) {
+  for (std::int64_t t = 0; t < tokens.m; ++t) {
+    for (std::int64_t r = 0; r < block.layout.n; ++r) {
+      const float value =
+          block.bias == nullptr ? 0.0f : load_float(block.bias, block.bias_dtype, r);
+      store_float(block.out, block.out_dtype, t * block.out_stride + r, value);
+    }
+  }
+}
+
+std::string dtype_text(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat64:
+      return "float64";
+  }
+  return "dtype number " + std::to_string(static_cast<int>(dtype));
+}
+
+void check_dtype(const char* what, DType dtype) {
+  if (dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16) return;
+  throw Error(ErrorCode::kType, std::string("linear: ") + what +
+                                    " must be float32, float16 or bfloat16, got " +
+                                    dtype_text(dtype) + "; convert it first");
+}
+
+[[noreturn]] void fail(const std::string& text) {
+  throw Error(ErrorCode::kValue, "linear: " + text);
+}
+
+}  // namespace
+
+Precision resolve_precision(Format format, Precision precision, std::int64_t m) {
+  if (precision != Precision::kAuto) return precision;
+  // Up to 4 tokens the weights' bytes are the cost and near-exact sums are free.
+  constexpr std::int64_t kExactTokens = 4;
+  if (m <= kExactTokens) return Precision::kFp32;
+  const FormatInfo& info = format_info(format);
+  return info.grouped() ? Precision::kInt8 : Precision::kBf16;
+}
+
+}  // namespace cpu
+
+void linear(const LinearArgs& args, const Threads& threads) {
+  const Layout& layout = args.layout;
+  format_info(layout.format);  // throws for a number out of range
+  cpu::check_dtype("the activations", args.x_dtype);
+  cpu::check_dtype("the output", args.out_dtype);
+  if (args.bias != nullptr) cpu::check_dtype("the bias", args.bias_dtype);
+  if (args.m < 0)
+    cpu::fail("the number of tokens must not be negative, got " + std::to_string(args.m));
+  if (static_cast<int>(args.precision) > static_cast<int>(Precision::kInt8)) {
+    cpu::fail("unknown precision number " + std::to_string(static_cast<int>(args.precision)) +
+              "; expected 0 (auto), 1 (fp32), 2 (bf16) or 3 (int8)");
+  }
+  if (args.m == 0 || layout.n == 0) return;
+  if (args.out == nullptr) cpu::fail("the output is a null pointer");
+  if (args.m > 1 && args.out_stride < layout.n) {
+    cpu::fail("rows of the output overlap: stride " + std::to_string(args.out_stride) + " but " +
+              std::to_string(layout.n) + " outputs");
+  }
+  if (layout.k > 0) {
+    if (args.x == nullptr) cpu::fail("the activations are a null pointer");
+    if (args.packed == nullptr || reinterpret_cast<std::uintptr_t>(args.packed) % 64 != 0) {
+      cpu::fail("packed weights must be 64-byte aligned; copy them into aligned memory");
+    }
+  }
+  const cpu::Tokens tokens{args.x, args.x_dtype, args.x_stride, args.m, layout.k};
+  const cpu::RowBlock block{static_cast<const std::byte*>(args.packed),
+                            layout,
+                            args.exponent,
+                            args.bias,
+                            args.bias_dtype,
+                            args.out,
+                            args.out_dtype,
+                            args.out_stride};
+  cpu::linear_multi(tokens, args.precision, std::span(&block, 1), threads);
+}
+
+}  // namespace lowbit
