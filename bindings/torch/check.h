@@ -1,0 +1,223 @@
+// The checks at the door of every operator and the bridge between torch's types and ours.
+// Order, per operator: dtype, device, contiguity, shape, alignment; then the kernel.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "lowbit/error.h"
+#include "lowbit/format.h"
+#include "lowbit/linear.h"
+#include "lowbit/quantize.h"
+#include "lowbit/threads.h"
+
+namespace lowbit::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Fails with `lowbit::Error`, the text made of all parts: check(ok, ErrorCode::kValue, "linear: ...").
+template <typename... Parts>
+[[noreturn]] void fail(ErrorCode code, const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw Error(code, text.str());
+}
+
+template <typename... Parts>
+void check(bool ok, ErrorCode code, const Parts&... parts) {
+  if (!ok) [[unlikely]] {
+    fail(code, parts...);
+  }
+}
+
+// What the stable ABI lets through is a std::runtime_error, which Python sees as RuntimeError. The
+// code travels in front of the text; python/ipex_llm/errors.py turns it into the right exception.
+template <typename Body>
+auto translate_errors(const Body& body) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    throw std::runtime_error(std::string("lowbit[") + error_code_name(error.code()) +
+                             "]: " + error.what());
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(
+        "lowbit[resource]: out of memory; free some, or use a smaller model or batch");
+  }
+}
+
+// Wraps an operator for registration: LOWBIT_BOX(linear) is TORCH_BOX(linear) with the errors above.
+template <auto Function>
+struct Translated;
+template <typename Result, typename... Args, Result (*Function)(Args...)>
+struct Translated<Function> {
+  static Result call(Args... args) {
+    return translate_errors([&] { return Function(std::forward<Args>(args)...); });
+  }
+};
+#define LOWBIT_BOX(function) TORCH_BOX((&::lowbit::binding::Translated<&function>::call))
+
+// torch's own pool: no thread of ours, and torch.set_num_threads() is obeyed.
+class TorchThreads final : public Threads {
+ public:
+  int count() const override { return static_cast<int>(torch::stable::get_num_threads()); }
+
+  void run(std::int64_t tasks, const std::function<void(std::int64_t)>& body) const override {
+    if (tasks <= 0) {
+      return;
+    }
+    if (tasks == 1) {  // no reason to wake the pool
+      body(0);
+      return;
+    }
+    // Nothing may leave a pool thread through the C shim, which would turn it into a text on
+    // stderr: the first exception is kept and rethrown here.
+    std::exception_ptr failure;
+    std::mutex failure_mutex;
+    torch::stable::parallel_for(0, tasks, /*grain_size=*/1,
+                                [&](std::int64_t begin, std::int64_t end) noexcept {
+                                  try {
+                                    for (std::int64_t task = begin; task < end; ++task) {
+                                      body(task);
+                                    }
+                                  } catch (...) {
+                                    const std::lock_guard<std::mutex> lock(failure_mutex);
+                                    if (!failure) {
+                                      failure = std::current_exception();
+                                    }
+                                  }
+                                });
+    if (failure) {
+      std::rethrow_exception(failure);
+    }
+  }
+};
+
+inline const Threads& torch_threads() {
+  static const TorchThreads threads;
+  return threads;
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  const auto sizes = tensor.sizes();
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    text << (i == 0 ? "" : ", ") << sizes[i];
+  }
+  text << "]";
+  return text.str();
+}
+
+inline DType float_dtype(const char* op, const char* argument, ScalarType type, bool allow_double) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Double:
+      if (allow_double) {
+        return DType::kFloat64;
+      }
+      [[fallthrough]];
+    default:
+      fail(ErrorCode::kType, op, ": ", argument, " must be float32, float16",
+           allow_double ? ", bfloat16 or float64" : " or bfloat16", ", got ",
+           torch::headeronly::toString(type), "; convert it first");
+  }
+}
+
+inline ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return ScalarType::Float;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    case DType::kFloat64:
+      return ScalarType::Double;
+  }
+  fail(ErrorCode::kType, "dtype number ", static_cast<int>(dtype), " is not one of ours");
+}
+
+inline void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
+  check(tensor.is_cpu(), ErrorCode::kValue, op, ": ", argument,
+        " must be on the CPU like the other arguments; move all of them to one device");
+}
+
+inline Format checked_format(const char* op, std::int64_t format) {
+  check(format >= 0 && format < kFormatCount, ErrorCode::kValue, op, ": format must be 0 to ",
+        kFormatCount - 1, ", got ", format);
+  return static_cast<Format>(format);
+}
+
+inline Precision checked_precision(const char* op, std::int64_t precision) {
+  check(precision >= 0 && precision <= 3, ErrorCode::kValue, op,
+        ": precision must be 0 (auto), 1 (fp32), 2 (bf16) or 3 (int8), got ", precision);
+  return static_cast<Precision>(precision);
+}
+
+inline int checked_int(const char* op, const char* argument, std::int64_t value) {
+  // Far beyond any exponent or group size, and far from overflow in what follows.
+  check(value >= -(1 << 20) && value <= (1 << 20), ErrorCode::kValue, op, ": ", argument,
+        " is out of range: ", value);
+  return static_cast<int>(value);
+}
+
+// The packed bytes of `matrices` matrices of one layout: uint8 [matrices * tiles, tile_bytes],
+// contiguous, 64-byte aligned. Returns their address.
+inline std::byte* checked_packed(const char* op, const Tensor& packed, const Layout& layout,
+                                 std::int64_t matrices = 1) {
+  check(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
+        ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
+  check_cpu(op, "packed", packed);
+  check(packed.is_contiguous(), ErrorCode::kValue, op,
+        ": packed must be contiguous; pass the tensor as quantize() made it");
+  check(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&
+            packed.size(1) == layout.tile_bytes,
+        ErrorCode::kValue, op, ": packed must be [", matrices * layout.tiles, ", ",
+        layout.tile_bytes, "] for ", matrices, " matrix(es) of ", layout.n, " x ", layout.k,
+        " in ", format_info(layout.format).name, " with group size ", layout.group_size, ", got ",
+        shape_text(packed), "; are n, k, format and group_size those it was packed with?");
+  void* data = packed.data_ptr();
+  check(reinterpret_cast<std::uintptr_t>(data) % kUnitBytes == 0, ErrorCode::kValue, op,
+        ": packed must start at a multiple of ", kUnitBytes, " bytes; clone() aligns it");
+  return static_cast<std::byte*>(data);
+}
+
+// An uninitialized contiguous CPU tensor. The C shim rather than torch::stable::empty: that one
+// looks the operator up by its name at every call.
+inline Tensor empty_cpu(const std::int64_t* sizes, std::int64_t dim, ScalarType type) {
+  std::int64_t strides[64];
+  check(dim <= 64, ErrorCode::kValue, "a tensor may have 64 dimensions, got ", dim);
+  std::int64_t stride = 1;
+  for (std::int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  const auto dtype = static_cast<std::int32_t>(
+      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type)));
+  AtenTensorHandle handle = nullptr;
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0,
+                               &handle) != 0) {
+    fail(ErrorCode::kResource, "cannot allocate ", stride,
+         " elements; free memory, or use a smaller model or batch");
+  }
+  return Tensor(handle);
+}
+
+}  // namespace lowbit::binding

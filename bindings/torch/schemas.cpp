@@ -1,0 +1,36 @@
+// Every operator's schema, in one place. Numbers: `format` is lowbit::Format, `precision` is
+// lowbit::Precision; `packed` is uint8 [tiles, tile_bytes] (docs/formats.md), several matrices one
+// after the other. Fake kernels, autograd and the path for devices without kernels are in
+// python/ipex_llm/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(lowbit, m) {
+  // x [..., k], bias [n] or none -> [..., n] in the dtype of x.
+  m.def(
+      "linear(Tensor x, Tensor packed, Tensor? bias, int n, int k, int format, int group_size, "
+      "int exponent, int precision) -> Tensor");
+  // The same without an autograd formula: what eager inference calls (python/ipex_llm/ops.py).
+  m.def(
+      "linear_forward(Tensor x, Tensor packed, Tensor? bias, int n, int k, int format, "
+      "int group_size, int exponent, int precision) -> Tensor");
+  // weight [..., n, k] -> packed bytes of every matrix, and one exponent (int64, 0-d, CPU) for all.
+  m.def("quantize(Tensor weight, int format, int group_size) -> (Tensor packed, Tensor exponent)");
+  // -> float tensor of `shape` [..., n, k].
+  m.def(
+      "dequantize(Tensor packed, int[] shape, int format, int group_size, int exponent, "
+      "ScalarType dtype) -> Tensor");
+  // Rows of one matrix: ids [...] -> [..., k].
+  m.def(
+      "embedding(Tensor packed, Tensor ids, int n, int k, int format, int group_size, "
+      "int exponent, ScalarType dtype) -> Tensor");
+  // Row-major flat index of the first NaN or infinity, or -1.
+  m.def("first_nonfinite(Tensor x) -> int");
+
+  // The table of formats, one line each: name, bits, code kind, scale kind, zero point, padding
+  // code, codebook. Python keeps no copy of it.
+  m.def("format_table() -> str");
+  m.def("isa() -> str");
+  m.def("describe_isa() -> str");
+  m.def("available_isas() -> str");
+  m.def("force_isa(str name) -> ()");
+}

@@ -1,0 +1,27 @@
+"""Turns the errors of the C++ operators into the Python exceptions that callers expect."""
+
+import re
+from types import MappingProxyType
+
+# What the stable ABI of torch hands over is always a RuntimeError; the code in front of its text
+# (lowbit::Error, include/lowbit/error.h) says what it is.
+_MARK = re.compile(r"lowbit\[(\w+)\]: (.*)", re.DOTALL)
+
+EXCEPTIONS = MappingProxyType(
+    {
+        "value": ValueError,
+        "type": TypeError,
+        "io": OSError,
+        "not_found": FileNotFoundError,
+        "corrupt": ValueError,
+        "resource": MemoryError,
+    }
+)
+
+
+def translate(error: RuntimeError) -> Exception:
+    """The exception that `error` stands for; `error` itself if it is not one of ours."""
+    match = _MARK.search(str(error))
+    if match is None:
+        return error
+    return EXCEPTIONS.get(match[1], RuntimeError)(match[2])
