@@ -128,7 +128,7 @@ bench-peers: build models
 	@$(OFFLINE) $(PY) bench/run.py --peers $(BENCH_ARGS)
 
 zoo: build models
-	@$(OFFLINE) $(PY) tests/zoo/run.py $(ZOO_ARGS)
+	@$(OFFLINE) $(PY) tests/python/zoo/run.py $(ZOO_ARGS)
 
 docs: build
 	@$(PY) scripts/docs.py
