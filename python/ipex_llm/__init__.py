@@ -1,0 +1,44 @@
+"""Low-bit weights for any PyTorch model: `model = optimize_model(model)`, and inference goes on.
+
+Importing patches nothing and imports neither transformers nor any model code. The documented
+functions are found on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+# The tensor comes at once: torch.load(weights_only=True) must know it to read a saved state_dict.
+from .ops import get_activation_precision, set_activation_precision
+from .tensor import LowBitTensor
+
+if TYPE_CHECKING:
+    from .optimize import load_low_bit, low_memory_init, optimize_model
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "optimize_model": ".optimize",
+    "load_low_bit": ".optimize",
+    "low_memory_init": ".optimize",
+}
+
+__all__ = [
+    "LowBitTensor",
+    "get_activation_precision",
+    "load_low_bit",
+    "low_memory_init",
+    "optimize_model",
+    "set_activation_precision",
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

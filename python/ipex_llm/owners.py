@@ -1,0 +1,270 @@
+"""Modules that own low-bit weights: the class swap and what it adds.
+
+A module keeps its identity, hooks and attributes; only its class becomes a subclass of what it
+was, with mixins in front. The subclass bears the original's name, pickles as the original plus
+its mixins, and is made once per combination.
+"""
+
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from . import ops
+from .errors import translate
+from .ops import _linear, _linear_forward, _state
+from .tensor import _FLOAT_DTYPES, LowBitTensor
+
+__all__ = [
+    "EmbeddingForward",
+    "LinearForward",
+    "LowBitOwner",
+    "LowBitRoot",
+    "install",
+    "original_class",
+    "swap_class",
+]
+
+_is_exporting = torch.compiler.is_exporting
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_KERNEL_DTYPES = ops._KERNEL_DTYPES
+
+
+# ---- the class swap -------------------------------------------------------------------------------------------
+
+_swapped_classes: dict[tuple[type, tuple[type, ...]], type] = {}
+_swap_of: dict[type, tuple[type, tuple[type, ...]]] = {}
+
+
+def swap_class(module: nn.Module, *mixins: type) -> nn.Module:
+    """Puts `mixins` in front of the class of `module`, in place; returns it.
+
+    May be repeated: mixins it has already stay where they are, new ones go in front.
+    """
+    cls = type(module)
+    new = tuple(mixin for mixin in mixins if mixin not in cls.__mro__)
+    if new:
+        # A class that others put in front (parametrize, accelerate) is an original of its own.
+        original, present = _swap_of.get(cls, (cls, ()))
+        module.__class__ = _swapped_class(original, (*new, *present))
+    return module
+
+
+def original_class(module: nn.Module) -> type:
+    """The class that `module` had before swap_class."""
+    return _swap_of.get(type(module), (type(module), ()))[0]
+
+
+def _swapped_class(original: type, mixins: tuple[type, ...]) -> type:
+    key = (original, mixins)
+    if key not in _swapped_classes:
+        namespace = {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+        }
+        swapped = type(original)(original.__name__, (*mixins, original), namespace)
+        _swapped_classes[key] = swapped
+        _swap_of[swapped] = key
+    return _swapped_classes[key]
+
+
+def rebuild_owner(original: type, mixins: tuple[type, ...]) -> nn.Module:
+    """What a pickled module calls for an empty instance of its swapped class."""
+    cls = _swapped_class(original, mixins) if mixins else original
+    return cls.__new__(cls)
+
+
+# ---- what every owner of low-bit weights needs ---------------------------------------------------------------
+
+
+class LowBitOwner:
+    """Conversion, loading, pickling and printing of a module whose own parameters are low-bit."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        own = {name: p for name, p in self._parameters.items() if isinstance(p, LowBitTensor)}
+        try:
+            for name in own:
+                self._parameters[name] = (
+                    None  # nn.Module would replace the Parameter, and lose its ties
+                )
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(own)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, weight in own.items():
+                self._parameters[name] = _applied(weight, fn)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        floats = [
+            prefix + name
+            for name, p in self._parameters.items()
+            if isinstance(p, LowBitTensor)
+            and isinstance(state_dict.get(prefix + name), torch.Tensor)
+            and not isinstance(state_dict[prefix + name], LowBitTensor)
+        ]
+        if not floats:
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+            return
+        for key in floats:
+            value = state_dict[key]
+            error_msgs.append(
+                f'"{key}": expected a low-bit weight, got {value.dtype} {tuple(value.shape)}; load float '
+                "weights before optimize_model, or low-bit ones with load_low_bit"
+            )
+        rest = {key: value for key, value in state_dict.items() if key not in floats}
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys.extend(key for key in missing if key not in floats)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        reduced = list(super().__reduce_ex__(protocol))
+        swap = _swap_of.get(type(self))
+        if swap is not None and reduced[0] in (copyreg.__newobj__, copyreg._reconstructor):
+            reduced[:2] = [rebuild_owner, swap]
+        return tuple(reduced)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        formats = {
+            name: p.low_bit for name, p in self._parameters.items() if isinstance(p, LowBitTensor)
+        }
+        if set(formats) == {"weight"}:
+            ours = f"low_bit={formats['weight']}"
+        else:
+            ours = ", ".join(f"{name}={low_bit}" for name, low_bit in formats.items())
+        return ", ".join(part for part in (text, ours) if part)
+
+    @property
+    def __constants__(self) -> list[str]:
+        # TorchScript asks every module for these; going on would end in a crash of torch.jit.save,
+        # which reads the storage that a wrapper tensor does not have.
+        raise RuntimeError(
+            "TorchScript cannot hold low-bit weights (torch.jit.trace and torch.jit.script are not supported); "
+            "use torch.export or torch.compile"
+        )
+
+
+def _applied(weight: LowBitTensor, fn: Callable) -> LowBitTensor:
+    """`weight` after module.to(...) and the like: the same object wherever torch allows it."""
+    successor = weight.__dict__.get("_moved_to")
+    if successor is not None and successor.packed.is_meta != weight.packed.is_meta:
+        return successor  # a tied owner has been here before
+    probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
+    if probe.dtype not in _FLOAT_DTYPES:
+        raise TypeError(
+            f"a module with low-bit weights cannot be converted to {probe.dtype}: "
+            "its weights can be float32, float16, bfloat16 or float64 to their users"
+        )
+    packed = weight.packed
+    if probe.device == packed.device:
+        if probe.dtype == weight.dtype:
+            moved = fn(packed)  # share_memory and the like act on storage
+            if moved.dtype != torch.uint8 or moved.shape != packed.shape or moved is packed:
+                return weight
+            packed = moved
+    elif probe.is_meta or packed.is_meta:
+        # `.data =` cannot cross this border, so a new Parameter takes over, and a tied owner
+        # that comes later finds it.
+        moved = torch.empty_like(packed, device=probe.device)
+        successor = weight._like(moved, dtype=probe.dtype)
+        successor._is_param = True
+        successor.__dict__.update(_foreign(weight))
+        weight._moved_to = successor
+        return successor
+    else:
+        packed = packed.to(probe.device)
+    weight._become(weight._like(packed, dtype=probe.dtype))
+    return weight
+
+
+def _foreign(weight: LowBitTensor) -> dict[str, Any]:
+    from .tensor import _OWN
+
+    return {name: value for name, value in weight.__dict__.items() if name not in _OWN}
+
+
+# ---- fast forwards -----------------------------------------------------------------------------------------------
+
+
+class LinearForward(LowBitOwner):
+    """nn.Linear.forward without the tensor subclass in between."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        parameters = self._parameters
+        weight = parameters.get("weight")
+        # Not ours: a float override (functional_call), a parametrization, an export.
+        if type(weight) is not LowBitTensor or "bias" not in parameters or _is_exporting():
+            return super().forward(input)
+        if not weight.direct or input.dtype not in _KERNEL_DTYPES:
+            return super().forward(input)
+        op = _linear
+        if not _is_grad_enabled() and forward_ad._current_level < 0 and not _is_compiling():
+            op = _linear_forward  # see ops.linear
+        try:
+            return op(input, weight.packed, parameters["bias"], *weight.numbers, _state.precision)
+        except RuntimeError as error:
+            raise translate(error) from None
+
+
+class EmbeddingForward(LowBitOwner):
+    """nn.Embedding.forward without the tensor subclass in between."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self._parameters.get("weight")
+        if type(weight) is not LowBitTensor or not weight.direct or self.max_norm is not None:
+            return super().forward(input)
+        if _is_exporting():
+            return super().forward(input)
+        return ops.embedding(weight.packed, input, *weight.numbers, weight.dtype)
+
+
+class LowBitRoot:
+    """The module that optimize_model was given."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "save_pretrained cannot write low-bit weights; use model.save_low_bit(directory), "
+            "and ipex_llm.load_low_bit to read them back"
+        )
+
+    __reduce_ex__ = LowBitOwner.__reduce_ex__
+
+
+# The forwards that a mixin may stand in for. A class with a forward of its own keeps it, and its
+# F.linear or F.embedding meets the tensor.
+_FORWARDS = {
+    nn.Linear.forward: LinearForward,
+    nn.Embedding.forward: EmbeddingForward,
+}
+
+
+def install(module: nn.Module, name: str, weight: LowBitTensor) -> LowBitTensor:
+    """Makes `weight` the parameter `name` of `module` and returns it.
+
+    A weight that is a Parameter already stays the same object: that is how ties are kept.
+    """
+    if not isinstance(weight, LowBitTensor):
+        raise TypeError(f"install: weight must be a LowBitTensor, got {type(weight).__name__}")
+    weight._is_param = True
+    mixin = _FORWARDS.get(type(module).forward, LowBitOwner) if name == "weight" else LowBitOwner
+    swap_class(module, mixin)
+    module.register_parameter(name, weight)
+    return weight

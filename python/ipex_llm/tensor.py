@@ -1,0 +1,378 @@
+"""`LowBitTensor`: a float tensor to its users, packed low-bit bytes underneath.
+
+It is a wrapper subclass with one inner tensor, `packed`. In eager mode torch functions come in
+through `__torch_function__`; torch.compile and torch.export trace it through
+`__tensor_flatten__` and `__torch_dispatch__`. What each function does with a low-bit argument is
+in consumers.py; modules that own low-bit weights are in owners.py.
+
+Two rules keep it honest. It never changes in place: a fallback would change a temporary copy and
+lose the result without a word, so every mutation raises. And it never requires grad.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import ops
+
+__all__ = ["LowBitTensor", "lowbit_parameters"]
+
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_no_function = torch._C.DisableTorchFunctionSubclass
+_is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
+
+# Filled by consumers.py. Function: torch function -> handler(func, args, kwargs). Dispatch: aten
+# overload -> handler(func, args, kwargs). Passed: functions that read metadata only.
+FUNCTIONS: dict[Callable, Callable] = {}
+DISPATCH: dict[Any, Callable] = {}
+PASSED: set[Callable] = set()
+
+# Attributes that make a LowBitTensor; whatever else is in its __dict__ was put there by others.
+_OWN = (
+    "packed",
+    "low_bit",
+    "group_size",
+    "exponent",
+    "transposed",
+    "stored_shape",
+    "numbers",
+    "direct",
+    "_is_param",
+    "_moved_to",
+)
+
+
+class LowBitTensor(torch.Tensor):
+    """A weight of logical `shape` and `dtype` over packed bytes.
+
+    packed        uint8 [tiles, tile_bytes]: the matrices of `stored_shape` one after the other
+    low_bit       the canonical name of the format; group_size (0 if it has no groups)
+    exponent      power of two that multiplies the whole tensor
+    stored_shape  [..., n, k] as packed: groups run along k
+    transposed    the logical tensor is `stored.mT`
+    Without `transposed`, a logical shape other than `stored_shape` is a reshape of it.
+    """
+
+    packed: torch.Tensor
+    low_bit: str
+    group_size: int
+    exponent: int
+    transposed: bool
+    stored_shape: tuple[int, ...]
+
+    # ---- construction --------------------------------------------------------------------------------
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: torch.Tensor,
+        low_bit: str | None = None,
+        group_size: int = 0,
+        exponent: int = 0,
+        *,
+        stored_shape: Sequence[int] | None = None,
+        transposed: bool = False,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        requires_grad: bool = False,
+        **attributes: Any,
+    ) -> "LowBitTensor":
+        if requires_grad:
+            raise ValueError(_FROZEN)
+        if isinstance(packed, LowBitTensor):
+            # accelerate re-wraps parameters as type(param)(tensor, requires_grad=..., **__dict__).
+            self = packed._like(packed.packed)
+            self._is_param = True
+            return self
+        if low_bit is None or stored_shape is None:
+            raise TypeError(
+                "LowBitTensor wraps packed bytes and needs low_bit and stored_shape; "
+                "to pack a float tensor use LowBitTensor.quantize(weight, low_bit)"
+            )
+        stored_shape = tuple(stored_shape)
+        if shape is None:
+            shape = _transpose(stored_shape) if transposed else stored_shape
+        shape = tuple(shape)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=packed.device, requires_grad=False
+        )
+        info = ops.FORMATS[low_bit]
+        self.packed = packed
+        self.low_bit = low_bit
+        self.group_size = group_size
+        self.exponent = exponent
+        self.transposed = transposed
+        self.stored_shape = stored_shape
+        # What the operators take after the tensors. `direct`: it is one matrix, and linear() may
+        # take it as it is.
+        self.numbers = (*stored_shape[-2:], info.number, group_size, exponent)
+        self.direct = len(stored_shape) == 2 and not transposed and shape == stored_shape
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass  # __new__ has done it; torch.Tensor.__init__ takes no keywords
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: torch.Tensor,
+        low_bit: str,
+        group_size: int = 0,
+        *,
+        transposed: bool = False,
+        stored_shape: Sequence[int] | None = None,
+    ) -> "LowBitTensor":
+        """Packs a float tensor of at least two dimensions.
+
+        Groups run along the last dimension; with `transposed`, along the one before it (for weights
+        that are used as x @ w). `stored_shape` packs `weight.reshape(stored_shape)` instead.
+        """
+        name = ops.canonical_name(low_bit)
+        size = ops.default_group_size(low_bit, group_size)
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(
+                f"LowBitTensor.quantize: weight must be a tensor, got {type(weight).__name__}"
+            )
+        if weight.dtype not in _FLOAT_DTYPES:
+            raise TypeError(
+                f"LowBitTensor.quantize: weight must be float32, float16, bfloat16 or float64, got {weight.dtype}"
+            )
+        if transposed and stored_shape is not None:
+            raise ValueError("LowBitTensor.quantize: give transposed or stored_shape, not both")
+        if weight.dim() < 2 and stored_shape is None:
+            raise ValueError(
+                f"LowBitTensor.quantize: weight must have at least two dimensions, got {tuple(weight.shape)}"
+            )
+        # Outside inference mode, because what is made in it can never be saved for a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            source = weight.dequantize() if isinstance(weight, LowBitTensor) else weight.detach()
+            if transposed:
+                source = source.mT
+            elif stored_shape is not None:
+                source = source.reshape(tuple(stored_shape))
+            packed, exponent = ops.quantize(source, name, size)
+            return cls(
+                packed,
+                name,
+                size,
+                exponent,
+                stored_shape=source.shape,
+                transposed=transposed,
+                shape=weight.shape,
+                dtype=weight.dtype,
+            )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The float tensor that this one stands for, in `dtype` (its own by default)."""
+        _, _, *numbers = self.numbers
+        with torch.no_grad():
+            stored = ops.dequantize(self.packed, self.stored_shape, *numbers, dtype or self.dtype)
+            if self.transposed:
+                return stored.mT
+            shape = tuple(self.shape)
+            return stored if shape == self.stored_shape else stored.view(shape)
+
+    # ---- the same bytes, or others, under the same description ---------------------------------------
+
+    def _like(
+        self,
+        packed: torch.Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        stored_shape: tuple[int, ...] | None = None,
+        transposed: bool | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> "LowBitTensor":
+        """This tensor with other bytes or another description; never a Parameter."""
+        if shape is None and stored_shape is None and transposed is None:
+            shape = self.shape
+        return type(self)(
+            packed,
+            self.low_bit,
+            self.group_size,
+            self.exponent,
+            stored_shape=self.stored_shape if stored_shape is None else stored_shape,
+            transposed=self.transposed if transposed is None else transposed,
+            shape=shape,
+            dtype=self.dtype if dtype is None else dtype,
+        )
+
+    def _converted(
+        self, dtype: torch.dtype, device: torch.device, copy: bool = False
+    ) -> "LowBitTensor":
+        """This tensor with another logical dtype or on another device."""
+        if dtype not in _FLOAT_DTYPES:
+            raise TypeError(
+                f"a low-bit weight can be float32, float16, bfloat16 or float64 to its users, not {dtype}; "
+                "dequantize() gives a plain tensor"
+            )
+        packed = self.packed
+        if packed.device != device:
+            packed = packed.to(device)
+        elif copy:
+            packed = packed.clone()
+        return self._like(packed, dtype=dtype)
+
+    def _become(self, other: "LowBitTensor") -> None:
+        """Takes over `other`'s bytes and dtype in place, under every name and graph that holds it.
+
+        `.data =` changes dtype and device of the C++ tensor, also with weak references and saved
+        graphs alive; the Python attributes follow by hand. Not between meta and a real device.
+        """
+        with _no_function(), torch.inference_mode(False), torch.no_grad():
+            torch.Tensor.data.__set__(self, other)
+        for name in _OWN[:8]:
+            setattr(self, name, getattr(other, name))
+
+    def _is_reshaped(self) -> bool:
+        shape = _transpose(self.stored_shape) if self.transposed else self.stored_shape
+        return tuple(self.shape) != shape
+
+    # ---- torch protocols ---------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        return ["packed"], (
+            self.low_bit,
+            self.group_size,
+            self.exponent,
+            self.stored_shape,
+            self.transposed,
+            tuple(self.shape),
+            self.dtype,
+        )
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, torch.Tensor], meta: tuple, outer_size: Any, outer_stride: Any
+    ) -> "LowBitTensor":
+        low_bit, group_size, exponent, stored_shape, transposed, shape, dtype = meta
+        return cls(
+            inner["packed"],
+            low_bit,
+            group_size,
+            exponent,
+            stored_shape=stored_shape,
+            transposed=transposed,
+            shape=shape,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ):
+        kwargs = kwargs or {}
+        if func in PASSED or _is_exporting():
+            # Export records the outer parameter, which the handlers would look behind; below
+            # __torch_function__ it sees aten operators and then, through dispatch, ours.
+            with _no_function():
+                return func(*args, **kwargs)
+        handler = FUNCTIONS.get(func)
+        if handler is not None:
+            return handler(func, args, kwargs)
+        return FUNCTIONS[None](func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ):
+        kwargs = kwargs or {}
+        handler = DISPATCH.get(func)
+        if handler is not None:
+            return handler(func, args, kwargs)
+        return DISPATCH[None](func, args, kwargs)
+
+    # ---- Python protocols -----------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        parts = [f"shape={tuple(self.shape)}", f"dtype={self.dtype}", f"low_bit={self.low_bit!r}"]
+        if self.group_size:
+            parts.append(f"group_size={self.group_size}")
+        if self.device.type != "cpu":
+            parts.append(f"device={str(self.device)!r}")
+        kind = "LowBitParameter" if self._is_param else "LowBitTensor"
+        return f"{kind}({', '.join(parts)})"
+
+    _is_param = False  # torch.nn.Parameter's instance check reads it
+
+    def __deepcopy__(self, memo: dict) -> "LowBitTensor":
+        if id(self) in memo:
+            return memo[id(self)]
+        with torch.inference_mode(False), torch.no_grad():
+            copied = self._like(copy.deepcopy(self.packed, memo))
+        if self._is_param:
+            copied._is_param = True
+        memo[id(self)] = copied
+        for name, value in self.__dict__.items():
+            if name not in _OWN:
+                copied.__dict__[name] = copy.deepcopy(value, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        description = {
+            "low_bit": self.low_bit,
+            "group_size": self.group_size,
+            "exponent": self.exponent,
+            "stored_shape": self.stored_shape,
+            "transposed": self.transposed,
+            "shape": tuple(self.shape),
+            "dtype": self.dtype,
+        }
+        return rebuild_lowbit_tensor, (self.packed, description, self._is_param)
+
+
+_FROZEN = (
+    "a low-bit weight cannot require grad: its codes have no gradient. Train adapters (LoRA) on top of it, "
+    "or dequantize() the weight and train the copy"
+)
+
+
+def _transpose(shape: Sequence[int]) -> tuple[int, ...]:
+    *lead, n, k = shape
+    return (*lead, k, n)
+
+
+def rebuild_lowbit_tensor(packed: torch.Tensor, description: dict, is_param: bool) -> LowBitTensor:
+    """What a pickled LowBitTensor calls. Name and arguments are a file format: only add to them."""
+    if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8:
+        raise ValueError("a saved LowBitTensor must hold uint8 bytes; is the file complete?")
+    info = ops.FORMATS[ops.canonical_name(description["low_bit"])]
+    size = ops.default_group_size(info.name, description["group_size"])
+    expected = ops._packed_shape(description["stored_shape"], info, size)
+    if tuple(packed.shape) != expected:
+        raise ValueError(
+            f"a saved LowBitTensor of {description['stored_shape']} in {info.name} needs packed bytes of shape "
+            f"{expected}, got {tuple(packed.shape)}; is the file complete?"
+        )
+    shape, stored_shape = description["shape"], description["stored_shape"]
+    if math.prod(shape) != math.prod(stored_shape):
+        raise ValueError(
+            f"a saved LowBitTensor has shape {shape} over packed {stored_shape}; is the file damaged?"
+        )
+    with torch.inference_mode(False):
+        if packed.device.type == "cpu" and packed.data_ptr() % 64:
+            packed = packed.clone()  # the kernels read whole cache lines
+        tensor = LowBitTensor(packed, **{**description, "low_bit": info.name, "group_size": size})
+    if is_param:
+        tensor._is_param = True
+    return tensor
+
+
+torch.serialization.add_safe_globals([LowBitTensor, rebuild_lowbit_tensor])
+
+
+def lowbit_parameters(model: torch.nn.Module, remove_duplicate: bool = True):
+    """Iterates over (name, LowBitTensor) of a module tree, as named_parameters() does."""
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        if isinstance(parameter, LowBitTensor):
+            yield name, parameter
+
+
+from . import consumers as _consumers  # noqa: E402, F401  (fills the tables above; needs the class)
+from .owners import install, swap_class  # noqa: E402
+
+__all__ += ["install", "swap_class"]
