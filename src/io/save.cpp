@@ -1,0 +1,314 @@
+// Writing a saved directory. Order of the steps, each of which may be the last one before a crash:
+//
+//   write weight files under temporary names, sync them
+//   lock the directory
+//   rename weight files to names that carry their content  (nobody reads them yet)
+//   write and rename extra files; sync the directory
+//   rename the manifest                                     (the commit point)
+//   sync the directory, remove what the new manifest does not name
+//
+// Names carry the content's digest, so the files of the old save are never overwritten with
+// anything else, and one that is mapped by this very process stays as it is.
+#include <algorithm>
+#include <cstdio>
+#include <numeric>
+#include <set>
+
+#include "io/json.h"
+#include "io/os.h"
+#include "lowbit/error.h"
+#include "lowbit/file.h"
+
+namespace lowbit {
+namespace {
+
+struct Shard {
+  std::vector<std::size_t> tensors;  // indices into the manifest
+  std::string header;
+  std::uint64_t bytes = 0;  // of the whole file
+};
+
+FileTensor stored_as(const SavedTensor& tensor) {
+  FileTensor stored{tensor.name, tensor.dtype, tensor.shape, 0, 0};
+  if (tensor.format) {
+    PackedShape packed = packed_shape(tensor);
+    stored.dtype = FileDType::kU8;
+    stored.shape = {packed.rows(), packed.layout.tile_bytes};
+    stored.bytes = packed.bytes();
+  } else {
+    std::optional<std::uint64_t> bytes = tensor_bytes(tensor.dtype, tensor.shape);
+    if (!bytes) throw Error(ErrorCode::kValue, tensor.name + ": its byte count leaves 63 bits");
+    stored.bytes = *bytes;
+  }
+  return stored;
+}
+
+void check_request(const SaveRequest& request) {
+  std::set<std::string_view> names;
+  for (const SavedTensor& tensor : request.manifest.tensors) {
+    if (tensor.name.empty() || !json::valid_utf8(tensor.name) ||
+        tensor.name.find('\0') != std::string::npos || tensor.name == "__metadata__")
+      throw Error(ErrorCode::kValue, "save: " + json::quote(tensor.name) +
+                                         " cannot be a tensor's name in a file; rename the module");
+    if (tensor.shape.size() > kMaxRank)
+      throw Error(ErrorCode::kValue, "save: tensor " + json::quote(tensor.name) + " has " +
+                                         std::to_string(tensor.shape.size()) +
+                                         " dimensions, at most " + std::to_string(kMaxRank) +
+                                         " can be saved");
+    if (!names.insert(tensor.name).second)
+      throw Error(ErrorCode::kValue,
+                  "save: tensor " + json::quote(tensor.name) + " is given twice");
+  }
+  for (const auto& [alias, target] : request.manifest.ties)
+    if (names.contains(alias) || !names.contains(target))
+      throw Error(ErrorCode::kValue, "save: " + json::quote(alias) + " is tied to " +
+                                         json::quote(target) + ", expected a tensor that is saved");
+  for (const auto& file : request.extra_files) {
+    const std::string& name = file.first;
+    // As strict as every system we load on: no separators, no drive letters, no "..".
+    if (name.empty() || name.find_first_of("/\\:") != std::string::npos || name[0] == '.' ||
+        name == kManifestName || is_weight_file_name(name))
+      throw Error(ErrorCode::kValue,
+                  "save: " + json::quote(name) + " cannot be the name of an extra file");
+  }
+  if (request.max_shard_bytes == 0)
+    throw Error(ErrorCode::kValue, "save: max_shard_size is 0, expected at least 1 byte");
+}
+
+// Packed tensors first: every one is a multiple of 64 bytes, so all of them stay 64-byte aligned.
+// Then what else is a multiple of 64, then the rest with falling element size, so that each is
+// aligned to its own elements.
+int alignment_class(const SavedTensor& tensor, const FileTensor& stored) {
+  if (tensor.format) return 0;
+  if (stored.bytes % kUnitBytes == 0) return 1;
+  return 2 + 8 - file_dtype_info(stored.dtype).bytes;
+}
+
+std::string shard_name(const Digest& content, std::size_t index, std::size_t count) {
+  std::string name = "low_bit-" + digest_text(content);
+  if (count > 1) {
+    char part[32];
+    std::snprintf(part, sizeof part, "-%05zu-of-%05zu", index + 1, count);
+    name += part;
+  }
+  return name + ".safetensors";
+}
+
+std::span<const std::byte> bytes_of(std::string_view text) {
+  return std::as_bytes(std::span(text.data(), text.size()));
+}
+
+}  // namespace
+
+struct SaveWriter::State {
+  SaveRequest request;
+  std::vector<FileTensor> stored;  // as in request.manifest.tensors
+  std::vector<std::size_t> order;
+  std::vector<Shard> shards;
+  std::vector<std::unique_ptr<os::NewFile>> files;  // finished or in work, as in shards
+  std::vector<std::string> made_directories;
+  std::size_t at = 0;     // position in order
+  std::size_t shard = 0;  // of order[at]
+  std::size_t in_shard = 0;
+  std::uint64_t written = 0;  // bytes of order[at]
+  Hasher hasher;
+  bool committed = false;
+
+  // Opens the next shard's file if needed and closes tensors that are complete.
+  void settle();
+  void finish_tensor();
+};
+
+SaveWriter::SaveWriter(SaveRequest request) : state_(std::make_unique<State>()) {
+  check_request(request);
+  State& s = *state_;
+  s.request = std::move(request);
+  std::vector<SavedTensor>& tensors = s.request.manifest.tensors;
+  std::sort(tensors.begin(), tensors.end(),
+            [](const SavedTensor& a, const SavedTensor& b) { return a.name < b.name; });
+  std::sort(s.request.manifest.ties.begin(), s.request.manifest.ties.end());
+  for (SavedTensor& tensor : tensors) {
+    s.stored.push_back(stored_as(tensor));
+    tensor.group_size = tensor.format ? packed_shape(tensor).layout.group_size : 0;
+  }
+  s.order.resize(tensors.size());
+  std::iota(s.order.begin(), s.order.end(), std::size_t{0});
+  std::stable_sort(s.order.begin(), s.order.end(), [&](std::size_t a, std::size_t b) {
+    return alignment_class(tensors[a], s.stored[a]) < alignment_class(tensors[b], s.stored[b]);
+  });
+
+  std::uint64_t data = 0;
+  for (std::size_t index : s.order) {
+    std::uint64_t bytes = s.stored[index].bytes;
+    if (s.shards.empty() || (data > 0 && data + bytes > s.request.max_shard_bytes)) {
+      s.shards.emplace_back();
+      data = 0;
+    }
+    s.shards.back().tensors.push_back(index);
+    data += bytes;
+  }
+  if (s.shards.size() > 99999)
+    throw Error(ErrorCode::kValue, "save: max_shard_size gives " + std::to_string(s.shards.size()) +
+                                       " files, at most 99999 can be named; use a larger one");
+  for (std::size_t i = 0; i < s.shards.size(); ++i) {
+    Shard& shard = s.shards[i];
+    std::vector<FileTensor> entries;
+    for (std::size_t index : shard.tensors) {
+      entries.push_back(s.stored[index]);
+      tensors[index].file = i;
+    }
+    shard.header = make_file_header(entries);
+    shard.bytes = shard.header.size();
+    for (const FileTensor& entry : entries) shard.bytes += entry.bytes;
+  }
+
+  s.made_directories = os::make_directories(s.request.directory);
+  try {
+    s.settle();
+  } catch (...) {
+    // The destructor of a half-constructed object does not run.
+    s.files.clear();
+    for (std::size_t i = s.made_directories.size(); i-- > 0;)
+      os::remove_directory_if_empty(s.made_directories[i]);
+    throw;
+  }
+}
+
+SaveWriter::~SaveWriter() {
+  if (!state_ || state_->committed) return;
+  state_->files.clear();  // removes the temporary files
+  for (std::size_t i = state_->made_directories.size(); i-- > 0;)
+    os::remove_directory_if_empty(state_->made_directories[i]);
+}
+
+std::span<const SavedTensor> SaveWriter::tensors() const {
+  return state_->request.manifest.tensors;
+}
+
+std::span<const std::size_t> SaveWriter::order() const {
+  return state_->order;
+}
+
+void SaveWriter::set_exponent(std::size_t tensor, int exponent) {
+  state_->request.manifest.tensors[tensor].exponent = exponent;
+}
+
+void SaveWriter::State::finish_tensor() {
+  SavedTensor& tensor = request.manifest.tensors[order[at]];
+  tensor.digest = hasher.finish();
+  hasher = Hasher();
+  written = 0;
+  ++at;
+  if (++in_shard == shards[shard].tensors.size()) {
+    ++shard;
+    in_shard = 0;
+  }
+}
+
+void SaveWriter::State::settle() {
+  while (at < order.size()) {
+    if (files.size() == shard) {
+      // Under the lock no other saver can take the new file for a dead one's.
+      os::DirectoryLock lock(request.directory);
+      files.push_back(std::make_unique<os::NewFile>(request.directory, shards[shard].bytes));
+      files.back()->write(bytes_of(shards[shard].header));
+    }
+    if (written < stored[order[at]].bytes) return;
+    finish_tensor();
+  }
+}
+
+void SaveWriter::write(std::span<const std::byte> bytes) {
+  State& s = *state_;
+  if (bytes.empty()) return;
+  if (s.at == s.order.size())
+    throw Error(ErrorCode::kValue, "save: " + std::to_string(bytes.size()) +
+                                       " bytes after the last tensor was complete");
+  const FileTensor& tensor = s.stored[s.order[s.at]];
+  if (bytes.size() > tensor.bytes - s.written)
+    throw Error(ErrorCode::kValue, "save: tensor " + json::quote(tensor.name) + ": got " +
+                                       std::to_string(s.written + bytes.size()) +
+                                       " bytes, expected " + std::to_string(tensor.bytes));
+  s.files[s.shard]->write(bytes);
+  s.hasher.update(bytes);
+  s.written += bytes.size();
+  s.settle();
+}
+
+Manifest SaveWriter::commit() {
+  State& s = *state_;
+  if (s.committed) throw Error(ErrorCode::kValue, "save: already committed");
+  if (s.at != s.order.size())
+    throw Error(ErrorCode::kValue,
+                "save: tensor " + json::quote(s.stored[s.order[s.at]].name) + " is not complete");
+  Manifest& manifest = s.request.manifest;
+  const std::string& directory = s.request.directory;
+  manifest.files.clear();
+  for (std::size_t i = 0; i < s.shards.size(); ++i) {
+    s.files[i]->sync();
+    SavedFile file;
+    file.bytes = s.shards[i].bytes;
+    file.header = digest(bytes_of(s.shards[i].header));
+    // The header names every tensor and its place; with the tensors' digests that is all there is.
+    Hasher content;
+    std::string text = digest_text(file.header);
+    for (std::size_t index : s.shards[i].tensors)
+      text += digest_text(manifest.tensors[index].digest);
+    content.update(bytes_of(text));
+    file.name = shard_name(content.finish(), i, s.shards.size());
+    manifest.files.push_back(file);
+  }
+  std::string text = write_manifest(manifest);
+
+  os::DirectoryLock lock(directory);
+  std::vector<std::unique_ptr<os::NewFile>> extras;
+  for (const auto& [name, contents] : s.request.extra_files) {
+    extras.push_back(std::make_unique<os::NewFile>(directory, 0));
+    extras.back()->write(bytes_of(contents));
+    extras.back()->sync();
+  }
+  os::NewFile new_manifest(directory, 0);
+  new_manifest.write(bytes_of(text));
+  new_manifest.sync();
+
+  std::vector<std::string> published;  // names that did not exist before
+  try {
+    for (std::size_t i = 0; i < s.files.size(); ++i) {
+      const std::string& name = manifest.files[i].name;
+      std::string path = os::join(directory, name);
+      bool existed = os::exists(path);
+      try {
+        s.files[i]->publish(name);
+      } catch (const Error&) {
+        // Windows does not replace a file that is mapped. Equal content needs no replacing.
+        if (!existed || os::ReadFile(path).size() != manifest.files[i].bytes ||
+            digest(TensorFile::open(path)->header_data()) != manifest.files[i].header)
+          throw;
+      }
+      if (!existed) published.push_back(path);
+    }
+    for (std::size_t i = 0; i < extras.size(); ++i)
+      extras[i]->publish(s.request.extra_files[i].first);
+    os::sync_directory(directory);
+    new_manifest.publish(std::string(kManifestName));
+  } catch (...) {
+    for (const std::string& path : published) os::remove_file(path);
+    throw;
+  }
+  s.committed = true;
+  s.files.clear();
+  os::sync_directory(directory);
+  try {
+    std::set<std::string_view> kept;
+    for (const SavedFile& file : manifest.files) kept.insert(file.name);
+    for (const std::string& name : os::list_directory(directory))
+      if (is_weight_file_name(name) && !kept.contains(name))
+        os::remove_file(os::join(directory, name));
+    os::remove_stale_files(directory);
+  } catch (const Error&) {
+    // The save is complete; what could not be removed goes with the next one.
+  }
+  return manifest;
+}
+
+}  // namespace lowbit
