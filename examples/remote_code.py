@@ -32,7 +32,5 @@ else:
 if options.save:
     model.save_low_bit(options.save)
 
-logits = model(torch.arange(10)[None]).logits
-print(
-    f"{type(model).__name__}: logits {tuple(logits.shape)}, next token {int(logits[0, -1].argmax())}"
-)
+logits = model(torch.arange(10)[None]).logits[0, -1]
+print(f"{type(model).__name__}: {logits.numel()} logits, next token {int(logits.argmax())}")
