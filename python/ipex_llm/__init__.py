@@ -12,7 +12,9 @@ from .ops import get_activation_precision, set_activation_precision
 from .tensor import LowBitTensor
 
 if TYPE_CHECKING:
+    from .convert import dequantize, merge_adapters
     from .optimize import load_low_bit, low_memory_init, optimize_model
+    from .planning import plan
 
 __version__ = "0.1.0"
 
@@ -20,14 +22,20 @@ _LAZY = {
     "optimize_model": ".optimize",
     "load_low_bit": ".optimize",
     "low_memory_init": ".optimize",
+    "plan": ".planning",
+    "dequantize": ".convert",
+    "merge_adapters": ".convert",
 }
 
 __all__ = [
     "LowBitTensor",
+    "dequantize",
     "get_activation_precision",
     "load_low_bit",
     "low_memory_init",
+    "merge_adapters",
     "optimize_model",
+    "plan",
     "set_activation_precision",
 ]
 

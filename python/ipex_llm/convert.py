@@ -1,0 +1,270 @@
+"""Executes a plan: packs weights one by one, and takes them apart again.
+
+Everything is checked first (nothing is touched on an error). Then each float weight is released as
+soon as its packed form is in place, so the peak is the float model plus one layer. Between two
+weights the model is always whole: some packed, some float, all working.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ipex_llm import arguments, bmm, embedding, layers, ops, planning
+from ipex_llm.arguments import Options
+from ipex_llm.owners import original_class
+from ipex_llm.tensor import LowBitTensor, install, lowbit_parameters
+
+# Where a root keeps what it was optimized with. In __dict__, so that deepcopy and pickle carry it.
+_STATE = "_ipex_llm_options"
+
+
+def convert(model: nn.Module, options: Options, who: str = "optimize_model") -> planning.Plan:
+    """Packs what the plan of `model` names. Returns the plan, as it was before."""
+    reject_unconvertible(who, model)
+    reject_optimized(who, model)
+    plan = planning.build_plan(model, options, who)
+    pending = [entry for entry in plan if entry.converts]
+    check_progress(who, model, plan, pending)
+    check_strict(who, plan)
+    check_has_data(who, pending)
+    check_finite(who, pending)
+    model.__dict__[_STATE] = {**options.to_dict(), "complete": False}
+    with torch.inference_mode(False), torch.no_grad():
+        for entry in _progress(pending, options.progress):
+            _convert_entry(entry)
+    return plan
+
+
+def _convert_entry(entry: planning.Entry) -> None:
+    module, attribute = entry.slots[0]
+    weight = module._parameters[attribute]
+    if weight.is_inference():
+        weight = weight.clone()
+    packed = LowBitTensor.quantize(
+        weight.detach(),
+        entry.low_bit,
+        group_size=entry.group_size,
+        transposed=entry.transposed,
+        stored_shape=entry.stored_shape,
+    )
+    del weight
+    try:
+        install_in(entry.slots, packed)
+    except BaseException:
+        # Interrupted between two owners of one weight: finish, or the tie would be lost.
+        install_in(entry.slots, packed)
+        raise
+
+
+def install_in(slots: Iterable[tuple[nn.Module, str]], packed: LowBitTensor) -> nn.Parameter:
+    """Puts one low-bit weight into all its owners as one Parameter, with their fast forwards."""
+    slots = list(slots)
+    module, attribute = slots[0]
+    parameter = install(module, attribute, packed)
+    layers.give_forward(module)
+    for module, attribute in slots[1:]:
+        install(module, attribute, parameter)
+        layers.give_forward(module)
+    return parameter
+
+
+def install_weight(model: nn.Module, names: Iterable[str], packed: LowBitTensor) -> nn.Parameter:
+    """As `install_in`, with the owners named: `names` are all tied names of the weight."""
+    slots = []
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        slots.append((model.get_submodule(owner), attribute))
+    return install_in(slots, packed)
+
+
+def finish(model: nn.Module, options: Options | dict) -> nn.Module:
+    """What follows the weights, after optimizing as after loading: modes, methods, the record.
+
+    Takes `Options` or the dict that `options_of` gave when the model was saved.
+    """
+    from ipex_llm.optimize import give_methods
+
+    if isinstance(options, dict):
+        options = Options.from_dict(options)
+    if options.torch_dtype is not None:
+        cast_floats(model, options.torch_dtype)
+    if options.cpu_embedding:
+        embedding.keep_embeddings(model, skipped_modules(model, options))
+    if options.lightweight_bmm:
+        bmm.enable_lightweight_bmm(model)
+    give_methods(model)
+    model.__dict__[_STATE] = {**options.to_dict(), "complete": True}
+    return model
+
+
+def options_of(model: nn.Module) -> dict | None:
+    """The options `model` was optimized or loaded with, as JSON types; None for other models."""
+    state = model.__dict__.get(_STATE)
+    return None if state is None else {k: v for k, v in state.items() if k != "complete"}
+
+
+def is_complete(model: nn.Module) -> bool:
+    state = model.__dict__.get(_STATE)
+    return state is not None and state["complete"]
+
+
+def skipped_modules(model: nn.Module, options: Options) -> set[int]:
+    """ids of the modules that modules_to_not_convert names."""
+    return {
+        key
+        for key, (_, names) in planning.module_names(model).items()
+        if any(
+            planning.name_matches(pattern, name)
+            for pattern in options.modules_to_not_convert
+            for name in names
+        )
+    }
+
+
+def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts parameters and saved buffers; low-bit weights change their logical dtype only.
+
+    Buffers that are not saved are tables computed at construction, rotary frequencies above all: in
+    16 bits they would point at wrong positions, and no checkpoint stores them so.
+    """
+    for module in model.modules():
+        computed = {
+            name: buffer
+            for name, buffer in module._buffers.items()
+            if name in module._non_persistent_buffers_set
+        }
+        for name in computed:
+            module._buffers[name] = None
+        try:
+            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+        finally:
+            module._buffers.update(computed)
+
+
+def has_low_bit(model: nn.Module) -> bool:
+    return next(lowbit_parameters(model), None) is not None
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def reject_unconvertible(who: str, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{who}: {where} is a TorchScript module, whose parameters cannot be replaced; "
+                f"optimize the nn.Module it was made from"
+            )
+        if type(module).__name__ == "FullyShardedDataParallel" or hasattr(module, "_fsdp_state"):
+            raise ValueError(
+                f"{who}: {where} is sharded by FSDP, so no rank holds whole weights; "
+                f"optimize the model first, then wrap it"
+            )
+
+
+def reject_optimized(who: str, model: nn.Module) -> None:
+    if not is_complete(model):
+        return
+    types = sorted({weight.low_bit for _, weight in lowbit_parameters(model)})
+    if types:
+        raise ValueError(
+            f"{who}: the model is already optimized ({', '.join(types)}); start from the float "
+            f"model, or call ipex_llm.dequantize(model) first (it gives back the rounded values)"
+        )
+
+
+def check_progress(who: str, model: nn.Module, plan, pending) -> None:
+    """Nothing left to do is an error where all was done before."""
+    if not pending and any(entry.done for entry in plan) and _STATE not in model.__dict__:
+        raise ValueError(
+            f"{who}: every weight of the model is low-bit already; it is part of an optimized "
+            f"model, or was loaded as one"
+        )
+
+
+def check_strict(who: str, plan) -> None:
+    if plan.options.strict is None:
+        return
+    left = [e for e in plan.left_float(plan.options.strict) if not e.excluded]
+    if left:
+        lines = "".join(
+            f"\n  {e.name} {list(e.shape)}: {e.bytes_before / plan.bytes_before:.1%} of the "
+            f"parameter bytes; {e.reason}"
+            for e in left[:10]
+        )
+        more = f"\n  ... and {len(left) - 10} more" if len(left) > 10 else ""
+        raise ValueError(
+            f"{who}: strict={plan.options.strict:g}, but {len(left)} weights above that share "
+            f"would stay float; name them in modules_to_not_convert to accept that:{lines}{more}"
+        )
+
+
+def check_has_data(who: str, pending) -> None:
+    missing = [entry.name for entry in pending if entry.device.type == "meta"]
+    if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"{who}: {len(missing)} weights are on the meta device and have no values: {shown}; "
+            f"load them first, or use ipex_llm.plan() for a dry run and load_low_bit() for a saved "
+            f"model"
+        )
+
+
+def check_finite(who: str, pending) -> None:
+    for entry in pending:
+        module, attribute = entry.slots[0]
+        weight = module._parameters[attribute].detach()
+        flat = ops.first_nonfinite(weight)
+        if flat < 0:
+            continue
+        place = []
+        for size in reversed(entry.shape):
+            flat, index = divmod(flat, size)
+            place.append(index)
+        place.reverse()
+        raise ValueError(
+            f"{who}: weight {entry.name!r} holds {float(weight[tuple(place)])} at {place}, which "
+            f"no low-bit type can represent; repair the checkpoint, or name the module in "
+            f"modules_to_not_convert"
+        )
+
+
+def _progress(entries, wanted: bool):
+    if not wanted:
+        return entries
+    from tqdm import tqdm
+
+    return tqdm(entries, desc="optimize_model", unit="weight", file=sys.stderr)
+
+
+# ---- and back ----------------------------------------------------------------------------------
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turns an optimized model back into an ordinary float model, in place, and returns it.
+
+    The weights are the rounded values, in the dtype they showed or in `dtype`. Ties, hooks, device
+    and flags stay; save_low_bit, cpu_embedding and lightweight_bmm go.
+    """
+    arguments.module_or_raise("dequantize", model)
+    done: dict[int, nn.Parameter] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for attribute, weight in module._parameters.items():
+                if not isinstance(weight, LowBitTensor):
+                    continue
+                if id(weight) not in done:
+                    # `weight` is kept beside its result: a freed id may be given out again.
+                    dense = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+                    done[id(weight)] = dense
+                module._parameters[attribute] = done[id(weight)]
+    for module in model.modules():
+        module.__class__ = original_class(module)
+        module.__dict__.pop("_home_devices", None)
+    model.__dict__.pop(_STATE, None)
+    return model

@@ -1,0 +1,497 @@
+"""Which role a parameter plays in its module, and the modules that need a forward of their own.
+
+A LowBitTensor works wherever its module uses it through torch functions. The mixins here are for
+modules whose own code would expand the whole weight on every call, or would not accept it: they
+compute the same thing from the packed bytes.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import inspect
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ipex_llm import ops
+from ipex_llm.owners import _swap_of, rebuild_owner
+from ipex_llm.tensor import LowBitTensor, swap_class
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What a module does with a parameter."""
+
+    kind: str  # linear, embedding, convolution, experts, matrix, ...
+    convertible: bool
+    reason: str
+    transposed: bool = False  # the matrix product runs over dimension -2
+    stored_shape: tuple[int, ...] | None = None  # packed under this shape
+    must_shrink: bool = False  # not worth it where packing makes it larger
+    binding: bool = False  # if not convertible, a tie to it keeps the other owner float, too
+
+
+def role_of(module: nn.Module, attribute: str, parameter: torch.Tensor, uses) -> Role:
+    """The role of `module.attribute`; `uses` has read the code of the model's classes."""
+    if isinstance(module, ParametrizationList):
+        return _no("parametrized: the weight is computed from it at every use", binding=True)
+    if _is_adapter(module, uses):
+        return _no("an adapter of PEFT, which is trained or merged in float")
+    if isinstance(module, nn.Linear) and attribute == "weight":
+        return _yes(
+            "linear",
+            "nn.Linear"
+            if type(module).__module__.startswith("torch.nn")
+            else f"{type(module).__name__}, an nn.Linear",
+        )
+    if is_conv1d(module) and attribute == "weight":
+        return _yes("linear", "Conv1D of transformers ([in, out])", transposed=True)
+    if isinstance(module, nn.MultiheadAttention) and attribute.endswith("_weight"):
+        return _yes("linear", "projection of nn.MultiheadAttention")
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and attribute == "weight":
+        if module.max_norm is not None:
+            return _no("max_norm renormalises the table in place", binding=True)
+        return _yes("embedding", "looked up by row")
+    if isinstance(module, nn.Bilinear) and attribute == "weight":
+        out, in1, in2 = parameter.shape
+        return _yes(
+            "bilinear",
+            "nn.Bilinear as a product with [out * in1, in2]",
+            stored_shape=(out * in1, in2),
+            must_shrink=True,
+        )
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and attribute.startswith("weight_"):
+        return _yes(
+            "recurrent", f"{type(module).__name__}: expanded once per call", must_shrink=True
+        )
+    if isinstance(module, _ConvNd):
+        return _convolution(module, attribute, parameter)
+    return _raw(module, attribute, parameter, uses)
+
+
+def _convolution(module: _ConvNd, attribute: str, parameter: torch.Tensor) -> Role:
+    if attribute != "weight":
+        return _no("computed with at every use, not a convolution's weight")
+    if isinstance(module, _ConvTransposeNd):
+        return _no("a transposed convolution: not a matrix product")
+    n = parameter.shape[0]
+    k = math.prod(parameter.shape[1:])
+    stored = (n, k)
+    if is_matrix_product(module):
+        return _yes(
+            "convolution",
+            "a convolution that is a matrix product",
+            stored_shape=stored,
+            must_shrink=True,
+        )
+    # One expansion costs n * k element reads, the convolution n * k multiplications per output
+    # position, of which images and spectrograms have hundreds: only depthwise kernels, whose rows
+    # of a few taps would be padded to 32 inputs, are left.
+    if module.groups != 1:
+        return _no(f"a grouped convolution ({module.groups} groups of {k} inputs)")
+    return _yes(
+        "convolution", "a convolution, expanded on use", stored_shape=stored, must_shrink=True
+    )
+
+
+def _raw(module: nn.Module, attribute: str, parameter: torch.Tensor, uses) -> Role:
+    """A parameter that only the code of the model can explain."""
+    use = uses.of(parameter)
+    if use is None:
+        return _no(f"no use found in the code of {type(module).__name__}")
+    if not use.is_matrix:
+        return _no(use.reason)
+    if min(parameter.shape[-2:]) == 1:
+        return _no("a vector in matrix form")
+    kind = "experts" if parameter.dim() == 3 else "matrix"
+    return _yes(kind, use.reason, transposed=use.transposed, must_shrink=True)
+
+
+def _yes(kind: str, reason: str, **more) -> Role:
+    return Role(kind, True, reason, **more)
+
+
+def _no(reason: str, binding: bool = False) -> Role:
+    return Role("", False, reason, binding=binding)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, found by name: importing transformers is not ours to do."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+        for cls in type(module).__mro__
+    )
+
+
+def _is_adapter(module: nn.Module, uses) -> bool:
+    """Whether a PEFT layer above `module` holds it as an adapter (everything but its base layer)."""
+    return id(module) in uses.adapters
+
+
+def is_matrix_product(module: _ConvNd) -> bool:
+    """Whether every input element meets exactly one kernel position: 1x1 kernels and patches."""
+    if isinstance(module, _ConvTransposeNd) or module.groups != 1:
+        return False
+    if any(d != 1 for d, k in zip(module.dilation, module.kernel_size, strict=True) if k > 1):
+        return False
+    if isinstance(module.padding, str):
+        return module.padding == "valid" and module.stride == module.kernel_size
+    unpadded = all(p == 0 for p in module.padding)
+    return unpadded and (module.stride == module.kernel_size or _is_one(module.kernel_size))
+
+
+def _is_one(sizes) -> bool:
+    return all(size == 1 for size in sizes)
+
+
+def give_forward(module: nn.Module) -> None:
+    """Swaps in the forward that serves `module`'s low-bit parameters, where it needs one."""
+    for kind, mixin in _MIXINS:
+        if kind(module):
+            swap_class(module, mixin)
+
+
+def _low_bit(module: nn.Module, name: str) -> LowBitTensor | None:
+    parameter = module._parameters.get(name)
+    return parameter if isinstance(parameter, LowBitTensor) else None
+
+
+class Mixin:
+    """Base of the mixins that modules of an optimized model may have in front of their class."""
+
+    def __reduce_ex__(self, protocol):
+        # Swapped classes exist in this process only: pickle the original and the list of mixins.
+        reduced = list(super().__reduce_ex__(protocol))
+        swap = _swap_of.get(type(self))
+        if swap is not None and reduced[0] in (copyreg.__newobj__, copyreg._reconstructor):
+            reduced[:2] = [rebuild_owner, swap]
+        return tuple(reduced)
+
+
+class Conv1DForward(Mixin):
+    """transformers' Conv1D: x W + b with W [in, out], packed by output."""
+
+    def forward(self, x):
+        weight = _low_bit(self, "weight")
+        if weight is None or not weight.transposed or torch.compiler.is_exporting():
+            return super().forward(x)
+        return ops.linear(x, weight.packed, self.bias, *weight.numbers)
+
+
+class ExpertsForward(Mixin):
+    """Mixture-of-experts layers of transformers: the loop over the experts that were hit.
+
+    The grouped and batched implementations read every expert as one float tensor; this one unpacks
+    nothing but what the router chose.
+    """
+
+    def forward(self, *args, **kwargs):
+        loop = inspect.unwrap(_original_forward(type(self)))
+        return loop(self, *args, **kwargs)
+
+
+def _original_forward(cls: type):
+    for base in cls.__mro__:
+        if base is not ExpertsForward and "forward" in base.__dict__:
+            forward = base.__dict__["forward"]
+            if hasattr(forward, "__wrapped__"):
+                return forward
+    raise TypeError(f"{cls.__name__} has no experts implementation to unwrap")
+
+
+def _has_experts_interface(module: nn.Module) -> bool:
+    """Decorated by transformers' use_experts_implementation."""
+    forward = getattr(type(module), "forward", None)
+    return hasattr(module, "is_transposed") and hasattr(forward, "__wrapped__")
+
+
+class MultiheadAttentionForward(Mixin):
+    """nn.MultiheadAttention from packed projections: one low-bit product per distinct input."""
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        key_padding_mask=None,
+        need_weights=True,
+        attn_mask=None,
+        average_attn_weights=True,
+        is_causal=False,
+    ):
+        served = (
+            all(isinstance(w, LowBitTensor) for w in self._projections())
+            and isinstance(self.out_proj.weight, LowBitTensor)
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not torch.compiler.is_exporting()
+            and not query.is_nested
+            and query.dim() in (2, 3)
+        )
+        if not served:
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        return _attend(
+            self,
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+        )
+
+    def _projections(self):
+        if self._qkv_same_embed_dim:
+            return (self._parameters["in_proj_weight"],)
+        return tuple(self._parameters[f"{p}_proj_weight"] for p in "qkv")
+
+
+def _attend(
+    mha,
+    query,
+    key,
+    value,
+    key_padding_mask,
+    need_weights,
+    attn_mask,
+    average_attn_weights,
+    is_causal,
+):
+    if is_causal and attn_mask is None:
+        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")  # as torch says
+    batched = query.dim() == 3
+    same_kv, same_qk = key is value, query is key
+    if not batched:
+        query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+    elif not mha.batch_first:
+        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+    q, k, v = _project(mha, query, key, value, same_qk and same_kv, same_kv)
+    batch, heads = query.shape[0], mha.num_heads
+    q, k, v = (t.unflatten(-1, (heads, mha.head_dim)).transpose(1, 2) for t in (q, k, v))
+    mask = _attention_mask(mha, q, k, key_padding_mask, attn_mask, batch)
+    dropout = mha.dropout if mha.training else 0.0
+    weights = None
+    if need_weights:
+        scores = (q / math.sqrt(mha.head_dim)) @ k.transpose(-1, -2)
+        weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+        if dropout:
+            weights = F.dropout(weights, p=dropout)
+        out = weights @ v
+        if average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            weights = weights.squeeze(0)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    out = mha.out_proj(out.transpose(1, 2).flatten(-2))
+    if not batched:
+        return out.squeeze(0), weights
+    return (out if mha.batch_first else out.transpose(0, 1)), weights
+
+
+def _project(mha, query, key, value, same_qkv: bool, same_kv: bool):
+    if not mha._qkv_same_embed_dim:
+        biases = (None,) * 3 if mha.in_proj_bias is None else mha.in_proj_bias.chunk(3)
+        weights = mha._projections()
+        return tuple(map(F.linear, (query, key, value), weights, biases))
+    weight, bias = mha._parameters["in_proj_weight"], mha.in_proj_bias
+    if same_qkv:
+        return F.linear(query, weight, bias).chunk(3, dim=-1)
+    # Rows are cut where tiles of 16 end; for other widths torch computes with dequantized slices.
+    size = mha.embed_dim
+    cut = (lambda a, b: None) if bias is None else (lambda a, b: bias[a:b])
+    q = F.linear(query, weight[:size], cut(0, size))
+    if same_kv:
+        kv = F.linear(key, weight[size:], cut(size, 3 * size))
+        return q, *kv.chunk(2, dim=-1)
+    k = F.linear(key, weight[size : 2 * size], cut(size, 2 * size))
+    v = F.linear(value, weight[2 * size :], cut(2 * size, 3 * size))
+    return q, k, v
+
+
+def _attention_mask(mha, q, k, key_padding_mask, attn_mask, batch: int):
+    """Both masks as one additive float mask that broadcasts over [batch, heads, L, S]."""
+    mask = _additive(attn_mask, q.dtype)
+    if mask is not None:
+        length, source = q.shape[-2], k.shape[-2]
+        if mask.dim() == 3:
+            expected = (batch * mha.num_heads, length, source)
+            if tuple(mask.shape) != expected:
+                raise RuntimeError(
+                    f"The shape of the 3D attn_mask is {tuple(mask.shape)}, but should be {expected}."
+                )
+            mask = mask.view(batch, mha.num_heads, length, source)
+        elif tuple(mask.shape) != (length, source):
+            raise RuntimeError(
+                f"The shape of the 2D attn_mask is {tuple(mask.shape)}, but should be "
+                f"{(length, source)}."
+            )
+    padding = _additive(key_padding_mask, q.dtype)
+    if padding is None:
+        return mask
+    padding = padding[:, None, None, :]
+    return padding if mask is None else mask + padding
+
+
+def _additive(mask, dtype):
+    if mask is None or mask.is_floating_point():
+        return mask if mask is None else mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+class ConvolutionForward(Mixin):
+    """1x1 kernels and patch embeddings as one low-bit product; other kernels expand the weight."""
+
+    def forward(self, x, *args, **kwargs):
+        weight = _low_bit(self, "weight")
+        if weight is None or args or kwargs or torch.compiler.is_exporting():
+            return super().forward(x, *args, **kwargs)
+        spatial = len(self.kernel_size)
+        if not is_matrix_product(self) or x.dim() not in (spatial + 1, spatial + 2):
+            return super().forward(x)
+        if weight.stored_shape != (weight.shape[0], math.prod(weight.shape[1:])):
+            return super().forward(x)
+        return _patches(self, x, weight, spatial)
+
+    def _conv_forward(self, x, weight, bias):
+        if isinstance(weight, LowBitTensor):
+            weight = weight.dequantize()
+        return super()._conv_forward(x, weight, bias)
+
+
+def _patches(conv, x, weight, spatial: int):
+    batched = x.dim() == spatial + 2
+    if not batched:
+        x = x.unsqueeze(0)
+    if x.shape[1] != conv.in_channels:
+        raise RuntimeError(
+            f"expected input to have {conv.in_channels} channels, got {x.shape[1]} in "
+            f"{tuple(x.shape)}"
+        )
+    kernel = conv.kernel_size
+    if _is_one(kernel):
+        x = x[(slice(None), slice(None), *(slice(None, None, s) for s in conv.stride))]
+        columns = x.movedim(1, -1)
+    else:
+        counts = [size // k for size, k in zip(x.shape[2:], kernel, strict=True)]
+        if min(counts) == 0:
+            raise RuntimeError(
+                f"kernel size {kernel} is larger than the input {tuple(x.shape[2:])}"
+            )
+        x = x[
+            (
+                slice(None),
+                slice(None),
+                *(slice(0, c * k) for c, k in zip(counts, kernel, strict=True)),
+            )
+        ]
+        shape = [x.shape[0], x.shape[1]]
+        for count, k in zip(counts, kernel, strict=True):
+            shape += [count, k]
+        x = x.reshape(shape)  # [B, C, o1, k1, o2, k2, ...]
+        outer = [2 + 2 * i for i in range(spatial)]
+        inner = [3 + 2 * i for i in range(spatial)]
+        columns = x.permute(0, *outer, 1, *inner).flatten(spatial + 1)
+    out = ops.linear(columns, weight.packed, conv.bias, *weight.numbers).movedim(-1, 1)
+    return out if batched else out.squeeze(0)
+
+
+class EmbeddingBagForward(Mixin):
+    """nn.EmbeddingBag from looked-up rows: only the bags' own rows are unpacked."""
+
+    def forward(self, input, offsets=None, per_sample_weights=None):
+        weight = _low_bit(self, "weight")
+        if weight is None or input.dim() not in (1, 2) or torch.compiler.is_exporting():
+            return super().forward(input, offsets, per_sample_weights)
+        rows = F.embedding(input.reshape(-1), weight)
+        places = torch.arange(rows.shape[0], device=rows.device)
+        padding_idx = None
+        if self.padding_idx is not None:
+            # All padding entries share one extra row, so that the bag can leave it out.
+            padding_idx = rows.shape[0]
+            places = places.masked_fill(input.reshape(-1) == self.padding_idx, padding_idx)
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        return F.embedding_bag(
+            places.view(input.shape),
+            rows,
+            offsets,
+            None,
+            2.0,
+            False,
+            self.mode,
+            False,
+            per_sample_weights,
+            self.include_last_offset,
+            padding_idx,
+        )
+
+
+class BilinearForward(Mixin):
+    """nn.Bilinear: x2 meets the packed [out * in1, in2], the rest is a sum over in1."""
+
+    def forward(self, input1, input2):
+        weight = _low_bit(self, "weight")
+        if weight is None or weight.stored_shape != (
+            self.out_features * self.in1_features,
+            self.in2_features,
+        ):
+            return super().forward(input1, input2)
+        half = ops.linear(input2, weight.packed, None, *weight.numbers)
+        half = half.unflatten(-1, (self.out_features, self.in1_features))
+        out = (half @ input1.unsqueeze(-1)).squeeze(-1)
+        return out if self.bias is None else out + self.bias
+
+
+class RecurrentForward(Mixin):
+    """nn.RNN, nn.LSTM, nn.GRU: the weights are expanded once per call, not once per step."""
+
+    def forward(self, *args, **kwargs):
+        flat = self._flat_weights
+        if not any(isinstance(w, LowBitTensor) for w in self._parameters.values()):
+            return super().forward(*args, **kwargs)
+        current = [self._parameters.get(name) for name in self._flat_weights_names]
+        dense = [w.dequantize() if isinstance(w, LowBitTensor) else w for w in current]
+        # A shallow stand-in carries the dense weights, so that two threads may share the module.
+        proxy = _shallow(self)
+        proxy.__dict__["_flat_weights"] = dense
+        del flat
+        return super(RecurrentForward, proxy).forward(*args, **kwargs)
+
+    def flatten_parameters(self):
+        if not any(isinstance(w, LowBitTensor) for w in self._parameters.values()):
+            super().flatten_parameters()
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    proxy = module.__class__.__new__(module.__class__)
+    proxy.__dict__.update(module.__dict__)
+    return proxy
+
+
+_MIXINS = (
+    (is_conv1d, Conv1DForward),
+    (_has_experts_interface, ExpertsForward),
+    (lambda m: isinstance(m, nn.MultiheadAttention), MultiheadAttentionForward),
+    (lambda m: isinstance(m, _ConvNd), ConvolutionForward),
+    (lambda m: isinstance(m, nn.EmbeddingBag), EmbeddingBagForward),
+    (lambda m: isinstance(m, nn.Bilinear), BilinearForward),
+    (lambda m: isinstance(m, nn.RNNBase), RecurrentForward),
+)
