@@ -27,7 +27,7 @@ namespace lowbit::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Fails with `lowbit::Error`, the text made of all parts: check(ok, ErrorCode::kValue, "linear: ...").
+// Throws `lowbit::Error`, the text made of all parts.
 template <typename... Parts>
 [[noreturn]] void fail(ErrorCode code, const Parts&... parts) {
   std::ostringstream text;
@@ -35,11 +35,19 @@ template <typename... Parts>
   throw Error(code, text.str());
 }
 
+// LOWBIT_CHECK(ok, ErrorCode::kValue, "linear: ...", got). A macro, because the parts of a text
+// that is not needed must not be made: printing three shapes costs more than the call.
+#define LOWBIT_CHECK(ok, ...)               \
+  do {                                      \
+    if (!(ok)) [[unlikely]] {               \
+      ::lowbit::binding::fail(__VA_ARGS__); \
+    }                                       \
+  } while (false)
+
+// The same as a function, for operators that touch files: its parts are always made.
 template <typename... Parts>
 void check(bool ok, ErrorCode code, const Parts&... parts) {
-  if (!ok) [[unlikely]] {
-    fail(code, parts...);
-  }
+  LOWBIT_CHECK(ok, code, parts...);
 }
 
 // What the stable ABI lets through is a std::runtime_error, which Python sees as RuntimeError. The
@@ -57,7 +65,8 @@ auto translate_errors(const Body& body) {
   }
 }
 
-// Wraps an operator for registration: LOWBIT_BOX(linear) is TORCH_BOX(linear) with the errors above.
+// Wraps an operator for registration: LOWBIT_BOX(linear) is TORCH_BOX(linear) with the errors
+// above.
 template <auto Function>
 struct Translated;
 template <typename Result, typename... Args, Result (*Function)(Args...)>
@@ -155,26 +164,26 @@ inline ScalarType scalar_type(DType dtype) {
 }
 
 inline void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
-  check(tensor.is_cpu(), ErrorCode::kValue, op, ": ", argument,
-        " must be on the CPU like the other arguments; move all of them to one device");
+  LOWBIT_CHECK(tensor.is_cpu(), ErrorCode::kValue, op, ": ", argument,
+               " must be on the CPU like the other arguments; move all of them to one device");
 }
 
 inline Format checked_format(const char* op, std::int64_t format) {
-  check(format >= 0 && format < kFormatCount, ErrorCode::kValue, op, ": format must be 0 to ",
-        kFormatCount - 1, ", got ", format);
+  LOWBIT_CHECK(format >= 0 && format < kFormatCount, ErrorCode::kValue, op,
+               ": format must be 0 to ", kFormatCount - 1, ", got ", format);
   return static_cast<Format>(format);
 }
 
 inline Precision checked_precision(const char* op, std::int64_t precision) {
-  check(precision >= 0 && precision <= 3, ErrorCode::kValue, op,
-        ": precision must be 0 (auto), 1 (fp32), 2 (bf16) or 3 (int8), got ", precision);
+  LOWBIT_CHECK(precision >= 0 && precision <= 3, ErrorCode::kValue, op,
+               ": precision must be 0 (auto), 1 (fp32), 2 (bf16) or 3 (int8), got ", precision);
   return static_cast<Precision>(precision);
 }
 
 inline int checked_int(const char* op, const char* argument, std::int64_t value) {
   // Far beyond any exponent or group size, and far from overflow in what follows.
-  check(value >= -(1 << 20) && value <= (1 << 20), ErrorCode::kValue, op, ": ", argument,
-        " is out of range: ", value);
+  LOWBIT_CHECK(value >= -(1 << 20) && value <= (1 << 20), ErrorCode::kValue, op, ": ", argument,
+               " is out of range: ", value);
   return static_cast<int>(value);
 }
 
@@ -182,20 +191,21 @@ inline int checked_int(const char* op, const char* argument, std::int64_t value)
 // contiguous, 64-byte aligned. Returns their address.
 inline std::byte* checked_packed(const char* op, const Tensor& packed, const Layout& layout,
                                  std::int64_t matrices = 1) {
-  check(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
-        ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
+  LOWBIT_CHECK(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
+               ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
   check_cpu(op, "packed", packed);
-  check(packed.is_contiguous(), ErrorCode::kValue, op,
-        ": packed must be contiguous; pass the tensor as quantize() made it");
-  check(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&
-            packed.size(1) == layout.tile_bytes,
-        ErrorCode::kValue, op, ": packed must be [", matrices * layout.tiles, ", ",
-        layout.tile_bytes, "] for ", matrices, " matrix(es) of ", layout.n, " x ", layout.k,
-        " in ", format_info(layout.format).name, " with group size ", layout.group_size, ", got ",
-        shape_text(packed), "; are n, k, format and group_size those it was packed with?");
+  LOWBIT_CHECK(packed.is_contiguous(), ErrorCode::kValue, op,
+               ": packed must be contiguous; pass the tensor as quantize() made it");
+  LOWBIT_CHECK(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&
+                   packed.size(1) == layout.tile_bytes,
+               ErrorCode::kValue, op, ": packed must be [", matrices * layout.tiles, ", ",
+               layout.tile_bytes, "] for ", matrices, " matrix(es) of ", layout.n, " x ", layout.k,
+               " in ", format_info(layout.format).name, " with group size ", layout.group_size,
+               ", got ", shape_text(packed),
+               "; are n, k, format and group_size those it was packed with?");
   void* data = packed.data_ptr();
-  check(reinterpret_cast<std::uintptr_t>(data) % kUnitBytes == 0, ErrorCode::kValue, op,
-        ": packed must start at a multiple of ", kUnitBytes, " bytes; clone() aligns it");
+  LOWBIT_CHECK(reinterpret_cast<std::uintptr_t>(data) % kUnitBytes == 0, ErrorCode::kValue, op,
+               ": packed must start at a multiple of ", kUnitBytes, " bytes; clone() aligns it");
   return static_cast<std::byte*>(data);
 }
 
@@ -203,7 +213,7 @@ inline std::byte* checked_packed(const char* op, const Tensor& packed, const Lay
 // looks the operator up by its name at every call.
 inline Tensor empty_cpu(const std::int64_t* sizes, std::int64_t dim, ScalarType type) {
   std::int64_t strides[64];
-  check(dim <= 64, ErrorCode::kValue, "a tensor may have 64 dimensions, got ", dim);
+  LOWBIT_CHECK(dim <= 64, ErrorCode::kValue, "a tensor may have 64 dimensions, got ", dim);
   std::int64_t stride = 1;
   for (std::int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;

@@ -55,9 +55,9 @@ Tensor linear(const Tensor& x_given, const Tensor& packed, const std::optional<T
   const std::byte* weight = checked_packed("linear", packed, layout);
 
   const std::int64_t dim = x_given.dim();
-  check(dim >= 1 && x_given.size(dim - 1) == k, ErrorCode::kValue,
-        "linear: the last dimension of x must be ", k, " to go with a weight of ", n, " x ", k,
-        ", got x ", shape_text(x_given));
+  LOWBIT_CHECK(dim >= 1 && x_given.size(dim - 1) == k, ErrorCode::kValue,
+               "linear: the last dimension of x must be ", k, " to go with a weight of ", n, " x ",
+               k, ", got x ", shape_text(x_given));
   Tensor x = x_given;
   std::optional<RowView> view = rows_of(x);
   if (!view) {
@@ -69,10 +69,10 @@ Tensor linear(const Tensor& x_given, const Tensor& packed, const std::optional<T
   if (bias) {
     args.bias_dtype = float_dtype("linear", "bias", bias->scalar_type(), /*allow_double=*/false);
     check_cpu("linear", "bias", *bias);
-    check(bias->dim() == 1 && bias->size(0) == n, ErrorCode::kValue, "linear: bias must be [", n,
-          "], got ", shape_text(*bias));
-    check(n <= 1 || bias->stride(0) == 1, ErrorCode::kValue,
-          "linear: bias must be contiguous; call contiguous() on it");
+    LOWBIT_CHECK(bias->dim() == 1 && bias->size(0) == n, ErrorCode::kValue,
+                 "linear: bias must be [", n, "], got ", shape_text(*bias));
+    LOWBIT_CHECK(n <= 1 || bias->stride(0) == 1, ErrorCode::kValue,
+                 "linear: bias must be contiguous; call contiguous() on it");
     args.bias = bias->data_ptr();
   }
 
@@ -107,12 +107,12 @@ struct Stack {
 };
 
 Stack stack_of(const char* op, const char* argument, const std::int64_t* sizes, std::int64_t dim) {
-  check(dim >= 2, ErrorCode::kValue, op, ": ", argument,
-        " must have at least two dimensions, got ", dim);
+  LOWBIT_CHECK(dim >= 2, ErrorCode::kValue, op, ": ", argument,
+               " must have at least two dimensions, got ", dim);
   Stack stack{1, sizes[dim - 2], sizes[dim - 1]};
   for (std::int64_t d = 0; d < dim - 2; ++d) {
-    check(!__builtin_mul_overflow(stack.matrices, sizes[d], &stack.matrices), ErrorCode::kValue, op,
-          ": ", argument, " has too many elements");
+    LOWBIT_CHECK(!__builtin_mul_overflow(stack.matrices, sizes[d], &stack.matrices),
+                 ErrorCode::kValue, op, ": ", argument, " has too many elements");
   }
   return stack;
 }
@@ -125,8 +125,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight_given, std::int64_t for
   const Stack stack =
       stack_of("quantize", "weight", weight_given.sizes().data(), weight_given.dim());
   const int group = checked_int("quantize", "group_size", group_size);
-  const Layout one =
-      make_layout(checked_format("quantize", format), stack.n, stack.k, group);
+  const Layout one = make_layout(checked_format("quantize", format), stack.n, stack.k, group);
 
   // A stack is packed as one matrix of all rows, which has the same bytes and gives the tensor its
   // one exponent. That needs n to be a multiple of the tile's rows; rows of zeros make it one, and
@@ -167,9 +166,8 @@ Tensor dequantize(const Tensor& packed, const std::vector<std::int64_t>& shape, 
   const DType out_dtype = float_dtype("dequantize", "dtype", dtype, /*allow_double=*/true);
   const Stack stack =
       stack_of("dequantize", "shape", shape.data(), static_cast<std::int64_t>(shape.size()));
-  const Layout layout =
-      make_layout(checked_format("dequantize", format), stack.n, stack.k,
-                  checked_int("dequantize", "group_size", group_size));
+  const Layout layout = make_layout(checked_format("dequantize", format), stack.n, stack.k,
+                                    checked_int("dequantize", "group_size", group_size));
   const std::byte* source = checked_packed("dequantize", packed, layout, stack.matrices);
   const int e = checked_int("dequantize", "exponent", exponent);
   Tensor out = empty_cpu(shape.data(), static_cast<std::int64_t>(shape.size()), dtype);
@@ -177,10 +175,9 @@ Tensor dequantize(const Tensor& packed, const std::vector<std::int64_t>& shape, 
   const auto matrix_bytes = static_cast<std::size_t>(stack.n * stack.k) * dtype_bytes(out_dtype);
   if (matrix_bytes > 0) {
     for (std::int64_t i = 0; i < stack.matrices; ++i) {
-      lowbit::dequantize({source + i * layout.bytes(), static_cast<std::size_t>(layout.bytes())},
-                         layout, e,
-                         {target + i * matrix_bytes, out_dtype, stack.n, stack.k, stack.k, 1},
-                         torch_threads());
+      lowbit::dequantize(
+          {source + i * layout.bytes(), static_cast<std::size_t>(layout.bytes())}, layout, e,
+          {target + i * matrix_bytes, out_dtype, stack.n, stack.k, stack.k, 1}, torch_threads());
     }
   }
   return out;
@@ -191,8 +188,9 @@ Tensor embedding(const Tensor& packed, const Tensor& ids_given, std::int64_t n, 
                  ScalarType dtype) {
   const DType out_dtype = float_dtype("embedding", "dtype", dtype, /*allow_double=*/true);
   const ScalarType ids_type = ids_given.scalar_type();
-  check(ids_type == ScalarType::Long || ids_type == ScalarType::Int, ErrorCode::kType,
-        "embedding: ids must be int64 or int32, got ", torch::headeronly::toString(ids_type));
+  LOWBIT_CHECK(ids_type == ScalarType::Long || ids_type == ScalarType::Int, ErrorCode::kType,
+               "embedding: ids must be int64 or int32, got ",
+               torch::headeronly::toString(ids_type));
   check_cpu("embedding", "ids", ids_given);
   const Layout layout = make_layout(checked_format("embedding", format), n, k,
                                     checked_int("embedding", "group_size", group_size));
@@ -200,7 +198,7 @@ Tensor embedding(const Tensor& packed, const Tensor& ids_given, std::int64_t n, 
   const Tensor ids = torch::stable::contiguous(ids_given);
 
   const std::int64_t dim = ids.dim();
-  check(dim < 64, ErrorCode::kValue, "embedding: ids have too many dimensions: ", dim);
+  LOWBIT_CHECK(dim < 64, ErrorCode::kValue, "embedding: ids have too many dimensions: ", dim);
   std::array<std::int64_t, 64> sizes;
   const auto ids_sizes = ids.sizes();
   std::copy(ids_sizes.begin(), ids_sizes.end(), sizes.begin());
@@ -242,7 +240,8 @@ std::int64_t first_nonfinite(const Tensor& x_given) {
                                  torch_threads());
 }
 
-// ---- what the library is and has ------------------------------------------------------------------
+// ---- what the library is and has
+// ------------------------------------------------------------------
 
 std::string format_table() {
   std::ostringstream text;
@@ -258,7 +257,9 @@ std::string format_table() {
   return text.str();
 }
 
-std::string isa() { return std::string(active_isa()); }
+std::string isa() {
+  return std::string(active_isa());
+}
 
 std::string available() {
   std::ostringstream text;
@@ -268,7 +269,9 @@ std::string available() {
   return text.str();
 }
 
-void force(const std::string& name) { force_isa(name); }
+void force(const std::string& name) {
+  force_isa(name);
+}
 
 }  // namespace
 }  // namespace lowbit::binding

@@ -29,6 +29,18 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   // The table of formats, one line each: name, bits, code kind, scale kind, zero point, padding
   // code, codebook. Python keeps no copy of it.
   m.def("format_table() -> str");
+  // A saved directory (docs/files.md): the text of its manifest, and its tensors in the manifest's
+  // order, over memory that is mapped privately or read.
+  m.def("file_open(str directory, bool mmap, bool verify) -> (str manifest, Tensor[] tensors)");
+  // Begins a save: a handle, and the names of the request's tensors in the order in which their
+  // bytes must be written.
+  m.def(
+      "file_save_begin(str directory, str request, int max_shard_bytes, str[] extra_names, "
+      "Tensor[] extra_contents) -> (int handle, str[] order)");
+  m.def("file_save_write(int handle, Tensor data) -> ()");
+  m.def("file_save_commit(int handle) -> str manifest");
+  m.def("file_save_abort(int handle) -> ()");
+
   m.def("isa() -> str");
   m.def("describe_isa() -> str");
   m.def("available_isas() -> str");
