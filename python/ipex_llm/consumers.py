@@ -504,6 +504,8 @@ def _split(w: LowBitTensor, sizes: list[int], dim: int) -> tuple[LowBitTensor, .
 )
 @function(Tensor.cpu, Tensor.cuda, Tensor.xpu)
 def _f_to(func, args, kwargs):
+    if len(args) == 2 and not kwargs and args[1] is args[0].dtype:
+        return args[0]  # w.to(x.dtype), as whisper does at every call
     w, *rest = args
     if not isinstance(w, LowBitTensor):  # x.to(w), x.type_as(w): only the dtype and device matter
         plain = [_probe(a, ()) if isinstance(a, LowBitTensor) else a for a in rest]

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from . import ops
 from .errors import translate
-from .ops import _linear, _linear_forward, _state
+from .ops import _state
 from .tensor import _FLOAT_DTYPES, LowBitTensor
 
 __all__ = [
@@ -29,8 +28,6 @@ __all__ = [
 ]
 
 _is_exporting = torch.compiler.is_exporting
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
 _KERNEL_DTYPES = ops._KERNEL_DTYPES
 
 
@@ -215,11 +212,11 @@ class LinearForward(LowBitOwner):
             return super().forward(input)
         if not weight.direct or input.dtype not in _KERNEL_DTYPES:
             return super().forward(input)
-        op = _linear
-        if not _is_grad_enabled() and forward_ad._current_level < 0 and not _is_compiling():
-            op = _linear_forward  # see ops.linear
+        bias = parameters["bias"]
         try:
-            return op(input, weight.packed, parameters["bias"], *weight.numbers, _state.precision)
+            return ops.select_linear(input, bias)(
+                input, weight.packed, bias, *weight.numbers, _state.precision
+            )
         except RuntimeError as error:
             raise translate(error) from None
 

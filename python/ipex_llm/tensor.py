@@ -41,6 +41,8 @@ _OWN = (
     "stored_shape",
     "numbers",
     "direct",
+    "_logical_dtype",
+    "_logical_shape",
     "_is_param",
     "_moved_to",
 )
@@ -63,6 +65,12 @@ class LowBitTensor(torch.Tensor):
     exponent: int
     transposed: bool
     stored_shape: tuple[int, ...]
+
+    # Read so often that a trip through __torch_function__ (1 us) would show.
+    dtype = property(lambda self: self._logical_dtype)
+    shape = property(lambda self: self._logical_shape)
+    device = property(lambda self: self.packed.device)
+    requires_grad = property(lambda self: False, lambda self, flag: _refuse_grad(flag))
 
     # ---- construction --------------------------------------------------------------------------------
 
@@ -102,6 +110,8 @@ class LowBitTensor(torch.Tensor):
         )
         info = ops.FORMATS[low_bit]
         self.packed = packed
+        self._logical_dtype = dtype
+        self._logical_shape = torch.Size(shape)
         self.low_bit = low_bit
         self.group_size = group_size
         self.exponent = exponent
@@ -225,7 +235,7 @@ class LowBitTensor(torch.Tensor):
         """
         with _no_function(), torch.inference_mode(False), torch.no_grad():
             torch.Tensor.data.__set__(self, other)
-        for name in _OWN[:8]:
+        for name in _OWN[:-2]:
             setattr(self, name, getattr(other, name))
 
     def _is_reshaped(self) -> bool:
@@ -323,6 +333,11 @@ class LowBitTensor(torch.Tensor):
             "dtype": self.dtype,
         }
         return rebuild_lowbit_tensor, (self.packed, description, self._is_param)
+
+
+def _refuse_grad(flag: bool) -> None:
+    if flag:
+        raise RuntimeError(_FROZEN)
 
 
 _FROZEN = (
