@@ -1,9 +1,9 @@
 """lightweight_bmm: batched products that never copy an expanded or strided operand.
 
 torch.matmul broadcasts batch dimensions by expand and reshape, and the reshape copies. Attention
-with shared key heads, written as `q @ k.transpose(-1, -2)`, or heads that are a transposed view with
-a batch above one, allocate a full copy of each operand per call. Here an operand that is the same
-for several batches is used once with those batches folded into the rows of the other, and what
+with shared key heads, written as `q @ k.transpose(-1, -2)`, or heads that are a transposed view
+with a batch above one, allocate a full copy of each operand per call. Here an operand that is the
+same for several batches is used once with those batches folded into the rows of the other, and what
 cannot be folded is walked slice by slice into one preallocated output.
 
 The replacement is a TorchFunctionMode, so nothing global is patched: it is entered by the outermost

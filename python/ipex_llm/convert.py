@@ -268,3 +268,55 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         module.__dict__.pop("_home_devices", None)
     model.__dict__.pop(_STATE, None)
     return model
+
+
+def merge_adapters(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module:
+    """Merges the LoRA adapters of a PEFT model into its low-bit weights; returns the base model.
+
+    PEFT adds an adapter to the weight in place, which packed codes cannot represent. So, layer by
+    layer, the weight is expanded, merged by PEFT and packed again in the type it had: the result
+    is rounded anew, and only one layer is float at a time. Without `adapter_names` the active
+    adapters are merged. Layers that stayed float merge as they always do.
+    """
+    arguments.module_or_raise("merge_adapters", model)
+    layers_found = [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
+    if not layers_found or not hasattr(model, "unload"):
+        raise TypeError(
+            "merge_adapters: expected a model wrapped by PEFT (get_peft_model, PeftModel), got "
+            f"{type(model).__name__} with {len(layers_found)} adapted layers"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        for layer in layers_found:
+            _merge_layer(layer, adapter_names)
+    return model.unload()
+
+
+def _merge_layer(layer: nn.Module, adapter_names: list[str] | None) -> None:
+    packed = []
+    for owner in layer.base_layer.modules():
+        for attribute, weight in list(owner._parameters.items()):
+            if isinstance(weight, LowBitTensor):
+                packed.append((owner, attribute, weight))
+                dense = nn.Parameter(weight.dequantize(), requires_grad=False)
+                owner._parameters[attribute] = dense
+    try:
+        layer.merge(safe_merge=True, adapter_names=adapter_names)
+    except BaseException:
+        for owner, attribute, weight in packed:
+            owner._parameters[attribute] = weight
+        raise
+    for owner, attribute, weight in packed:
+        merged = owner._parameters[attribute].detach()
+        install(owner, attribute, pack_like(merged, weight))
+
+
+def pack_like(weight: torch.Tensor, packed: LowBitTensor) -> LowBitTensor:
+    """`weight` in the type, grouping and layout of `packed`."""
+    reshaped = not packed.transposed and tuple(packed.shape) != packed.stored_shape
+    return LowBitTensor.quantize(
+        weight,
+        packed.low_bit,
+        packed.group_size,
+        transposed=packed.transposed,
+        stored_shape=packed.stored_shape if reshaped else None,
+    )

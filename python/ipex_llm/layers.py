@@ -129,7 +129,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _is_adapter(module: nn.Module, uses) -> bool:
-    """Whether a PEFT layer above `module` holds it as an adapter (everything but its base layer)."""
+    """Whether a PEFT layer above `module` holds it beside its base layer."""
     return id(module) in uses.adapters
 
 
@@ -336,7 +336,8 @@ def _attention_mask(mha, q, k, key_padding_mask, attn_mask, batch: int):
             expected = (batch * mha.num_heads, length, source)
             if tuple(mask.shape) != expected:
                 raise RuntimeError(
-                    f"The shape of the 3D attn_mask is {tuple(mask.shape)}, but should be {expected}."
+                    f"The shape of the 3D attn_mask is {tuple(mask.shape)}, but should be "
+                    f"{expected}."
                 )
             mask = mask.view(batch, mha.num_heads, length, source)
         elif tuple(mask.shape) != (length, source):

@@ -1,10 +1,10 @@
 """How the code of a model uses its parameters, read from the source of its classes.
 
-`nn.Linear` says what its weight is for; a bare `nn.Parameter` does not. It may be a matrix (`x @ w`,
-`F.linear(x, w[expert])`, an einsum), a table of positions that is added, a gate that multiplies, or
-memory that a custom autograd function reads by address. The first may be packed, the second and
-third should not, the last must not. So the forward methods are read, with the functions they call,
-and every expression that comes from a parameter is followed to where it is consumed.
+`nn.Linear` says what its weight is for; a bare `nn.Parameter` does not. It may be a matrix
+(`x @ w`, `F.linear(x, w[expert])`, an einsum), a table of positions that is added, a gate that
+multiplies, or memory that a custom autograd function reads by address. The first may be packed, the
+second and third should not, the last must not. So the forward methods are read, with the functions
+they call, and every expression that comes from a parameter is followed to where it is consumed.
 
 This is a reading of the source, not a proof. It errs towards float: what it cannot follow stays
 float, with the reason. A parameter it packs wrongly would still compute correctly, from dequantized
@@ -231,8 +231,7 @@ class _Body(ast.NodeVisitor):
                     self.write(ref, "changes it in place")
 
     def visit_For(self, node):
-        refs = tuple(dataclasses.replace(r, path=(*r.path, "*")) for r in self.value(node.iter))
-        self.bind(node.target, refs)
+        self.bind(node.target, _items(self.value(node.iter)))
         self.visit_all(node.body)
         self.visit_all(node.orelse)
 
@@ -319,10 +318,7 @@ class _Body(ast.NodeVisitor):
             if isinstance(child, ast.expr):
                 self.consume(child)
             elif isinstance(child, ast.comprehension):
-                refs = tuple(
-                    dataclasses.replace(r, path=(*r.path, "*")) for r in self.value(child.iter)
-                )
-                self.bind(child.target, refs)
+                self.bind(child.target, _items(self.value(child.iter)))
         return ()
 
     def value_Name(self, node):
@@ -347,8 +343,7 @@ class _Body(ast.NodeVisitor):
 
     def value_Subscript(self, node):
         self.consume(node.slice)
-        refs = self.value(node.value)
-        return tuple(dataclasses.replace(r, path=(*r.path, "*")) for r in refs)
+        return _items(self.value(node.value))
 
     def value_Slice(self, node):
         for part in (node.lower, node.upper, node.step):
@@ -442,7 +437,7 @@ class _Body(ast.NodeVisitor):
             if name in _ELEMENTWISE_METHODS:
                 self.reader.record(ref, "value", _VALUE_REASON)
             elif name in ("items", "values", "get", "parameters"):
-                return tuple(dataclasses.replace(r, path=(*r.path, "*")) for r in refs)
+                return _items(refs)
         return tuple(dataclasses.replace(r, path=(*r.path, name)) for r in refs if name == "weight")
 
     def _method_of_self(self, node):
@@ -559,6 +554,11 @@ class _Body(ast.NodeVisitor):
 
     def _reads_address(self) -> str:
         return f"{self.reader.cls.__name__}.{self.function.__name__} reads its memory by address"
+
+
+def _items(refs: tuple[_Ref, ...]) -> tuple[_Ref, ...]:
+    """Elements of what `refs` may be."""
+    return tuple(dataclasses.replace(ref, path=(*ref.path, "*")) for ref in refs)
 
 
 _MATRIX_REASON = "multiplied as a matrix"
