@@ -43,7 +43,7 @@ def dispatch(*overloads: Any) -> Callable:
     return _on(DISPATCH, *overloads)
 
 
-# ---- arithmetic on packed bytes, shared by both halves -----------------------------------------------------
+# ---- arithmetic on packed bytes, shared by both halves -------------------------------------------
 
 
 def _is_matrix(w: Any) -> bool:
@@ -96,7 +96,7 @@ class _TimesStored(torch.autograd.Function):
 
 
 def _batched(x: Tensor, w: LowBitTensor, columns: bool) -> Tensor | None:
-    """x [e, m, *] times each matrix of w [e, *, *]; w is what x @ w takes if `columns`, else its mT.
+    """x [e, m, *] times each matrix of w [e, *, *] (each one's mT, unless `columns`).
 
     None if the shapes are not those, or if dequantizing is as good.
     """
@@ -125,7 +125,7 @@ def _swapped(w: LowBitTensor) -> LowBitTensor | None:
 
 
 def _select(w: LowBitTensor, index: Any) -> LowBitTensor | None:
-    """w[index] for what keeps whole matrices: an integer, a slice of step 1, or integers in a tensor."""
+    """w[index] where that keeps whole matrices: an integer, a slice, integers in a tensor."""
     if len(w.stored_shape) < 3 or w._is_reshaped():
         return None
     count, *rest = w.stored_shape
@@ -156,7 +156,7 @@ def _select(w: LowBitTensor, index: Any) -> LowBitTensor | None:
 
 
 def _rows(w: LowBitTensor, start: int, stop: int) -> LowBitTensor | None:
-    """Rows start:stop of a stored matrix, if they are whole tiles (a fused projection taken apart)."""
+    """Rows start:stop of a matrix if they are whole tiles: a fused projection taken apart."""
     if not w.direct or start % 16 or (stop % 16 and stop != w.stored_shape[0]) or stop <= start:
         return None
     return w._like(
@@ -164,7 +164,7 @@ def _rows(w: LowBitTensor, start: int, stop: int) -> LowBitTensor | None:
     )
 
 
-# ---- computed -------------------------------------------------------------------------------------------------
+# ---- computed ------------------------------------------------------------------------------------
 
 
 @function(F.linear)
@@ -302,7 +302,7 @@ for _name in ("grouped_mm", "_grouped_mm"):
 
 
 def _grouped_mm_arguments(func, mat_a, mat_b, offs=None, bias=None, out_dtype=None, **kwargs):
-    """Tokens sorted by expert, [t, k], times a stack of experts [e, k, n]; offs: where each ends."""
+    """Tokens sorted by expert, [t, k], times experts [e, k, n]; offs: where each expert ends."""
     usable = (
         isinstance(mat_b, LowBitTensor)
         and not isinstance(mat_a, LowBitTensor)
@@ -334,7 +334,7 @@ def _grouped_mm_arguments(func, mat_a, mat_b, offs=None, bias=None, out_dtype=No
     return out if out_dtype is None else out.to(out_dtype)
 
 
-# ---- views ---------------------------------------------------------------------------------------------------------
+# ---- views ---------------------------------------------------------------------------------------
 
 
 @function(Tensor.t, torch.t, Tensor.T.__get__)
@@ -490,7 +490,7 @@ def _split(w: LowBitTensor, sizes: list[int], dim: int) -> tuple[LowBitTensor, .
     return tuple(parts)
 
 
-# ---- converted -----------------------------------------------------------------------------------------------------
+# ---- converted -----------------------------------------------------------------------------------
 
 
 @function(
@@ -622,8 +622,8 @@ def _copy(target: Tensor, source: Tensor) -> Tensor:
     )
     if ours != theirs:
         raise ValueError(
-            "copy_: a low-bit weight takes the bytes of one packed alike; expected (low_bit, group_size, stored "
-            f"shape, transposed, shape) {ours}, got {theirs}"
+            "copy_: a low-bit weight takes the bytes of one packed alike; expected (low_bit, "
+            f"group_size, stored shape, transposed, shape) {ours}, got {theirs}"
         )
     with torch.no_grad():
         target.packed.copy_(source.packed)
@@ -634,12 +634,12 @@ def _copy(target: Tensor, source: Tensor) -> Tensor:
 
 _IN_PLACE = "{name} would change a low-bit weight in place, which it cannot represent. "
 _INSTALL_HINT = (
-    "To load float weights, load them before optimize_model; to edit one, take dequantize(), edit that, "
-    "and set it as a new parameter"
+    "To load float weights, load them before optimize_model; to edit one, take dequantize(), edit "
+    "that, and set it as a new parameter"
 )
 
 
-# ---- redirected to the packed bytes -----------------------------------------------------------------------------------
+# ---- redirected to the packed bytes --------------------------------------------------------------
 
 
 @function(Tensor.data_ptr)
@@ -679,7 +679,7 @@ def _f_dequantize(func, args, kwargs):
     return args[0].dequantize()
 
 
-# ---- passed: they read metadata -------------------------------------------------------------------------------------------
+# ---- passed: they read metadata ------------------------------------------------------------------
 
 
 def _getters() -> Iterable[Callable]:
@@ -691,23 +691,24 @@ def _getters() -> Iterable[Callable]:
 
 
 _METADATA_METHODS = (
-    "size dim ndimension numel nelement stride storage_offset element_size is_floating_point is_complex is_signed "
-    "is_contiguous is_inference get_device has_names is_same_size is_conj is_neg untyped_storage storage is_set_to "
-    "__len__ __hash__ register_hook retain_grad dim_order sym_size _is_view is_distributed sparse_dim dense_dim"
+    "size dim ndimension numel nelement stride storage_offset element_size is_floating_point "
+    "is_complex is_signed is_contiguous is_inference get_device has_names is_same_size is_conj "
+    "is_neg untyped_storage storage is_set_to __len__ __hash__ register_hook retain_grad dim_order "
+    "sym_size _is_view is_distributed sparse_dim dense_dim"
 )
 PASSED.update(_getters())
 PASSED.update(getattr(Tensor, name) for name in _METADATA_METHODS.split() if hasattr(Tensor, name))
 PASSED.update(
     getattr(torch, name)
-    for name in "numel is_floating_point is_complex is_inference is_same_size is_signed is_conj is_neg result_type "
-    "_has_compatible_shallow_copy_type get_device".split()
+    for name in "numel is_floating_point is_complex is_inference is_same_size is_signed is_conj "
+    "is_neg result_type _has_compatible_shallow_copy_type get_device".split()
     if hasattr(torch, name)
 )
 PASSED.add(Tensor.grad.__set__)
 PASSED -= set(FUNCTIONS)
 
 
-# ---- all else ------------------------------------------------------------------------------------------------------------------
+# ---- all else ------------------------------------------------------------------------------------
 
 
 def _contains_lowbit(tree: Any) -> bool:
@@ -748,7 +749,7 @@ _MUTATING_DUNDERS = frozenset(
 FUNCTIONS[None] = _fallback
 
 
-# ==== dispatch: what torch.compile and torch.export see ===========================================================================
+# ==== dispatch: what torch.compile and torch.export see ===========================================
 
 
 @dispatch(None)

@@ -51,7 +51,8 @@ def _load_library() -> None:
     except OSError as error:
         raise ImportError(
             f"ipex_llm: {_LIBRARY} does not load into torch {torch.__version__}: {error}. "
-            "It needs torch 2.11 or later; rebuild it with `make build` if it was built for another system."
+            "It needs torch 2.11 or later; if it was built for another system, rebuild it with "
+            "`make build`."
         ) from error
 
 
@@ -59,7 +60,7 @@ _load_library()
 _ops = torch.ops.lowbit
 
 
-# ---- formats: the table of the C++ core, not a copy of it ------------------------------------------
+# ---- formats: the table of the C++ core, not a copy of it ----------------------------------------
 
 _TILE_ROWS = 16
 _INPUT_BLOCK = 32
@@ -119,11 +120,15 @@ def default_group_size(low_bit: str, group_size: int = 0) -> int:
     if not info.grouped:
         if group_size:
             kind = "one scale per row" if info.scale_kind == _ROW else "no scales"
-            raise ValueError(f"{info.name} has {kind}, so group_size cannot be {group_size}; leave it out")
+            raise ValueError(
+                f"{info.name} has {kind}, so group_size cannot be {group_size}; leave it out"
+            )
         return 0
     size = group_size or _DEFAULT_GROUP_SIZE
     if size not in _GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {', '.join(map(str, _GROUP_SIZES))}, got {group_size}")
+        raise ValueError(
+            f"group_size must be one of {', '.join(map(str, _GROUP_SIZES))}, got {group_size}"
+        )
     return size
 
 
@@ -146,7 +151,9 @@ def _geometry(info: Format, n: int, k: int, group_size: int) -> _Geometry:
         return _Geometry(tiles, inputs, 1, codes, codes + scales)
     groups = (k + group_size - 1) // group_size
     blocks = groups if info.scale_kind == _GROUP_MINIMUM else (groups + 1) // 2
-    return _Geometry(tiles, inputs, groups, info.code_bytes(group_size), codes + _SCALE_BLOCK * blocks)
+    return _Geometry(
+        tiles, inputs, groups, info.code_bytes(group_size), codes + _SCALE_BLOCK * blocks
+    )
 
 
 def packed_shape(shape: Sequence[int], low_bit: str, group_size: int = 0) -> tuple[int, int]:
@@ -164,13 +171,15 @@ def _packed_shape(shape: Sequence[int], info: Format, group_size: int) -> tuple[
     return matrices * geometry.tiles, geometry.tile_bytes
 
 
-# ---- activation precision ----------------------------------------------------------------------------
+# ---- activation precision ------------------------------------------------------------------------
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8")  # lowbit::Precision
 
 
 class _State(threading.local):
-    precision = 0
+    def __init__(self) -> None:
+        # On the instance: torch.compile guards it there, per thread, and would not on the class.
+        self.precision = 0
 
 
 _state = _State()
@@ -217,7 +226,7 @@ class set_activation_precision:  # noqa: N801 (a verb, as torch.set_grad_enabled
         return decorated
 
 
-# ---- typed wrappers ------------------------------------------------------------------------------------
+# ---- typed wrappers ------------------------------------------------------------------------------
 
 _linear = _ops.linear.default
 _linear_forward = _ops.linear_forward.default
@@ -348,13 +357,16 @@ def force_isa(name: str) -> None:
         raise translate(error) from None
 
 
-# ---- fake kernels ----------------------------------------------------------------------------------------
+# ---- fake kernels --------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("lowbit::linear")
 @torch.library.register_fake("lowbit::linear_forward")
 def _linear_fake(x, packed, bias, n, k, format, group_size, exponent, precision):
-    torch._check(x.shape[-1] == k, lambda: f"linear: the last dimension of x must be {k}, got {tuple(x.shape)}")
+    torch._check(
+        x.shape[-1] == k,
+        lambda: f"linear: the last dimension of x must be {k}, got {tuple(x.shape)}",
+    )
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -376,7 +388,7 @@ def _embedding_fake(packed, ids, n, k, format, group_size, exponent, dtype):
     return packed.new_empty((*ids.shape, k), dtype=dtype)
 
 
-# ---- autograd, autocast and vmap of linear -----------------------------------------------------------------
+# ---- autograd, autocast and vmap of linear -------------------------------------------------------
 
 
 def _linear_setup_context(ctx, inputs, output):
@@ -411,7 +423,9 @@ class _LinearFunction(torch.autograd.Function):
     backward = staticmethod(_linear_backward)
 
 
-torch.library.register_autograd("lowbit::linear", _linear_backward, setup_context=_linear_setup_context)
+torch.library.register_autograd(
+    "lowbit::linear", _linear_backward, setup_context=_linear_setup_context
+)
 
 _implementations = torch.library.Library("lowbit", "IMPL")
 # No formula and nothing to complain about: it is called only where no gradient is recorded.
@@ -421,7 +435,9 @@ _implementations.impl("linear_forward", torch.library.fallthrough_kernel, "Autog
 def _autocast(op, device_type: str):
     def autocast_linear(x, packed, bias, *numbers):
         dtype = torch.get_autocast_dtype(device_type)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])):
+        with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])
+        ):
             x = x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
             return op(x, packed, bias, *numbers)
 
@@ -444,7 +460,8 @@ def _linear_vmap(op):
         x_dim, packed_dim, bias_dim, *_ = in_dims
         if packed_dim is not None:
             raise ValueError(
-                "linear: vmap over low-bit weights is not supported; loop over them, or map over the activations"
+                "linear: vmap over low-bit weights is not supported; loop over them, or map over "
+                "the activations"
             )
         # The operator takes any number of leading dimensions: the mapped one becomes the first.
         if x_dim is not None:
@@ -464,7 +481,7 @@ torch.library.register_vmap("lowbit::linear", _linear_vmap(_linear))
 torch.library.register_vmap("lowbit::linear_forward", _linear_vmap(_linear_forward))
 
 
-# ---- the plain-torch path: devices without kernels -----------------------------------------------------------
+# ---- the plain-torch path: devices without kernels -----------------------------------------------
 # The layouts are those drawn in docs/formats.md. Everything below is torch operators that every
 # device has, so it also serves as a second reading of the layout in the tests.
 
@@ -481,7 +498,7 @@ def plain_dequantize(
 ) -> torch.Tensor:
     """`dequantize` in plain torch, on whatever device `packed` is."""
     info = _BY_NUMBER[format]
-    *stack, n, k = shape
+    *_, n, k = shape
     geometry = _geometry(info, n, k, group_size)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     if out.numel() == 0:
@@ -492,7 +509,9 @@ def plain_dequantize(
         first = matrix * geometry.tiles
         for tile in range(0, geometry.tiles, step):
             count = min(step, geometry.tiles - tile)
-            values = _unpack_tiles(packed[first + tile : first + tile + count], info, geometry, k, group_size)
+            values = _unpack_tiles(
+                packed[first + tile : first + tile + count], info, geometry, k, group_size
+            )
             values = values.reshape(count * _TILE_ROWS, k)[: n - tile * _TILE_ROWS]
             start = tile * _TILE_ROWS
             rows[matrix, start : start + values.shape[0]] = values * 2.0**exponent
@@ -534,7 +553,8 @@ def plain_first_nonfinite(x):
 def _warn_once(device_type: str) -> None:
     if device_type not in ("cpu", "meta"):
         warnings.warn(
-            f"lowbit has no kernels for {device_type}: weights are dequantized at every call (correct, slow)",
+            f"lowbit has no kernels for {device_type}: weights are dequantized at every call "
+            "(correct, slow)",
             stacklevel=2,
         )
 
@@ -548,7 +568,9 @@ def _unpack_tiles(
         return _values(tiles, info, geometry.inputs)[..., :k]
     if info.scale_kind == _ROW:
         scales = _reinterpret(tiles[:, :_SCALE_BLOCK], torch.float32)
-        return (_values(tiles[:, _SCALE_BLOCK:], info, geometry.inputs) * scales.unsqueeze(-1))[..., :k]
+        return (_values(tiles[:, _SCALE_BLOCK:], info, geometry.inputs) * scales.unsqueeze(-1))[
+            ..., :k
+        ]
 
     # Stretches of equal periods: whole groups (or pairs of them), then what is left.
     pair = 2 if info.scale_kind == _GROUP else 1
@@ -558,12 +580,16 @@ def _unpack_tiles(
     if whole:
         body = tiles[:, : whole * period].reshape(count, whole, period)
         codes = body[..., :-_SCALE_BLOCK].reshape(count, whole * pair, geometry.group_bytes)
-        block = _reinterpret(body[..., -_SCALE_BLOCK:], torch.float16).reshape(count, whole, 2, _TILE_ROWS)
+        block = _reinterpret(body[..., -_SCALE_BLOCK:], torch.float16).reshape(
+            count, whole, 2, _TILE_ROWS
+        )
         parts.append(_scaled(codes, block, info, group_size))
     left = geometry.inputs - whole * pair * group_size
     if left:
         rest = tiles[:, whole * period :]
-        block = _reinterpret(rest[:, -_SCALE_BLOCK:], torch.float16).reshape(count, 1, 2, _TILE_ROWS)
+        block = _reinterpret(rest[:, -_SCALE_BLOCK:], torch.float16).reshape(
+            count, 1, 2, _TILE_ROWS
+        )
         position = 0
         for group in range(pair):
             size = min(group_size, left - group * group_size)

@@ -31,7 +31,7 @@ _is_exporting = torch.compiler.is_exporting
 _KERNEL_DTYPES = ops._KERNEL_DTYPES
 
 
-# ---- the class swap -------------------------------------------------------------------------------------------
+# ---- the class swap ------------------------------------------------------------------------------
 
 _swapped_classes: dict[tuple[type, tuple[type, ...]], type] = {}
 _swap_of: dict[type, tuple[type, tuple[type, ...]]] = {}
@@ -76,7 +76,7 @@ def rebuild_owner(original: type, mixins: tuple[type, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-# ---- what every owner of low-bit weights needs ---------------------------------------------------------------
+# ---- what every owner of low-bit weights needs ---------------------------------------------------
 
 
 class LowBitOwner:
@@ -121,8 +121,8 @@ class LowBitOwner:
         for key in floats:
             value = state_dict[key]
             error_msgs.append(
-                f'"{key}": expected a low-bit weight, got {value.dtype} {tuple(value.shape)}; load float '
-                "weights before optimize_model, or low-bit ones with load_low_bit"
+                f'"{key}": expected a low-bit weight, got {value.dtype} {tuple(value.shape)}; load '
+                "float weights before optimize_model, or low-bit ones with load_low_bit"
             )
         rest = {key: value for key, value in state_dict.items() if key not in floats}
         missing: list[str] = []
@@ -154,8 +154,8 @@ class LowBitOwner:
         # TorchScript asks every module for these; going on would end in a crash of torch.jit.save,
         # which reads the storage that a wrapper tensor does not have.
         raise RuntimeError(
-            "TorchScript cannot hold low-bit weights (torch.jit.trace and torch.jit.script are not supported); "
-            "use torch.export or torch.compile"
+            "TorchScript cannot hold low-bit weights: torch.jit.trace and torch.jit.script are not "
+            "supported; use torch.export or torch.compile"
         )
 
 
@@ -198,7 +198,7 @@ def _foreign(weight: LowBitTensor) -> dict[str, Any]:
     return {name: value for name, value in weight.__dict__.items() if name not in _OWN}
 
 
-# ---- fast forwards -----------------------------------------------------------------------------------------------
+# ---- fast forwards -------------------------------------------------------------------------------
 
 
 class LinearForward(LowBitOwner):

@@ -72,7 +72,7 @@ class LowBitTensor(torch.Tensor):
     device = property(lambda self: self.packed.device)
     requires_grad = property(lambda self: False, lambda self, flag: _refuse_grad(flag))
 
-    # ---- construction --------------------------------------------------------------------------------
+    # ---- construction ----------------------------------------------------------------------------
 
     @staticmethod
     def __new__(
@@ -149,13 +149,15 @@ class LowBitTensor(torch.Tensor):
             )
         if weight.dtype not in _FLOAT_DTYPES:
             raise TypeError(
-                f"LowBitTensor.quantize: weight must be float32, float16, bfloat16 or float64, got {weight.dtype}"
+                "LowBitTensor.quantize: weight must be float32, float16, bfloat16 or float64, "
+                f"got {weight.dtype}"
             )
         if transposed and stored_shape is not None:
             raise ValueError("LowBitTensor.quantize: give transposed or stored_shape, not both")
         if weight.dim() < 2 and stored_shape is None:
             raise ValueError(
-                f"LowBitTensor.quantize: weight must have at least two dimensions, got {tuple(weight.shape)}"
+                "LowBitTensor.quantize: weight must have at least two dimensions, "
+                f"got shape {tuple(weight.shape)}"
             )
         # Outside inference mode, because what is made in it can never be saved for a backward pass.
         with torch.inference_mode(False), torch.no_grad():
@@ -186,7 +188,7 @@ class LowBitTensor(torch.Tensor):
             shape = tuple(self.shape)
             return stored if shape == self.stored_shape else stored.view(shape)
 
-    # ---- the same bytes, or others, under the same description ---------------------------------------
+    # ---- the same bytes, or others, under the same description -----------------------------------
 
     def _like(
         self,
@@ -217,8 +219,8 @@ class LowBitTensor(torch.Tensor):
         """This tensor with another logical dtype or on another device."""
         if dtype not in _FLOAT_DTYPES:
             raise TypeError(
-                f"a low-bit weight can be float32, float16, bfloat16 or float64 to its users, not {dtype}; "
-                "dequantize() gives a plain tensor"
+                "a low-bit weight can be float32, float16, bfloat16 or float64 to its users, "
+                f"not {dtype}; dequantize() gives a plain tensor"
             )
         packed = self.packed
         if packed.device != device:
@@ -242,7 +244,7 @@ class LowBitTensor(torch.Tensor):
         shape = _transpose(self.stored_shape) if self.transposed else self.stored_shape
         return tuple(self.shape) != shape
 
-    # ---- torch protocols ---------------------------------------------------------------------------------
+    # ---- torch protocols -------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         return ["packed"], (
@@ -281,22 +283,18 @@ class LowBitTensor(torch.Tensor):
             # __torch_function__ it sees aten operators and then, through dispatch, ours.
             with _no_function():
                 return func(*args, **kwargs)
-        handler = FUNCTIONS.get(func)
-        if handler is not None:
-            return handler(func, args, kwargs)
-        return FUNCTIONS[None](func, args, kwargs)
+        # An exported program calls aten overloads, which have their own table.
+        handler = FUNCTIONS.get(func) or DISPATCH.get(func) or FUNCTIONS[None]
+        return handler(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ):
         kwargs = kwargs or {}
-        handler = DISPATCH.get(func)
-        if handler is not None:
-            return handler(func, args, kwargs)
-        return DISPATCH[None](func, args, kwargs)
+        return DISPATCH.get(func, DISPATCH[None])(func, args, kwargs)
 
-    # ---- Python protocols -----------------------------------------------------------------------------
+    # ---- Python protocols ------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         parts = [f"shape={tuple(self.shape)}", f"dtype={self.dtype}", f"low_bit={self.low_bit!r}"]
@@ -341,8 +339,8 @@ def _refuse_grad(flag: bool) -> None:
 
 
 _FROZEN = (
-    "a low-bit weight cannot require grad: its codes have no gradient. Train adapters (LoRA) on top of it, "
-    "or dequantize() the weight and train the copy"
+    "a low-bit weight cannot require grad: its codes have no gradient. Train adapters (LoRA) on "
+    "top of it, or dequantize() the weight and train the copy"
 )
 
 
@@ -360,13 +358,14 @@ def rebuild_lowbit_tensor(packed: torch.Tensor, description: dict, is_param: boo
     expected = ops._packed_shape(description["stored_shape"], info, size)
     if tuple(packed.shape) != expected:
         raise ValueError(
-            f"a saved LowBitTensor of {description['stored_shape']} in {info.name} needs packed bytes of shape "
-            f"{expected}, got {tuple(packed.shape)}; is the file complete?"
+            f"a saved LowBitTensor of {description['stored_shape']} in {info.name} needs packed "
+            f"bytes of shape {expected}, got {tuple(packed.shape)}; is the file complete?"
         )
     shape, stored_shape = description["shape"], description["stored_shape"]
     if math.prod(shape) != math.prod(stored_shape):
         raise ValueError(
-            f"a saved LowBitTensor has shape {shape} over packed {stored_shape}; is the file damaged?"
+            f"a saved LowBitTensor has shape {shape} over packed {stored_shape}; "
+            "is the file damaged?"
         )
     with torch.inference_mode(False):
         if packed.device.type == "cpu" and packed.data_ptr() % 64:
