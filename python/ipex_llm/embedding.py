@@ -55,7 +55,7 @@ class StaysOnDevice(Mixin):
         def stay(tensor):
             # Asked with an empty tensor, so that the table itself never makes the journey.
             target = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-            if target.device == tensor.device or target.device.type == "meta":
+            if target.device == tensor.device or _is_meta(target.device):
                 return fn(tensor)
             return tensor if target.dtype == tensor.dtype else tensor.to(target.dtype)
 
@@ -72,10 +72,10 @@ class StaysOnDevice(Mixin):
         may be visited first: then the table has already gone with it and is fetched back.
         """
         parameter = self._parameters[name]
-        if parameter is None or parameter.device.type == "meta":
+        if parameter is None or _is_meta(parameter.device):
             return
         target = fn(torch.empty(0, dtype=parameter.dtype, device=parameter.device)).device
-        if target.type == "meta" or (target == home and parameter.device == home):
+        if _is_meta(target) or (target == home and parameter.device == home):
             return
         with torch.inference_mode(False), torch.no_grad():
             own = parameter.detach().to(home)
@@ -84,6 +84,11 @@ class StaysOnDevice(Mixin):
                 install(self, name, own)
             else:
                 self._parameters[name] = nn.Parameter(own, parameter.requires_grad)
+
+
+def _is_meta(device: torch.device) -> bool:
+    """A model that goes to meta loses its values everywhere: its tables go along."""
+    return device.type == "meta"
 
 
 def _move(value, device):

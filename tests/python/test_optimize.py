@@ -59,7 +59,7 @@ def low_bits(model):
     return {name for name, p in model.named_parameters() if isinstance(p, LowBitTensor)}
 
 
-# ---- results -------------------------------------------------------------------------------------
+# ---- results ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low_bit", LOW_BITS)
@@ -95,7 +95,7 @@ def test_group_size_is_used(model):
     assert {p.group_size for p in model.parameters() if isinstance(p, LowBitTensor)} == {32}
 
 
-# ---- what stays ------------------------------------------------------------------------------------
+# ---- what stays ------------------------------------------------------------
 
 
 def test_flags_dtypes_hooks_and_names_stay(model):
@@ -212,7 +212,7 @@ def test_two_threads_may_call_one_model(model):
     assert all(torch.equal(result, expected) for result in results)
 
 
-# ---- keywords --------------------------------------------------------------------------------------
+# ---- keywords ------------------------------------------------------------
 
 
 def test_low_bit_none_packs_nothing(model):
@@ -277,7 +277,7 @@ def test_naming_a_module_without_weights_is_no_mistake(recwarn):
     assert not recwarn.list
 
 
-# ---- bad input ---------------------------------------------------------------------------------------
+# ---- bad input ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -326,7 +326,7 @@ def test_save_pretrained_names_the_way_to_go():
         model.save_pretrained("nowhere")
 
 
-# ---- interruptions and memory --------------------------------------------------------------------------
+# ---- interruptions and memory ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 4])
@@ -398,7 +398,7 @@ def test_inference_tensors_are_converted(model):
     inference.layers[0].kv_proj(inference.layers[0].qkv_proj(x.clone())).sum()
 
 
-# ---- other people's models -----------------------------------------------------------------------------
+# ---- other people's models ------------------------------------------------------------
 
 
 def tiny_llama(**kwargs):
