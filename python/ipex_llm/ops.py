@@ -31,6 +31,7 @@ __all__ = [
     "get_activation_precision",
     "isa",
     "linear",
+    "move_packed",
     "packed_shape",
     "quantize",
     "set_activation_precision",
@@ -58,6 +59,26 @@ def _load_library() -> None:
 
 _load_library()
 _ops = torch.ops.lowbit
+
+
+def _load_cuda_library() -> bool:
+    """Loads the CUDA operators where torch sees a GPU; without them CUDA takes the plain-torch path."""
+    library = _LIBRARY.with_name("liblowbit_ops_cuda.so")
+    if not library.exists() or not torch.cuda.is_available():
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        warnings.warn(
+            f"ipex_llm: {library} does not load into torch {torch.__version__}: {error}. "
+            "Low-bit weights on the GPU are dequantized at every call (correct, slow).",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+_CUDA_KERNELS = _load_cuda_library()
 
 
 # ---- formats: the table of the C++ core, not a copy of it ----------------------------------------
@@ -479,6 +500,26 @@ def _linear_vmap(op):
 
 torch.library.register_vmap("lowbit::linear", _linear_vmap(_linear))
 torch.library.register_vmap("lowbit::linear_forward", _linear_vmap(_linear_forward))
+
+
+# ---- devices: where the bytes of a packed tensor change their order -----------------------------------
+
+
+def move_packed(
+    packed: torch.Tensor, device: torch.device | str, k: int, format: int, group_size: int
+) -> torch.Tensor:
+    """Packed bytes of matrices with `k` inputs on another device.
+
+    The CUDA kernels read a tile in an order of their own, so bytes are permuted on the way to and
+    from them, losslessly; everywhere else they are in the order of docs/formats.md.
+    """
+    device = torch.device(device)
+    if packed.device.type == "cuda" and _CUDA_KERNELS and device.type not in ("cuda", "meta"):
+        packed = _ops.repack_from_device(packed, k, format, group_size)
+    moved = packed.to(device)
+    if device.type == "cuda" and _CUDA_KERNELS and packed.device.type not in ("cuda", "meta"):
+        moved = _ops.repack_to_device(moved, k, format, group_size)
+    return moved
 
 
 # ---- the plain-torch path: devices without kernels -----------------------------------------------

@@ -1,0 +1,507 @@
+// The operators on CUDA tensors. `packed` is in device order here (src/cuda/device_layout.h):
+// repack_to_device() and repack_from_device() translate, losslessly; ops.move_packed() in Python
+// calls them whenever packed bytes change between devices.
+//
+// Everything is stable ABI of torch 2.11 plus one C function of libtorch_cuda, found at run time, so
+// that this library loads into any torch >= 2.11 with CUDA and is never needed without.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cuda/kernels.h"
+#include "cuda/select.h"
+
+namespace lowbit::binding {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+struct Device {
+  int sm = 0;
+  int sm_count = 0;
+};
+
+// Attributes of a device, read once: linear() must not ask the driver at every call.
+const Device& device_facts(int index) {
+  constexpr int kMostDevices = 64;
+  static std::array<Device, kMostDevices> facts;
+  static std::array<std::once_flag, kMostDevices> once;
+  LOWBIT_CHECK(index >= 0 && index < kMostDevices, ErrorCode::kValue, "CUDA device ", index,
+               " is beyond the ", kMostDevices, " that are supported");
+  std::call_once(once[static_cast<std::size_t>(index)], [index] {
+    int major = 0, minor = 0, count = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index);
+    facts[static_cast<std::size_t>(index)] = {major * 10 + minor, count};
+  });
+  return facts[static_cast<std::size_t>(index)];
+}
+
+cuda::Stream current_stream(int device) {
+  using Getter = AOTITorchError (*)(std::int32_t, void**);
+  // torch has its CUDA library in the process already; a link to it would make us need it.
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return reinterpret_cast<Getter>(
+        library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  LOWBIT_CHECK(getter != nullptr, ErrorCode::kResource,
+               "torch's CUDA library (libtorch_cuda.so) is not loaded; is this a CUDA build of torch?");
+  void* stream = nullptr;
+  LOWBIT_CHECK(getter(device, &stream) == 0, ErrorCode::kResource,
+               "torch has no current CUDA stream for device ", device);
+  return static_cast<cuda::Stream>(stream);
+}
+
+void check_launch(const char* op, int error) {
+  LOWBIT_CHECK(error == 0, ErrorCode::kResource, op, ": the CUDA kernel did not start: ",
+               cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+int check_cuda(const char* op, const char* argument, const Tensor& tensor) {
+  LOWBIT_CHECK(tensor.is_cuda(), ErrorCode::kValue, op, ": ", argument,
+               " must be on the GPU like the other arguments; move all of them to one device");
+  return tensor.get_device_index();
+}
+
+void check_same_device(const char* op, const char* argument, const Tensor& tensor, int device) {
+  const int other = check_cuda(op, argument, tensor);
+  LOWBIT_CHECK(other == device, ErrorCode::kValue, op, ": ", argument, " is on cuda:", other,
+               " but packed is on cuda:", device, "; move all arguments to one device");
+}
+
+const void* packed_on_gpu(const char* op, const Tensor& packed, const Layout& layout,
+                          std::int64_t matrices = 1) {
+  LOWBIT_CHECK(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
+               ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
+  check_cuda(op, "packed", packed);
+  LOWBIT_CHECK(packed.is_contiguous(), ErrorCode::kValue, op,
+               ": packed must be contiguous; pass the tensor as quantize() made it");
+  LOWBIT_CHECK(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&
+                   packed.size(1) == layout.tile_bytes,
+               ErrorCode::kValue, op, ": packed must be [", matrices * layout.tiles, ", ",
+               layout.tile_bytes, "] for ", matrices, " matrix(es) of ", layout.n, " x ", layout.k,
+               " in ", format_info(layout.format).name, " with group size ", layout.group_size,
+               ", got ", shape_text(packed),
+               "; are n, k, format and group_size those it was packed with?");
+  const void* data = packed.data_ptr();
+  LOWBIT_CHECK(reinterpret_cast<std::uintptr_t>(data) % kUnitBytes == 0, ErrorCode::kValue, op,
+               ": packed must start at a multiple of ", kUnitBytes, " bytes; clone() aligns it");
+  LOWBIT_CHECK(layout.k_padded < (std::int64_t{1} << 30) && layout.tiles < (std::int64_t{1} << 30),
+               ErrorCode::kValue, op, ": ", layout.n, " x ", layout.k, " is too large for the GPU");
+  return data;
+}
+
+Tensor empty_gpu(const std::int64_t* sizes, std::int64_t dim, ScalarType type, int device) {
+  std::int64_t strides[64];
+  LOWBIT_CHECK(dim <= 64, ErrorCode::kValue, "a tensor may have 64 dimensions, got ", dim);
+  std::int64_t stride = 1;
+  for (std::int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  const auto dtype = static_cast<std::int32_t>(
+      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type)));
+  AtenTensorHandle handle = nullptr;
+  LOWBIT_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(),
+                                        device, &handle) == 0,
+               ErrorCode::kResource, "out of GPU memory for a tensor of ", stride,
+               " elements; free some, or use a smaller batch");
+  return Tensor(handle);
+}
+
+Tensor to_dtype(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  LOWBIT_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) == 0,
+               ErrorCode::kResource, "linear: torch's own linear failed on the dequantized weight");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// ---- linear ---------------------------------------------------------------------------------
+
+struct Rows {
+  std::int64_t rows;
+  std::int64_t stride;
+};
+
+// The rows of `x` as a matrix with one stride, if its leading dimensions collapse.
+std::optional<Rows> rows_of(const Tensor& x) {
+  const std::int64_t dim = x.dim();
+  const std::int64_t k = x.size(dim - 1);
+  if (k > 1 && x.stride(dim - 1) != 1) return std::nullopt;
+  std::int64_t rows = 1;
+  std::int64_t stride = k;
+  for (std::int64_t d = dim - 2; d >= 0; --d) {
+    if (x.size(d) == 1) continue;
+    if (rows == 1) {
+      stride = x.stride(d);
+    } else if (x.stride(d) != rows * stride) {
+      return std::nullopt;
+    }
+    rows *= x.size(d);
+  }
+  return Rows{rows, stride};
+}
+
+struct Linear {
+  Tensor x;
+  const Tensor& packed;
+  std::optional<Tensor> bias;
+  Layout layout;
+  cuda::Geometry geometry;
+  int exponent;
+  Precision precision;
+  DType x_dtype;
+  const void* weight;
+  Rows rows;
+  int device;
+  cuda::Stream stream;
+};
+
+bool aligned_rows(const Linear& call) {
+  return reinterpret_cast<std::uintptr_t>(call.x.data_ptr()) % 16 == 0 &&
+         (call.rows.rows <= 1 || call.rows.stride % 8 == 0);
+}
+
+Linear checked_linear(const Tensor& x_given, const Tensor& packed,
+                      const std::optional<Tensor>& bias, std::int64_t n, std::int64_t k,
+                      std::int64_t format, std::int64_t group_size, std::int64_t exponent,
+                      std::int64_t precision) {
+  const DType x_dtype = float_dtype("linear", "x", x_given.scalar_type(), /*allow_double=*/false);
+  const Layout layout = make_layout(checked_format("linear", format), n, k,
+                                    checked_int("linear", "group_size", group_size));
+  const void* weight = packed_on_gpu("linear", packed, layout);
+  const int device = packed.get_device_index();
+  check_same_device("linear", "x", x_given, device);
+  const std::int64_t dim = x_given.dim();
+  LOWBIT_CHECK(dim >= 1 && x_given.size(dim - 1) == k, ErrorCode::kValue,
+               "linear: the last dimension of x must be ", k, " to go with a weight of ", n, " x ",
+               k, ", got x ", shape_text(x_given));
+  if (bias) {
+    float_dtype("linear", "bias", bias->scalar_type(), /*allow_double=*/false);
+    check_same_device("linear", "bias", *bias, device);
+    LOWBIT_CHECK(bias->dim() == 1 && bias->size(0) == n, ErrorCode::kValue,
+                 "linear: bias must be [", n, "], got ", shape_text(*bias));
+    LOWBIT_CHECK(n <= 1 || bias->stride(0) == 1, ErrorCode::kValue,
+                 "linear: bias must be contiguous; call contiguous() on it");
+  }
+  Linear call{x_given, packed, bias, layout, cuda::make_geometry(layout),
+              checked_int("linear", "exponent", exponent), checked_precision("linear", precision),
+              x_dtype, weight, {}, device, nullptr};
+  return call;
+}
+
+// Collapses and, for the fused kernels, aligns the rows of x. Needs the device guard.
+void settle_rows(Linear& call) {
+  std::optional<Rows> rows = rows_of(call.x);
+  const bool half = call.x_dtype != DType::kFloat32;
+  if (rows) call.rows = *rows;
+  if (!rows || (half && call.layout.k % 8 == 0 && !aligned_rows(call))) {
+    call.x = torch::stable::clone(torch::stable::contiguous(call.x));
+    call.rows = *rows_of(call.x);
+  }
+}
+
+cuda::FusedArgs fused_args(const Linear& call, const Tensor& out) {
+  cuda::FusedArgs args{};
+  args.packed = call.weight;
+  args.geometry = call.geometry;
+  args.exponent = call.exponent;
+  args.x = call.x.data_ptr();
+  args.dtype = call.x_dtype;
+  args.x_stride = call.rows.stride;
+  if (call.bias) {
+    args.bias = call.bias->data_ptr();
+    args.bias_dtype = float_dtype("linear", "bias", call.bias->scalar_type(), false);
+  }
+  args.out = out.data_ptr();
+  args.out_stride = call.layout.n;
+  args.m = call.rows.rows;
+  return args;
+}
+
+Tensor empty_out(const Linear& call) {
+  std::array<std::int64_t, 64> sizes;
+  const std::int64_t dim = call.x.dim();
+  for (std::int64_t d = 0; d < dim; ++d) sizes[static_cast<std::size_t>(d)] = call.x.size(d);
+  sizes[static_cast<std::size_t>(dim - 1)] = call.layout.n;
+  return empty_gpu(sizes.data(), dim, scalar_type(call.x_dtype), call.device);
+}
+
+Tensor through_cublas(const Linear& call, cuda::Path path) {
+  const ScalarType compute =
+      path == cuda::Path::kExact ? ScalarType::Float : scalar_type(call.x_dtype);
+  Tensor weight = [&] {
+    if (path == cuda::Path::kDirect) {  // row-major already: a view of the packed bytes
+      const std::int64_t sizes[] = {call.layout.n, call.layout.k};
+      const std::int64_t strides[] = {call.layout.k_padded, 1};
+      return torch::stable::from_blob(
+          const_cast<void*>(call.weight), {sizes, 2}, {strides, 2},
+          torch::stable::Device(torch::headeronly::DeviceType::CUDA, call.device), compute);
+    }
+    const std::int64_t sizes[] = {call.layout.n, call.layout.k};
+    Tensor scratch = empty_gpu(sizes, 2, compute, call.device);
+    const cuda::DequantizeArgs args{call.weight,
+                                    call.geometry,
+                                    call.exponent,
+                                    scratch.data_ptr(),
+                                    path == cuda::Path::kExact ? DType::kFloat32 : call.x_dtype,
+                                    call.layout.k,
+                                    0,
+                                    call.layout.n,
+                                    /*exact=*/false};
+    check_launch("linear", cuda::dequantize(args, call.stream));
+    return scratch;
+  }();
+  std::optional<Tensor> bias;
+  if (call.bias) bias = to_dtype(*call.bias, compute);
+  return to_dtype(torch_linear(to_dtype(call.x, compute), weight, bias),
+                  scalar_type(call.x_dtype));
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+              std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
+              std::int64_t exponent, std::int64_t precision) {
+  Linear call = checked_linear(x, packed, bias, n, k, format, group_size, exponent, precision);
+  const DeviceGuard guard(call.device);
+  call.stream = current_stream(call.device);
+  settle_rows(call);
+  const Device& facts = device_facts(call.device);
+  const cuda::Problem problem{call.rows.rows, n,          k,           call.geometry,
+                              call.exponent,  call.x_dtype, call.precision, aligned_rows(call),
+                              facts.sm,       facts.sm_count};
+  if (call.rows.rows == 0 || n == 0) return empty_out(call);
+  const cuda::Choice choice = cuda::select(problem);
+  if (choice.path == cuda::Path::kQmv || choice.path == cuda::Path::kQmm) {
+    Tensor out = empty_out(call);
+    const cuda::FusedArgs args = fused_args(call, out);
+    check_launch("linear", choice.path == cuda::Path::kQmv
+                               ? cuda::qmv(args, choice.qmv, call.stream)
+                               : cuda::qmm(args, choice.qmm, call.stream));
+    return out;
+  }
+  return through_cublas(call, choice.path);
+}
+
+// linear() by a named path and launch shape: what benchmarks sweep and tests force.
+// variant = {path, ...}: qmv tiles_per_warp, warps_n, warps_k, splits, early; qmm tokens, splits, early.
+Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                      std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
+                      std::int64_t exponent, const std::vector<std::int64_t>& variant) {
+  Linear call = checked_linear(x, packed, bias, n, k, format, group_size, exponent, 0);
+  const DeviceGuard guard(call.device);
+  call.stream = current_stream(call.device);
+  settle_rows(call);
+  LOWBIT_CHECK(!variant.empty(), ErrorCode::kValue, "linear_variant: variant is empty");
+  const auto path = static_cast<cuda::Path>(variant[0]);
+  const auto field = [&](std::size_t i) { return static_cast<int>(variant.at(i)); };
+  if (path == cuda::Path::kQmv || path == cuda::Path::kQmm) {
+    LOWBIT_CHECK(variant.size() == (path == cuda::Path::kQmv ? 6u : 4u), ErrorCode::kValue,
+                 "linear_variant: qmv takes 6 numbers, qmm 4, got ", variant.size());
+    Tensor out = empty_out(call);
+    const cuda::FusedArgs args = fused_args(call, out);
+    check_launch("linear_variant",
+                 path == cuda::Path::kQmv
+                     ? cuda::qmv(args, {field(1), field(2), field(3), field(4), field(5) != 0},
+                                 call.stream)
+                     : cuda::qmm(args, {field(1), field(2), field(3) != 0}, call.stream));
+    return out;
+  }
+  return through_cublas(call, path);
+}
+
+// What select() would do, for benchmarks and for people: "qmv 7 1 16 1: few tokens ...".
+std::string linear_choice(const Tensor& x, const Tensor& packed, std::int64_t n, std::int64_t k,
+                          std::int64_t format, std::int64_t group_size, std::int64_t exponent,
+                          std::int64_t precision) {
+  Linear call =
+      checked_linear(x, packed, std::nullopt, n, k, format, group_size, exponent, precision);
+  const DeviceGuard guard(call.device);
+  settle_rows(call);
+  const Device& facts = device_facts(call.device);
+  const cuda::Choice choice =
+      cuda::select({call.rows.rows, n, k, call.geometry, call.exponent, call.x_dtype,
+                    call.precision, aligned_rows(call), facts.sm, facts.sm_count});
+  std::ostringstream text;
+  text << cuda::path_name(choice.path);
+  if (choice.path == cuda::Path::kQmv) {
+    text << ' ' << choice.qmv.tiles_per_warp << ' ' << choice.qmv.warps_n << ' '
+         << choice.qmv.warps_k << ' ' << choice.qmv.splits;
+  } else if (choice.path == cuda::Path::kQmm) {
+    text << ' ' << choice.qmm.tokens << ' ' << choice.qmm.splits;
+  }
+  text << ": " << choice.reason;
+  return text.str();
+}
+
+// ---- moving, quantize, dequantize, embedding -------------------------------------------------
+
+Tensor repack(const char* op, const Tensor& packed, std::int64_t k, std::int64_t format,
+              std::int64_t group_size, bool to_device) {
+  LOWBIT_CHECK(packed.dim() == 2, ErrorCode::kValue, op, ": packed must be [tiles, tile_bytes], got ",
+               shape_text(packed));
+  const Layout layout = make_layout(checked_format(op, format), packed.size(0) * kTileRows, k,
+                                    checked_int(op, "group_size", group_size));
+  const void* from = packed_on_gpu(op, packed, layout);
+  const int device = packed.get_device_index();
+  const DeviceGuard guard(device);
+  const std::int64_t sizes[] = {packed.size(0), packed.size(1)};
+  Tensor out = empty_gpu(sizes, 2, ScalarType::Byte, device);
+  const cuda::Geometry geometry = cuda::make_geometry(layout);
+  const cuda::Stream stream = current_stream(device);
+  check_launch(op, to_device
+                       ? cuda::pack_for_device(geometry, layout.tiles, from, out.data_ptr(), stream)
+                       : cuda::unpack_from_device(geometry, layout.tiles, from, out.data_ptr(),
+                                                  stream));
+  return out;
+}
+
+Tensor repack_to_device(const Tensor& packed, std::int64_t k, std::int64_t format,
+                        std::int64_t group_size) {
+  return repack("repack_to_device", packed, k, format, group_size, true);
+}
+
+Tensor repack_from_device(const Tensor& packed, std::int64_t k, std::int64_t format,
+                          std::int64_t group_size) {
+  return repack("repack_from_device", packed, k, format, group_size, false);
+}
+
+Tensor to_device(const Tensor& tensor, torch::headeronly::DeviceType type, int index) {
+  return torch::stable::to(tensor, torch::stable::Device(type, index));
+}
+
+// By the CPU's quantizer: the bytes are the same wherever the weight was.
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, std::int64_t format,
+                                    std::int64_t group_size) {
+  float_dtype("quantize", "weight", weight.scalar_type(), /*allow_double=*/true);
+  const int device = check_cuda("quantize", "weight", weight);
+  LOWBIT_CHECK(weight.dim() >= 2, ErrorCode::kValue,
+               "quantize: weight must have at least two dimensions, got ", weight.dim());
+  const DeviceGuard guard(device);
+  const Tensor on_cpu = to_device(weight, torch::headeronly::DeviceType::CPU, 0);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(on_cpu),
+                                    torch::stable::detail::from(format),
+                                    torch::stable::detail::from(group_size)};
+  if (torch_call_dispatcher("lowbit::quantize", "", stack.data(), TORCH_ABI_VERSION) != 0) {
+    // The C shim has printed the reason but does not hand it over.
+    fail(ErrorCode::kValue, "quantize: the weight could not be quantized (are all values finite?)");
+  }
+  const Tensor packed_cpu = torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor exponent = torch::stable::detail::to<Tensor>(stack[1]);
+  const Tensor canonical =
+      to_device(packed_cpu, torch::headeronly::DeviceType::CUDA, device);
+  return {repack("quantize", canonical, weight.size(weight.dim() - 1), format, group_size, true),
+          exponent};
+}
+
+Tensor dequantize(const Tensor& packed, const std::vector<std::int64_t>& shape, std::int64_t format,
+                  std::int64_t group_size, std::int64_t exponent, ScalarType dtype) {
+  const DType out_dtype = float_dtype("dequantize", "dtype", dtype, /*allow_double=*/true);
+  const auto dim = static_cast<std::int64_t>(shape.size());
+  LOWBIT_CHECK(dim >= 2, ErrorCode::kValue,
+               "dequantize: shape must have at least two dimensions, got ", dim);
+  std::int64_t matrices = 1;
+  for (std::int64_t d = 0; d < dim - 2; ++d) matrices *= shape[static_cast<std::size_t>(d)];
+  const std::int64_t n = shape[static_cast<std::size_t>(dim - 2)];
+  const std::int64_t k = shape[static_cast<std::size_t>(dim - 1)];
+  const Layout layout = make_layout(checked_format("dequantize", format), n, k,
+                                    checked_int("dequantize", "group_size", group_size));
+  const void* source = packed_on_gpu("dequantize", packed, layout, matrices);
+  const int device = packed.get_device_index();
+  const DeviceGuard guard(device);
+  // float64 is float32 widened: there is no third set of kernels for it.
+  const DType compute = out_dtype == DType::kFloat64 ? DType::kFloat32 : out_dtype;
+  Tensor out = empty_gpu(shape.data(), dim, scalar_type(compute), device);
+  const cuda::Stream stream = current_stream(device);
+  const auto matrix_bytes = static_cast<std::size_t>(n * k) * dtype_bytes(compute);
+  for (std::int64_t i = 0; i < matrices && matrix_bytes > 0; ++i) {
+    const cuda::DequantizeArgs args{
+        static_cast<const std::byte*>(source) + i * layout.bytes(),
+        cuda::make_geometry(layout),
+        checked_int("dequantize", "exponent", exponent),
+        static_cast<std::byte*>(out.data_ptr()) + static_cast<std::size_t>(i) * matrix_bytes,
+        compute,
+        k,
+        0,
+        n,
+        /*exact=*/true};
+    check_launch("dequantize", cuda::dequantize(args, stream));
+  }
+  return to_dtype(out, dtype);
+}
+
+Tensor embedding(const Tensor& packed, const Tensor& ids_given, std::int64_t n, std::int64_t k,
+                 std::int64_t format, std::int64_t group_size, std::int64_t exponent,
+                 ScalarType dtype) {
+  const DType out_dtype = float_dtype("embedding", "dtype", dtype, /*allow_double=*/true);
+  const ScalarType ids_type = ids_given.scalar_type();
+  LOWBIT_CHECK(ids_type == ScalarType::Long || ids_type == ScalarType::Int, ErrorCode::kType,
+               "embedding: ids must be int64 or int32, got ",
+               torch::headeronly::toString(ids_type));
+  const Layout layout = make_layout(checked_format("embedding", format), n, k,
+                                    checked_int("embedding", "group_size", group_size));
+  const void* source = packed_on_gpu("embedding", packed, layout);
+  const int device = packed.get_device_index();
+  check_same_device("embedding", "ids", ids_given, device);
+  const DeviceGuard guard(device);
+  const Tensor ids = torch::stable::contiguous(to_dtype(ids_given, ScalarType::Long));
+  const std::int64_t dim = ids.dim();
+  LOWBIT_CHECK(dim < 64, ErrorCode::kValue, "embedding: ids have too many dimensions: ", dim);
+  std::array<std::int64_t, 64> sizes;
+  for (std::int64_t d = 0; d < dim; ++d) sizes[static_cast<std::size_t>(d)] = ids.size(d);
+  sizes[static_cast<std::size_t>(dim)] = k;
+  const DType compute = out_dtype == DType::kFloat64 ? DType::kFloat32 : out_dtype;
+  Tensor out = empty_gpu(sizes.data(), dim + 1, scalar_type(compute), device);
+  const cuda::EmbeddingArgs args{source,
+                                 cuda::make_geometry(layout),
+                                 checked_int("embedding", "exponent", exponent),
+                                 static_cast<const std::int64_t*>(ids.data_ptr()),
+                                 ids.numel(),
+                                 out.data_ptr(),
+                                 compute};
+  check_launch("embedding", cuda::embedding(args, current_stream(device)));
+  return to_dtype(out, dtype);
+}
+
+}  // namespace
+}  // namespace lowbit::binding
+
+// The operators that exist only with a GPU; the others' schemas are in schemas.cpp.
+STABLE_TORCH_LIBRARY_FRAGMENT(lowbit, m) {
+  m.def("repack_to_device(Tensor packed, int k, int format, int group_size) -> Tensor");
+  m.def("repack_from_device(Tensor packed, int k, int format, int group_size) -> Tensor");
+  m.def(
+      "linear_variant(Tensor x, Tensor packed, Tensor? bias, int n, int k, int format, "
+      "int group_size, int exponent, int[] variant) -> Tensor");
+  m.def(
+      "linear_choice(Tensor x, Tensor packed, int n, int k, int format, int group_size, "
+      "int exponent, int precision) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit, CUDA, m) {
+  using namespace lowbit::binding;
+  m.impl("linear", LOWBIT_BOX(linear));
+  m.impl("linear_forward", LOWBIT_BOX(linear));
+  m.impl("linear_variant", LOWBIT_BOX(linear_variant));
+  m.impl("linear_choice", LOWBIT_BOX(linear_choice));
+  m.impl("quantize", LOWBIT_BOX(quantize));
+  m.impl("dequantize", LOWBIT_BOX(dequantize));
+  m.impl("embedding", LOWBIT_BOX(embedding));
+  m.impl("repack_to_device", LOWBIT_BOX(repack_to_device));
+  m.impl("repack_from_device", LOWBIT_BOX(repack_from_device));
+}

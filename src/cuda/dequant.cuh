@@ -1,0 +1,174 @@
+// Codes in registers to the A operand of a tensor-core multiplication. Every value below is exact
+// (nf3 and nf4: the codebook entry rounded to bf16 or fp16); scales come later, in fp32.
+//
+// Tricks, per pair of weights:
+//   integers  or the code into the mantissa of 128.0 (bf16, codes < 128) or 1024.0 (fp16), subtract
+//             128 + zero point: one mask-or, one fma
+//   int8      in bf16: seven bits as above, less 128 or 256 by the top bit
+//   fp8       move sign and magnitude to their fields, multiply by a power of two (subnormals too)
+//   tables    one shared-memory load per pair from a table of all pairs, one copy per lane, so that
+//             no two lanes of a warp ever want the same bank (the idea is FLUTE's)
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/codebooks.cuh"
+#include "cuda/device_layout.h"
+#include "cuda/ptx.cuh"
+
+namespace lowbit::cuda {
+
+constexpr int kLanes = 32;
+
+LOWBIT_HD constexpr bool is_table(Kind kind) {
+  return kind == Kind::kLut4 || kind == Kind::kLut3;
+}
+LOWBIT_HD constexpr bool has_row_scale(Kind kind) {
+  return kind == Kind::kE4M3 || kind == Kind::kE5M2;
+}
+LOWBIT_HD constexpr int table_bytes(Kind kind) {
+  return kind == Kind::kLut4 ? 256 * kLanes * 4 : kind == Kind::kLut3 ? 64 * kLanes * 4 : 0;
+}
+
+// Two 16-bit floats {low, high} of the type the tensor core takes.
+template <bool kBf16>
+__device__ __forceinline__ std::uint32_t float_pair(float low, float high) {
+  if constexpr (kBf16) {
+    return static_cast<std::uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16 |
+           __bfloat16_as_ushort(__float2bfloat16_rn(low));
+  } else {
+    return static_cast<std::uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16 |
+           __half_as_ushort(__float2half_rn(low));
+  }
+}
+
+// Fills the table of pairs; all threads of the block take part, a barrier must follow.
+template <Kind kKind, bool kBf16>
+__device__ void fill_table(std::uint8_t* table, Format format, int threads) {
+  if constexpr (is_table(kKind)) {
+    constexpr int kBits = kind_bits(kKind);
+    constexpr int kEntries = 1 << (2 * kBits);
+    const int lane = threadIdx.x % kLanes;
+    for (int entry = threadIdx.x / kLanes; entry < kEntries; entry += threads / kLanes) {
+      const float low = codebook_entry(format, entry & ((1 << kBits) - 1));
+      const float high = codebook_entry(format, entry >> kBits);
+      reinterpret_cast<std::uint32_t*>(table)[entry * kLanes + lane] =
+          float_pair<kBf16>(low, high);
+    }
+  }
+}
+
+// What is subtracted from every integer code after it was or-ed into a mantissa.
+inline std::uint32_t zero_pair_of(Format format, bool bf16) {
+  // 128 + z in bf16 is 0x4300 | z for z < 128; 1024 + z in fp16 is 0x6400 | z.
+  const std::uint32_t one = (bf16 ? 0x4300u : 0x6400u) | static_cast<std::uint32_t>(zero_point(format));
+  const std::uint32_t negative = one | 0x8000u;
+  return negative << 16 | negative;
+}
+
+// A lane's codes of one 16 x 64 block.
+template <Kind kKind>
+struct LaneCodes {
+  static constexpr int kWords = kind_bits(kKind) == 8 ? 8 : kKind == Kind::kLut3 ? 3 : 4;
+  std::uint32_t words[kWords];
+  std::uint32_t plane;
+
+  // From a block in shared memory.
+  __device__ __forceinline__ void load(const std::uint8_t* block, int lane) {
+    if constexpr (kKind == Kind::kLut3) {
+      const uint2 two = reinterpret_cast<const uint2*>(block)[lane];
+      words[0] = two.x;
+      words[1] = two.y;
+      words[2] = reinterpret_cast<const std::uint32_t*>(block)[64 + lane];
+    } else {
+      const uint4 four = reinterpret_cast<const uint4*>(block)[lane];
+      words[0] = four.x;
+      words[1] = four.y;
+      words[2] = four.z;
+      words[3] = four.w;
+      if constexpr (kWords == 8) {
+        const uint4 more = reinterpret_cast<const uint4*>(block + 512)[lane];
+        words[4] = more.x;
+        words[5] = more.y;
+        words[6] = more.z;
+        words[7] = more.w;
+      }
+      if constexpr (kKind == Kind::kInt5) {
+        plane = reinterpret_cast<const std::uint32_t*>(block)[128 + lane];
+      }
+    }
+  }
+
+  // Pair `c` as two floats. c is a compile-time constant after unrolling. `table` includes the
+  // lane's own offset.
+  template <bool kBf16>
+  __device__ __forceinline__ std::uint32_t pair(int c, std::uint32_t zero_pair,
+                                                const std::uint8_t* table) const {
+    const int step = c / 4;
+    const int i = c % 4;
+    if constexpr (kKind == Kind::kInt4 || kKind == Kind::kInt5) {
+      std::uint32_t bits;
+      if constexpr (kBf16) {
+        bits = and_or<0x000f000f, 0x43004300>(words[step] >> (4 * i));
+      } else {
+        bits = and_or<0x000f000f, 0x64006400>(words[step] >> (4 * i));
+      }
+      if constexpr (kKind == Kind::kInt5) {
+        const std::uint32_t top = c < 4 ? plane << (4 - c) : plane >> (c - 4);
+        bits |= top & 0x00100010;
+      }
+      return fma_pair<kBf16>(bits, kBf16 ? 0x3f803f80u : 0x3c003c00u, zero_pair);
+    } else if constexpr (kKind == Kind::kInt8) {
+      const std::uint32_t word = words[2 * step + i / 2];
+      if constexpr (kBf16) {
+        const std::uint32_t codes = i % 2 ? word >> 8 : word;
+        const std::uint32_t low = and_or<0x007f007f, 0x43004300>(codes);
+        const std::uint32_t high = (codes & 0x00800080) ^ 0x43804380;  // 128 if the bit is set
+        return fma_pair<true>(high, 0xbf80bf80u, low);
+      } else {
+        const std::uint32_t bits = __byte_perm(word, 0x64646464u, i % 2 ? 0x4341 : 0x4240);
+        return fma_pair<false>(bits, 0x3c003c00u, zero_pair);
+      }
+    } else if constexpr (kKind == Kind::kE4M3 || kKind == Kind::kE5M2) {
+      const std::uint32_t word = words[2 * step + i / 2];
+      const std::uint32_t codes = i % 2 ? word : word << 8;  // in the high byte of each half
+      if constexpr (kKind == Kind::kE5M2 && !kBf16) {
+        return codes & 0xff00ff00;
+      } else if constexpr (kKind == Kind::kE5M2) {
+        const std::uint32_t bits = (codes & 0x80008000) | (codes >> 3 & 0x0fe00fe0);
+        return fma_pair<true>(bits, 0x77807780u, 0x80008000u);  // 2^112
+      } else if constexpr (kBf16) {
+        const std::uint32_t bits = (codes & 0x80008000) | (codes >> 4 & 0x07f007f0);
+        return fma_pair<true>(bits, 0x7b807b80u, 0x80008000u);  // 2^120
+      } else {
+        const std::uint32_t bits = (codes & 0x80008000) | (codes >> 1 & 0x3f803f80);
+        return fma_pair<false>(bits, 0x5c005c00u, 0x80008000u);  // 2^8
+      }
+    } else if constexpr (kKind == Kind::kLut4) {
+      const std::uint32_t word = words[step];
+      const std::uint32_t at = (i == 0 ? word << 7 : word >> (8 * i - 7)) & 0x7f80;
+      return *reinterpret_cast<const std::uint32_t*>(table + at);
+    } else {
+      std::uint32_t at;
+      if (c == 15) {
+        at = (words[0] >> 30 | (words[1] >> 28 & 12) | (words[2] >> 26 & 48)) << 7;
+      } else {
+        const int shift = 6 * (c % 5) - 7;
+        const std::uint32_t word = words[c / 5];
+        at = (shift < 0 ? word << -shift : word >> shift) & 0x1f80;
+      }
+      return *reinterpret_cast<const std::uint32_t*>(table + at);
+    }
+  }
+
+  // The A operand of k-step `step`.
+  template <bool kBf16>
+  __device__ __forceinline__ void operand(std::uint32_t (&a)[4], int step, std::uint32_t zero_pair,
+                                          const std::uint8_t* table) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = pair<kBf16>(4 * step + i, zero_pair, table);
+  }
+};
+
+}  // namespace lowbit::cuda

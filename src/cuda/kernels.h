@@ -1,0 +1,79 @@
+// What the CUDA kernels offer to the torch binding and to tests: plain pointers, no torch. Every
+// function returns a cudaError_t as an int (0 = launched), never synchronizes and never allocates.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device_layout.h"
+#include "lowbit/quantize.h"
+
+struct CUstream_st;
+
+namespace lowbit::cuda {
+
+using Stream = CUstream_st*;
+
+// Canonical tiles to device order and back; `tiles` may span several matrices of one shape.
+int pack_for_device(const Geometry& geometry, std::int64_t tiles, const void* canonical,
+                    void* device, Stream stream);
+int unpack_from_device(const Geometry& geometry, std::int64_t tiles, const void* device,
+                       void* canonical, Stream stream);
+
+struct DequantizeArgs {
+  const void* packed;  // device order
+  Geometry geometry;
+  int exponent;
+  void* out;           // [rows, k], inner stride 1
+  DType out_dtype;     // float32, float16, bfloat16
+  std::int64_t out_stride;
+  std::int64_t first_row, rows;  // first_row a multiple of 16
+  bool exact;  // float64 inside: rounded once, as the CPU does; else float32 inside (twice as fast)
+};
+int dequantize(const DequantizeArgs& args, Stream stream);
+
+struct EmbeddingArgs {
+  const void* packed;
+  Geometry geometry;
+  int exponent;
+  const std::int64_t* ids;  // [count]; an id outside [0, n) gives a row of NaN, as it cannot raise
+  std::int64_t count;
+  void* out;  // [count, k]
+  DType out_dtype;
+};
+int embedding(const EmbeddingArgs& args, Stream stream);
+
+// One fused linear: out = x W^T 2^exponent + bias.
+struct FusedArgs {
+  const void* packed;
+  Geometry geometry;
+  int exponent;
+  const void* x;  // [m, k] bfloat16 or float16, rows 16-byte aligned
+  DType dtype;    // of x and out
+  std::int64_t x_stride;
+  const void* bias;  // [n] or nullptr
+  DType bias_dtype;
+  void* out;  // [m, n]
+  std::int64_t out_stride;
+  std::int64_t m;
+};
+
+// Launch shapes, chosen by select() and overridden by the benchmark's sweeps.
+struct QmvShape {
+  int tiles_per_warp;  // row tiles of 16 outputs: 1..8, for M > 16 1..4
+  int warps_n;         // warps of a block side by side along N
+  int warps_k;         // warps of a block along K; summed in order at the end
+  int splits;          // blocks of a cluster along K (1, 2, 4, 8); summed in order
+  bool early;          // start before the previous kernel ends and load weights meanwhile
+};
+inline constexpr int kQmvTokens = 32;
+int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream);
+
+struct QmmShape {
+  int tokens;  // token tile: 32, 64, 128 or 256
+  int splits;  // as above
+  bool early;
+};
+int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream);
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,77 @@
+// Parameters of the decode kernel; qmv.cuh has the kernel, qmv_<kind>.cu its instances.
+#include "cuda/qmv.cuh"
+
+namespace lowbit::cuda {
+
+int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
+  const Geometry& geometry = args.geometry;
+  const bool bf16 = args.dtype == DType::kBFloat16;
+  const int warps = shape.warps_n * shape.warps_k;
+  const int token_tiles = args.m <= 8 ? 1 : args.m <= 16 ? 2 : 4;
+  const bool valid = geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
+                     geometry.k % kBlockInputs == 0 && args.m >= 1 && args.m <= kQmvTokens &&
+                     (bf16 || args.dtype == DType::kFloat16) && shape.tiles_per_warp >= 1 &&
+                     shape.tiles_per_warp <= qmv_tiles(token_tiles) && warps >= 1 &&
+                     warps * kLanes <= qmv_threads(token_tiles) &&
+                     (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 ||
+                      shape.splits == 8) &&
+                     reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;
+  if (!valid) return static_cast<int>(cudaErrorInvalidValue);
+
+  QmvParams p{};
+  p.w = static_cast<const std::uint8_t*>(args.packed);
+  p.x = static_cast<const std::uint8_t*>(args.x);
+  p.out = static_cast<std::uint8_t*>(args.out);
+  p.bias = args.bias;
+  p.tile_bytes = geometry.tile_bytes;
+  p.x_stride_bytes = args.x_stride * 2;
+  p.out_stride = args.out_stride;
+  p.m = static_cast<int>(args.m);
+  p.n = static_cast<int>(geometry.n);
+  p.tiles = static_cast<int>(geometry.tiles);
+  p.blocks = geometry.k_padded / kBlockInputs;
+  p.codes_at = geometry.device_codes;
+  p.scales_at = geometry.device_scales;
+  if (geometry.group_size) {
+    while ((1 << p.group_shift) < geometry.group_size) ++p.group_shift;
+    p.group_bytes = geometry.group_scale_bytes;
+    p.half_groups = geometry.group_size == 32;
+    p.minima = geometry.group_scale_bytes == 64;
+    p.scale_bytes = p.group_bytes * (p.half_groups ? 2 : 1);
+  }
+  p.tiles_per_warp = shape.tiles_per_warp;
+  p.warps_n = shape.warps_n;
+  p.warps_k = shape.warps_k;
+  p.splits = shape.splits;
+  // The newest block issued while block i is in use is i + (r - 1 + slots - 1) / r.
+  const int slots = kind_bits(geometry.kind) == 8 ? kRingSlots<Kind::kInt8> : kRingSlots<Kind::kInt4>;
+  p.act_slots = (shape.tiles_per_warp - 1 + slots - 1) / shape.tiles_per_warp + 1;
+  p.zero_pair = zero_pair_of(geometry.format, bf16);
+  p.factor = 1;
+  for (int i = 0; i < args.exponent; ++i) p.factor *= 2;
+  for (int i = 0; i > args.exponent; --i) p.factor /= 2;
+  p.bias_dtype = args.bias_dtype;
+  p.format = geometry.format;
+
+  switch (geometry.kind) {
+    case Kind::kInt4:
+      return launch_qmv<Kind::kInt4>(p, bf16, shape, stream);
+    case Kind::kLut4:
+      return launch_qmv<Kind::kLut4>(p, bf16, shape, stream);
+    case Kind::kInt5:
+      return launch_qmv<Kind::kInt5>(p, bf16, shape, stream);
+    case Kind::kInt8:
+      return launch_qmv<Kind::kInt8>(p, bf16, shape, stream);
+    case Kind::kLut3:
+      return launch_qmv<Kind::kLut3>(p, bf16, shape, stream);
+    case Kind::kE4M3:
+      return launch_qmv<Kind::kE4M3>(p, bf16, shape, stream);
+    case Kind::kE5M2:
+      return launch_qmv<Kind::kE5M2>(p, bf16, shape, stream);
+    case Kind::kFull:
+      break;
+  }
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,422 @@
+// Decode and small batches, M <= 32: out[m][n] = sum_k x[m][k] W[n][k], at the memory's speed.
+//
+// The weights are the m16 operand of mma.m16n8k16, the tokens its n8: at M = 1 a weight costs 1/8
+// multiplication instruction. Codes enter as exact small numbers; a group's fp32 accumulators are
+// multiplied by its scale (kernels.md: 4 FMAs per 32 weights and lane instead of 16), minima by the
+// sum of the activations, which one more multiplication by ones yields.
+//
+// Every warp is a stream of its own. It owns `tiles_per_warp` row tiles and every warps_k-th block of
+// 64 inputs of its thread block's share of K, and copies what it needs, codes, scales and
+// activations, into a private ring with cp.async: no barrier of the whole thread block until the
+// end. There the warps along K, then the thread blocks of the cluster along K, are summed in a fixed
+// order through (distributed) shared memory: deterministic, and no workspace.
+//
+// Preconditions: K a multiple of 64, rows of x 16-byte aligned, M <= 8 kT.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "cuda/dequant.cuh"
+#include "cuda/kernels.h"
+
+namespace lowbit::cuda {
+
+struct QmvParams {
+  const std::uint8_t* w;
+  const std::uint8_t* x;
+  std::uint8_t* out;
+  const void* bias;
+  std::int64_t tile_bytes;
+  std::int64_t x_stride_bytes;
+  std::int64_t out_stride;  // elements
+  std::int32_t m, n, tiles, blocks;
+  std::int32_t codes_at, scales_at, group_shift, group_bytes, scale_bytes;
+  std::int32_t tiles_per_warp, warps_n, warps_k, splits, act_slots;
+  std::uint32_t zero_pair;
+  float factor;  // 2^exponent
+  DType bias_dtype;
+  Format format;
+  bool minima, half_groups;  // half_groups: group size 32, two scales per block
+};
+
+// Ring slots per warp, of which all but one are in flight: 16 warps x 9 x 544 B = 78 KB per SM for
+// 4-bit types; the latency of HBM times its bandwidth is about 20 KB per SM.
+template <Kind kKind>
+constexpr int kRingSlots = kind_bits(kKind) == 8 ? 6 : 10;
+
+// At most this many threads: 128 registers each for M <= 8; M <= 16 needs about 160.
+LOWBIT_HD constexpr int qmv_threads(int token_tiles) { return token_tiles == 1 ? 512 : 384; }
+// Row tiles a warp can hold accumulators for.
+LOWBIT_HD constexpr int qmv_tiles(int token_tiles) { return token_tiles == 4 ? 4 : 8; }
+
+__device__ __forceinline__ float bias_at(const void* bias, DType dtype, std::int64_t i) {
+  if (bias == nullptr) return 0.0f;
+  if (dtype == DType::kFloat32) return static_cast<const float*>(bias)[i];
+  if (dtype == DType::kFloat16) return __half2float(static_cast<const __half*>(bias)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[i]);
+}
+
+template <bool kBf16>
+__device__ __forceinline__ void store_out(std::uint8_t* out, std::int64_t i, float value) {
+  if constexpr (kBf16) {
+    reinterpret_cast<__nv_bfloat16*>(out)[i] = __float2bfloat16_rn(value);
+  } else {
+    reinterpret_cast<__half*>(out)[i] = __float2half_rn(value);
+  }
+}
+
+template <Kind kKind, bool kBf16, int kT>
+__global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_constant__ QmvParams p) {
+  constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);  // one unit: 16 rows x 64 k
+  constexpr int kSlots = kRingSlots<kKind>;
+  constexpr int kTiles = qmv_tiles(kT);
+  extern __shared__ __align__(128) std::uint8_t smem[];
+
+  const int warp = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const int warps = p.warps_n * p.warps_k;
+  const int warp_n = warp % p.warps_n;
+  const int warp_k = warp / p.warps_n;
+  const int split = blockIdx.x % p.splits;
+  const int row_group = blockIdx.x / p.splits;
+  const int first_tile = (row_group * p.warps_n + warp_n) * p.tiles_per_warp;
+  const int kb_begin = p.blocks * split / p.splits;
+  const int kb_end = p.blocks * (split + 1) / p.splits;
+
+  // [table][16 zero bytes, padded][rings][activations]
+  std::uint8_t* const zeros = smem + table_bytes(kKind);
+  std::uint8_t* const rings = zeros + 128;
+  const int slot_bytes = kBlockBytes + p.scale_bytes;
+  const int act_bytes = p.m * 128;  // 64 inputs of each token, 16-byte chunks xor-ed with the row
+  std::uint8_t* const ring = rings + warp * (kSlots * slot_bytes);
+  const std::uint32_t ring_at = shared_address(ring);
+  const std::uint32_t acts_at = shared_address(rings + warps * (kSlots * slot_bytes)) +
+                                warp * (p.act_slots * act_bytes);
+
+  allow_next_kernel();
+
+  // ---- what is issued next: tile issue_tile of block issue_kb into slot issue_slot
+  const std::uint64_t policy = evict_first_policy();
+  const std::uint8_t* const tile_base =
+      p.w + min(first_tile, p.tiles - 1) * p.tile_bytes + lane * 16;
+  const std::uint8_t* issue_base = tile_base;
+  int issue_tile = 0;
+  int issue_kb = kb_begin + warp_k;
+  int issue_slot = 0;
+  int issue_act = 0;
+
+  const auto issue_weights = [&] {
+    if (issue_kb < kb_end) {
+      const std::uint32_t to = ring_at + issue_slot * slot_bytes + lane * 16;
+      const std::uint8_t* from =
+          issue_base + p.codes_at + static_cast<std::int64_t>(issue_kb) * kBlockBytes;
+#pragma unroll
+      for (int at = 0; at < kBlockBytes; at += 512) {
+        if (at + 512 <= kBlockBytes || lane * 16 + at < kBlockBytes) {
+          cp_async_weights(to + at, from + at, policy);
+        }
+      }
+      if constexpr (!has_row_scale(kKind)) {
+        if (lane * 16 < p.scale_bytes) {
+          const int group = issue_kb * kBlockInputs >> p.group_shift;
+          cp_async_weights(to + kBlockBytes, issue_base + p.scales_at + group * p.group_bytes,
+                           policy);
+        }
+      }
+    }
+    issue_slot = issue_slot + 1 == kSlots ? 0 : issue_slot + 1;
+    if (++issue_tile == p.tiles_per_warp) {
+      issue_tile = 0;
+      issue_base = tile_base;
+      issue_kb += p.warps_k;
+    } else if (first_tile + issue_tile < p.tiles) {  // past the end: the last tile again, unused
+      issue_base += p.tile_bytes;
+    }
+  };
+  const auto issue_activations = [&](int kb) {
+    if (kb < kb_end) {
+      const std::uint32_t to = acts_at + issue_act * act_bytes;
+      for (int i = lane; i < p.m * 8; i += kLanes) {
+        const int row = i / 8;
+        const int chunk = i % 8;
+        cp_async_shared_use(to + row * 128 + ((chunk ^ (row & 7)) << 4),
+                            p.x + row * p.x_stride_bytes + kb * 128 + chunk * 16);
+      }
+    }
+    issue_act = issue_act + 1 == p.act_slots ? 0 : issue_act + 1;
+  };
+
+  // ---- fill the ring: weights do not depend on the previous kernel, activations do
+#pragma unroll 1
+  for (int i = 0; i < kSlots - 1; ++i) issue_weights();
+  if (threadIdx.x < 8) reinterpret_cast<std::uint32_t*>(zeros)[threadIdx.x] = 0;
+  fill_table<kKind, kBf16>(smem, p.format, blockDim.x);
+  wait_for_previous_kernel();
+  {
+    const int blocks_ahead = (kSlots - 1 + p.tiles_per_warp - 1) / p.tiles_per_warp;
+    for (int i = 0; i < blocks_ahead; ++i) {
+      issue_activations(kb_begin + warp_k + i * p.warps_k);
+    }
+  }
+  cp_async_commit();
+#pragma unroll
+  for (int i = 0; i < kSlots - 2; ++i) cp_async_commit();
+  __syncthreads();  // zeros and table
+
+  const std::uint8_t* const table = smem + lane * 4;
+  const std::uint32_t zeros_at = shared_address(zeros);
+
+  float acc[kTiles][kT][4] = {};
+  int slot = 0;
+  int act = 0;
+  for (int kb = kb_begin + warp_k; kb < kb_end; kb += p.warps_k) {
+    std::uint32_t b[kT][2][4];  // [token tile][32 inputs]: k-step 2i in [0..1], 2i + 1 in [2..3]
+    float sum[kT][2][2];        // minima: sums of the activations of the lane's two tokens
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+      if (r >= p.tiles_per_warp) break;
+      cp_async_wait<kSlots - 2>();
+      __syncwarp();  // every lane's copies are here; every lane has left the slot issued below
+      if (r == 0) {
+        const std::uint32_t from = acts_at + act * act_bytes;
+        act = act + 1 == p.act_slots ? 0 : act + 1;
+#pragma unroll
+        for (int t = 0; t < kT; ++t) {
+          const int row = t * 8 + lane % 8;
+#pragma unroll
+          for (int part = 0; part < 2; ++part) {
+            const int chunk = part * 4 + lane / 8;
+            const std::uint32_t at = from + row * 128 + ((chunk ^ (row & 7)) << 4);
+            ldmatrix_x4(b[t][part], row < p.m ? at : zeros_at);
+          }
+        }
+        if (p.minima) {
+          const std::uint32_t ones[4] = {kBf16 ? 0x3f803f80u : 0x3c003c00u,
+                                         kBf16 ? 0x3f803f80u : 0x3c003c00u,
+                                         kBf16 ? 0x3f803f80u : 0x3c003c00u,
+                                         kBf16 ? 0x3f803f80u : 0x3c003c00u};
+#pragma unroll
+          for (int t = 0; t < kT; ++t) {
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+              float s[4] = {};
+              mma_m16n8k16<kBf16>(s, ones, b[t][part][0], b[t][part][1]);
+              mma_m16n8k16<kBf16>(s, ones, b[t][part][2], b[t][part][3]);
+              sum[t][part][0] = s[0];
+              sum[t][part][1] = s[1];
+            }
+          }
+        }
+      }
+
+      const std::uint8_t* unit = ring + slot * slot_bytes;
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+      LaneCodes<kKind> codes;
+      codes.load(unit, lane);
+      if constexpr (has_row_scale(kKind)) {
+        if (issue_tile == 0) issue_activations(issue_kb);
+        issue_weights();
+        cp_async_commit();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          std::uint32_t a[4];
+          codes.template operand<kBf16>(a, step, p.zero_pair, table);
+#pragma unroll
+          for (int t = 0; t < kT; ++t) {
+            mma_m16n8k16<kBf16>(acc[r][t], a, b[t][step / 2][step % 2 * 2],
+                                b[t][step / 2][step % 2 * 2 + 1]);
+          }
+        }
+      } else {
+        // Words {scale of row g, of row g + 8}, with minima then {minimum g, g + 8}.
+        const auto* scales = reinterpret_cast<const __half2*>(unit + kBlockBytes);
+        const int words = p.minima ? 2 : 1;
+        float2 scale[2];
+        float2 minimum[2] = {};
+        scale[0] = scale[1] = __half22float2(scales[lane / 4 * words]);
+        if (p.half_groups) scale[1] = __half22float2(scales[8 * words + lane / 4 * words]);
+        if (p.minima) {
+          minimum[0] = minimum[1] = __half22float2(scales[lane / 4 * 2 + 1]);
+          if (p.half_groups) minimum[1] = __half22float2(scales[16 + lane / 4 * 2 + 1]);
+        }
+        if (issue_tile == 0) issue_activations(issue_kb);
+        issue_weights();
+        cp_async_commit();
+
+        float group[kT][4] = {};
+        const auto scale_into = [&](const float2& s) {
+#pragma unroll
+          for (int t = 0; t < kT; ++t) {
+            acc[r][t][0] = fmaf(s.x, group[t][0], acc[r][t][0]);
+            acc[r][t][1] = fmaf(s.x, group[t][1], acc[r][t][1]);
+            acc[r][t][2] = fmaf(s.y, group[t][2], acc[r][t][2]);
+            acc[r][t][3] = fmaf(s.y, group[t][3], acc[r][t][3]);
+          }
+        };
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          std::uint32_t a[4];
+          codes.template operand<kBf16>(a, step, p.zero_pair, table);
+#pragma unroll
+          for (int t = 0; t < kT; ++t) {
+            mma_m16n8k16<kBf16>(group[t], a, b[t][step / 2][step % 2 * 2],
+                                b[t][step / 2][step % 2 * 2 + 1]);
+          }
+          if (step == 1 && p.half_groups) {
+            scale_into(scale[0]);
+#pragma unroll
+            for (int t = 0; t < kT; ++t) {
+              group[t][0] = group[t][1] = group[t][2] = group[t][3] = 0;
+            }
+          }
+        }
+        scale_into(scale[1]);
+        if (p.minima) {
+#pragma unroll
+          for (int t = 0; t < kT; ++t) {
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+              acc[r][t][0] = fmaf(minimum[part].x, sum[t][part][0], acc[r][t][0]);
+              acc[r][t][1] = fmaf(minimum[part].x, sum[t][part][1], acc[r][t][1]);
+              acc[r][t][2] = fmaf(minimum[part].y, sum[t][part][0], acc[r][t][2]);
+              acc[r][t][3] = fmaf(minimum[part].y, sum[t][part][1], acc[r][t][3]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // ---- sum the warps along K, then the blocks of the cluster, in order
+  cp_async_wait<0>();
+  __syncthreads();  // the rings become room for partial sums
+  const int warp_rows = p.tiles_per_warp * 16;
+  const int run = warp_rows + 4;  // lanes of one store fall into different banks
+  auto* const partial = reinterpret_cast<float*>(rings);
+  float* const mine = partial + warp * p.m * run;
+#pragma unroll
+  for (int r = 0; r < kTiles; ++r) {
+    if (r >= p.tiles_per_warp) break;
+#pragma unroll
+    for (int t = 0; t < kT; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = t * 8 + lane % 4 * 2 + i % 2;
+        const int row = r * 16 + lane / 4 + i / 2 * 8;
+        if (token < p.m) mine[token * run + row] = acc[r][t][i];
+      }
+    }
+  }
+  __syncthreads();
+  const int rows = p.warps_n * warp_rows;
+  const int outputs = p.m * rows;
+  const std::int64_t first_row = static_cast<std::int64_t>(row_group) * rows;
+  const auto sum_of_warps = [&](int token, int row) {
+    const float* at = partial + (row / warp_rows) * p.m * run + token * run + row % warp_rows;
+    float sum = 0;
+    for (int i = 0; i < p.warps_k; ++i) sum += at[i * p.warps_n * p.m * run];
+    return sum;
+  };
+  const auto finish = [&](int token, int row, float value) {
+    const std::int64_t n = first_row + row;
+    if (n >= p.n) return;
+    value *= p.factor;
+    if constexpr (has_row_scale(kKind)) {
+      value *= reinterpret_cast<const float*>(p.w + n / 16 * p.tile_bytes)[n % 16];
+    }
+    store_out<kBf16>(p.out, token * p.out_stride + n, value + bias_at(p.bias, p.bias_dtype, n));
+  };
+  if (p.splits == 1) {
+    for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+      finish(i / rows, i % rows, sum_of_warps(i / rows, i % rows));
+    }
+    return;
+  }
+  float* const block_sum = partial + warps * p.m * run;
+  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+    block_sum[i] = sum_of_warps(i / rows, i % rows);
+  }
+  cluster_barrier();
+  const std::uint32_t block_sum_at = shared_address(block_sum);
+  for (int i = outputs * split / p.splits + threadIdx.x; i < outputs * (split + 1) / p.splits;
+       i += blockDim.x) {
+    float sum = 0;
+    for (int rank = 0; rank < p.splits; ++rank) {
+      sum += load_from_cluster(block_sum_at + 4 * i, rank);
+    }
+    finish(i / rows, i % rows, sum);
+  }
+  cluster_barrier();  // nobody leaves while its sums are being read
+}
+
+// Launches the kernel of one kind; defined by LOWBIT_DEFINE_QMV in one file per kind.
+template <Kind kKind>
+int launch_qmv(const QmvParams& params, bool bf16, const QmvShape& shape, Stream stream);
+
+template <typename Kernel>
+int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t shared_bytes,
+                   int cluster, bool early, Stream stream, const void* params) {
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return static_cast<int>(error);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs].val.clusterDim.z = 1;
+    ++config.numAttrs;
+  }
+  if (early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+    ++config.numAttrs;
+  }
+  void* arguments[] = {const_cast<void*>(params)};
+  return static_cast<int>(
+      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
+}
+
+inline std::size_t qmv_shared_bytes(Kind kind, const QmvParams& p) {
+  const int slots = kind_bits(kind) == 8 ? 6 : 10;
+  const std::size_t warps = static_cast<std::size_t>(p.warps_n) * p.warps_k;
+  const std::size_t unit = 2 * kBlockInputs * kind_bits(kind) + p.scale_bytes;
+  const std::size_t rings = warps * (slots * unit + std::size_t(p.act_slots) * p.m * 128);
+  const std::size_t rows = static_cast<std::size_t>(p.tiles_per_warp) * 16;
+  const std::size_t sums = warps * p.m * (rows + 4) * 4 +
+                           (p.splits > 1 ? std::size_t(p.m) * p.warps_n * rows * 4 : 0);
+  return table_bytes(kind) + 128 + (rings > sums ? rings : sums);
+}
+
+#define LOWBIT_DEFINE_QMV(kind)                                                                   \
+  template <>                                                                                     \
+  int launch_qmv<kind>(const QmvParams& params, bool bf16, const QmvShape& shape, Stream stream) { \
+    const int rows = params.warps_n * params.tiles_per_warp;                                      \
+    const auto grid =                                                                             \
+        static_cast<unsigned>((params.tiles + rows - 1) / rows * params.splits);                  \
+    const auto threads = static_cast<unsigned>(params.warps_n * params.warps_k * kLanes);         \
+    const std::size_t bytes = qmv_shared_bytes(kind, params);                                     \
+    const auto launch = [&](auto kernel) {                                                        \
+      return launch_cluster(kernel, grid, threads, bytes, params.splits, shape.early, stream,     \
+                            &params);                                                             \
+    };                                                                                            \
+    if (params.m <= 8) {                                                                          \
+      return bf16 ? launch(qmv_kernel<kind, true, 1>) : launch(qmv_kernel<kind, false, 1>);       \
+    }                                                                                             \
+    if (params.m <= 16) {                                                                         \
+      return bf16 ? launch(qmv_kernel<kind, true, 2>) : launch(qmv_kernel<kind, false, 2>);       \
+    }                                                                                             \
+    return bf16 ? launch(qmv_kernel<kind, true, 4>) : launch(qmv_kernel<kind, false, 4>);         \
+  }
+
+}  // namespace lowbit::cuda

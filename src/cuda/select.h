@@ -1,0 +1,45 @@
+// Which kernel multiplies, and in what shape: a pure function of the problem, testable anywhere.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels.h"
+#include "lowbit/linear.h"
+
+namespace lowbit::cuda {
+
+enum class Path : std::uint8_t {
+  kQmv,       // decode kernel: M <= 32, any supported GPU
+  kQmm,       // fused wgmma kernel: sm_90
+  kDirect,    // 16-bit weights in the dtype of x: cuBLAS reads them where they are
+  kScratch,   // dequantize to the dtype of x, then cuBLAS
+  kExact,     // dequantize to fp32, then cuBLAS in fp32
+};
+
+struct Problem {
+  std::int64_t m, n, k;
+  Geometry geometry;
+  int exponent;
+  DType x_dtype;
+  Precision precision;
+  bool x_aligned;   // rows of x start at multiples of 16 bytes
+  int sm;           // 80, 90, ...
+  int sm_count;
+};
+
+struct Choice {
+  Path path;
+  QmvShape qmv;
+  QmmShape qmm;
+  const char* reason;
+};
+
+Choice select(const Problem& problem);
+
+// The launch shapes alone, for problems their kernels support.
+QmvShape select_qmv(const Problem& problem);
+QmmShape select_qmm(const Problem& problem);
+
+const char* path_name(Path path);
+
+}  // namespace lowbit::cuda
