@@ -180,20 +180,22 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
         while (steps * splits < 4 * workers && token_blocks / splits >= 8) splits *= 2;
       }
       const auto run_steps = [&](std::int64_t begin, std::int64_t end, std::int64_t token_begin,
-                                 std::int64_t token_end, std::byte* memory) {
+                                 std::int64_t token_end, std::int64_t next, std::byte* memory) {
         for (int i = 0; i < count && begin < end; ++i) {
           if (begin < steps_of[i]) {
             const int block = runs[i].path->tile_block;
             runs[i].path->run(*runs[i].block, a, base, begin * block,
                               std::min(std::min(end, steps_of[i]) * block, runs[i].tile_end),
-                              token_begin, token_end, memory);
+                              token_begin, token_end,
+                              next >= 0 && next < steps_of[i] ? next * block : -1, memory);
           }
           begin = std::max<std::int64_t>(begin - steps_of[i], 0);
           end -= steps_of[i];
+          next -= steps_of[i];
         }
       };
       if (workers == 1 || steps * splits == 1) {
-        run_steps(0, steps, 0, a.m, thread_workspace(1, scratch));
+        run_steps(0, steps, 0, a.m, -1, thread_workspace(1, scratch));
         continue;
       }
       std::atomic<bool> out_of_memory{false};
@@ -203,14 +205,17 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
         threads.run(std::min<std::int64_t>(workers, steps * splits), [&](std::int64_t) {
           try {
             std::byte* memory = thread_workspace(1, scratch);
-            for (;;) {
-              const std::int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-              if (item >= steps * splits) break;
+            // One item is held in advance, so that its bytes can be fetched.
+            std::int64_t ahead = next.fetch_add(1, std::memory_order_relaxed);
+            while (ahead < steps * splits) {
+              const std::int64_t item = ahead;
+              ahead = next.fetch_add(1, std::memory_order_relaxed);
               const std::int64_t split = item % splits, step = item / splits;
               const std::int64_t token_begin = token_blocks * split / splits * token_block;
               const std::int64_t token_end =
                   std::min(token_blocks * (split + 1) / splits * token_block, a.m);
-              run_steps(step, step + 1, token_begin, token_end, memory);
+              run_steps(step, step + 1, token_begin, token_end,
+                        ahead < steps * splits ? ahead / splits : -1, memory);
             }
           } catch (...) {
             out_of_memory = true;
@@ -221,7 +226,7 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
         const std::int64_t tasks = std::min<std::int64_t>(workers, steps);
         threads.run(tasks, [&](std::int64_t task) {
           try {
-            run_steps(steps * task / tasks, steps * (task + 1) / tasks, 0, a.m,
+            run_steps(steps * task / tasks, steps * (task + 1) / tasks, 0, a.m, -1,
                       thread_workspace(1, scratch));
           } catch (...) {
             out_of_memory = true;

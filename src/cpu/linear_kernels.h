@@ -53,10 +53,11 @@ struct Path {
   std::int64_t (*scratch_bytes)(const RowBlock& rows, const Activations& a);
   // Outputs of row tiles [tile_begin, tile_end) for tokens [token_begin, token_end); token_begin
   // is a multiple of token_block and tile_begin of tile_block. a holds the tokens from
-  // `first_token` of the call on: token t of a is row first_token + t of out.
+  // `first_token` of the call on: token t of a is row first_token + t of out. The thread will go
+  // on with next_tile of the same matrix (-1: nothing known), which is worth prefetching.
   void (*run)(const RowBlock& rows, const Activations& a, std::int64_t first_token,
               std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
-              std::int64_t token_end, std::byte* scratch);
+              std::int64_t token_end, std::int64_t next_tile, std::byte* scratch);
   int tile_block;   // row tiles that are computed together
   int token_block;  // tokens that are computed together
   bool panel;       // expands weights into scratch first: worth splitting over tokens too

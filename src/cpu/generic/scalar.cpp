@@ -61,7 +61,7 @@ void expand(const RowBlock& rows, const std::byte* tile, float* weights) {
 
 void run(const RowBlock& rows, const Activations& a, std::int64_t first_token,
          std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
-         std::int64_t token_end, std::byte* scratch) {
+         std::int64_t token_end, std::int64_t, std::byte* scratch) {
   const Layout& layout = rows.layout;
   float* weights = reinterpret_cast<float*>(scratch);
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {

@@ -1,0 +1,285 @@
+// Few tokens, grouped formats: out = sum over groups of s * as * (sum of code * q - zero * sum of
+// q)
+// (+ m * as * sum of q), integer sums exact.
+//
+// Tile: 16 rows, all inputs, one sequential stream of bytes; tokens in blocks of up to kTokens,
+// each with its accumulators in registers. Weights are the unsigned operand of vpdpbusd,
+// activations the signed one, broadcast four bytes at a time. The zero point enters as the
+// accumulators' start.
+#include "cpu/generic/avx512_codes.h"
+#include "cpu/generic/avx512_paths.h"
+#include "cpu/generic/avx512_prepare.h"
+
+namespace lowbit::cpu {
+namespace {
+
+// How far ahead of use lines are fetched: hides the latency where the hardware prefetcher stops at
+// a page border.
+constexpr std::int64_t kPrefetch = 4096;
+
+LOWBIT_INLINE __m512i broadcast(const std::byte* p) {
+  int word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+
+LOWBIT_INLINE __m512 broadcast_f32(const std::byte* p) {
+  float value;
+  __builtin_memcpy(&value, p, 4);
+  return _mm512_set1_ps(value);
+}
+
+template <Format F, int kPlanes, int kTokensMax, int kTokens>
+void tile_int(const Operand<F>& operand, const std::byte* tile,
+              const GroupWalk<Grouped<F>::kMinimum>& walk, const std::byte* block,
+              const IntBlock& sizes, const Epilogue& epilogue, std::int64_t token,
+              std::int64_t tile_index) {
+  using Facts = Grouped<F>;
+  using Codes = Unpack<Facts::kBits>;
+  const std::byte* planes[2] = {block, block + sizes.plane_bytes};
+  const std::byte* meta = block + kPlanes * sizes.plane_bytes;
+  // Two chains per sum where there are few, or the latency of vpdpbusd shows.
+  constexpr int kChains = kTokens * kPlanes <= 2 ? 2 : 1;
+  __m512 total[kTokens];
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    __m512i sum[kTokens][kPlanes][kChains];
+    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+      unroll<kPlanes * kChains>(
+          [&](auto i) LOWBIT_LAMBDA { sum[t][i / kChains][i % kChains] = _mm512_setzero_si512(); });
+      sum[t][kPlanes - 1][0] = broadcast(meta + sizes.meta_bytes + (g * kTokens + t) * 4);
+    });
+    for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+      unroll<static_cast<int>(Codes::kBlockBytes / 64)>([&](auto i) LOWBIT_LAMBDA {
+        _mm_prefetch(
+            reinterpret_cast<const char*>(codes + b * Codes::kBlockBytes + i * 64 + kPrefetch),
+            _MM_HINT_T0);
+      });
+      unroll<8>([&](auto i) LOWBIT_LAMBDA {
+        const __m512i weights = operand.template quad<i>(codes, inputs, b);
+        unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+          unroll<kPlanes>([&](auto p) LOWBIT_LAMBDA {
+            constexpr int kChain = i % kChains;
+            sum[t][p][kChain] = _mm512_dpbusd_epi32(sum[t][p][kChain], weights,
+                                                    broadcast(planes[p] + (i * kTokens + t) * 4));
+          });
+        });
+      });
+      planes[0] += 32 * kTokens;
+      planes[1] += 32 * kTokens;
+    }
+    const __m512 scale = load_halves(tile + walk.scales(g));
+    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+      const std::int64_t at = (g * kTokens + t) * 4;
+      if constexpr (kChains == 2) {
+        unroll<kPlanes>([&](auto p) LOWBIT_LAMBDA {
+          sum[t][p][0] = _mm512_add_epi32(sum[t][p][0], sum[t][p][1]);
+        });
+      }
+      __m512i whole = sum[t][kPlanes - 1][0];
+      if constexpr (kPlanes == 2) {
+        whole = _mm512_add_epi32(whole, _mm512_slli_epi32(sum[t][0][0], 8));
+      }
+      const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), broadcast_f32(meta + at));
+      total[t] = _mm512_fmadd_ps(value, scale, total[t]);
+      if constexpr (Facts::kMinimum) {
+        const __m512 minimum = load_halves(tile + walk.scales(g) + 32);
+        total[t] =
+            _mm512_fmadd_ps(minimum, broadcast_f32(meta + 2 * sizes.meta_bytes + at), total[t]);
+      }
+    });
+  }
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
+}
+
+// The NormalFloats in three byte planes (24 bits) against two activation planes: the products of
+// weight 2^32, 2^24 and 2^16 of the six that there are; the smallest, low * low, is below 2^-24 of
+// the largest possible product and is left out.
+template <Format F, int kTokensMax, int kTokens>
+void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<false>& walk,
+               const std::byte* block, const IntBlock& sizes, const Epilogue& epilogue,
+               std::int64_t token, std::int64_t tile_index) {
+  using Codes = Unpack<Grouped<F>::kBits>;
+  const __m512i high = _mm512_load_si512(tables.high);
+  const __m512i middle = _mm512_load_si512(tables.middle);
+  const __m512i low = _mm512_load_si512(tables.low);
+  const std::byte* planes[2] = {block, block + sizes.plane_bytes};
+  const std::byte* meta = block + 2 * sizes.plane_bytes;
+  __m512 total[kTokens];
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    __m512i top[kTokens], mid[kTokens], rest[kTokens];
+    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+      const std::int64_t at = (g * kTokens + t) * 4;
+      top[t] = broadcast(meta + sizes.meta_bytes + at);
+      mid[t] = broadcast(meta + 2 * sizes.meta_bytes + at);
+      rest[t] = _mm512_setzero_si512();
+    });
+    for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+      unroll<static_cast<int>(Codes::kBlockBytes / 64)>([&](auto i) LOWBIT_LAMBDA {
+        _mm_prefetch(
+            reinterpret_cast<const char*>(codes + b * Codes::kBlockBytes + i * 64 + kPrefetch),
+            _MM_HINT_T0);
+      });
+      unroll<8>([&](auto i) LOWBIT_LAMBDA {
+        const __m512i index = Codes::template index<i>(codes, inputs, b);
+        const __m512i w2 = _mm512_permutexvar_epi8(index, high);
+        const __m512i w1 = _mm512_permutexvar_epi8(index, middle);
+        const __m512i w0 = _mm512_permutexvar_epi8(index, low);
+        unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+          const __m512i a1 = broadcast(planes[0] + (i * kTokens + t) * 4);
+          const __m512i a0 = broadcast(planes[1] + (i * kTokens + t) * 4);
+          top[t] = _mm512_dpbusd_epi32(top[t], w2, a1);
+          mid[t] = _mm512_dpbusd_epi32(mid[t], w2, a0);
+          rest[t] = _mm512_dpbusd_epi32(rest[t], w1, a0);
+          mid[t] = _mm512_dpbusd_epi32(mid[t], w1, a1);
+          rest[t] = _mm512_dpbusd_epi32(rest[t], w0, a1);
+        });
+      });
+      planes[0] += 32 * kTokens;
+      planes[1] += 32 * kTokens;
+    }
+    const __m512 scale = load_halves(tile + walk.scales(g));
+    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(top[t]), _mm512_set1_ps(65536.0f));
+      value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(mid[t]), _mm512_set1_ps(256.0f), value);
+      value = _mm512_add_ps(_mm512_cvtepi32_ps(rest[t]), value);
+      value = _mm512_mul_ps(value, broadcast_f32(meta + (g * kTokens + t) * 4));
+      total[t] = _mm512_fmadd_ps(value, scale, total[t]);
+    });
+  }
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
+}
+
+std::int64_t no_scratch(const RowBlock&, const Activations&) {
+  return 0;
+}
+
+template <Format F, int kPlanes, int kTokensMax>
+void run_int(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+             std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
+             std::int64_t token_end, std::int64_t, std::byte*) {
+  const Operand<F> operand;
+  const GroupWalk<Grouped<F>::kMinimum> walk(rows.layout);
+  const IntBlock sizes(a, kPlanes, kTokensMax);
+  const Epilogue epilogue(rows, Grouped<F>::kValueScale);
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
+    for (std::int64_t t = token_begin; t < token_end; t += kTokensMax) {
+      const std::byte* block = a.data + t / kTokensMax * sizes.stride;
+      const std::int64_t left = token_end - t;
+      const int nt = left < kTokensMax ? static_cast<int>(left) : kTokensMax;
+      unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
+        if (nt == i + 1) {
+          tile_int<F, kPlanes, kTokensMax, i + 1>(operand, bytes, walk, block, sizes, epilogue,
+                                                  first_token + t, tile);
+        }
+      });
+    }
+  }
+}
+
+template <Format F, int kTokensMax>
+void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+              std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
+              std::int64_t token_end, std::int64_t, std::byte*) {
+  const ByteTables& tables = byte_tables<F>();
+  const GroupWalk<false> walk(rows.layout);
+  const IntBlock sizes(a, 2, kTokensMax);
+  // The dot product of the three planes comes out in units of 2^-23 (almost) times 1/256.
+  const Epilogue epilogue(rows, static_cast<float>(256.0 / kWideScale));
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
+    for (std::int64_t t = token_begin; t < token_end; t += kTokensMax) {
+      const std::byte* block = a.data + t / kTokensMax * sizes.stride;
+      const std::int64_t left = token_end - t;
+      const int nt = left < kTokensMax ? static_cast<int>(left) : kTokensMax;
+      unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
+        if (nt == i + 1) {
+          tile_wide<F, kTokensMax, i + 1>(tables, bytes, walk, block, sizes, epilogue,
+                                          first_token + t, tile);
+        }
+      });
+    }
+  }
+}
+
+constexpr int kTokens1 = 8;  // one plane: 8 integer and 8 float accumulators
+constexpr int kTokens2 = 4;  // two planes: 8 and 4
+
+template <Format F, int kPlanes>
+constexpr Path int_path(const char* name, const char* activations) {
+  constexpr int kTokens = kPlanes == 1 ? kTokens1 : kTokens2;
+  using Facts = Grouped<F>;
+  return {name,
+          activations,
+          int_activation_bytes<kPlanes, kTokens>,
+          prepare_int < kPlanes,
+          kTokens,
+          Facts::kZero,
+          Facts::kMinimum ? Init2::kSum : Init2::kNone >
+          , no_scratch, run_int<F, kPlanes, kTokens>, 1, kTokens, false};
+}
+
+template <Format F>
+constexpr Path wide_path(const char* name) {
+  return {name,
+          "avx512.int8x2.t4.split",
+          int_activation_bytes<2, kTokens2>,
+          prepare_int<2, kTokens2, 0, Init2::kSplit>,
+          no_scratch,
+          run_wide<F, kTokens2>,
+          1,
+          kTokens2,
+          false};
+}
+
+#define LOWBIT_NAME(kind, format) "avx512vnni." kind "." format
+
+// The activations' names carry the zero point that their starts contain.
+constexpr Path kInt8[kFormatCount] = {
+    int_path<Format::kSymInt4, 1>(LOWBIT_NAME("int8.decode", "sym_int4"), "avx512.int8.t8.z8"),
+    int_path<Format::kAsymInt4, 1>(LOWBIT_NAME("int8.decode", "asym_int4"), "avx512.int8.t8.z0"),
+    int_path<Format::kSymInt5, 1>(LOWBIT_NAME("int8.decode", "sym_int5"), "avx512.int8.t8.z16"),
+    int_path<Format::kAsymInt5, 1>(LOWBIT_NAME("int8.decode", "asym_int5"), "avx512.int8.t8.z0"),
+    int_path<Format::kSymInt8, 1>(LOWBIT_NAME("int8.decode", "sym_int8"), "avx512.int8.t8.z128"),
+    int_path<Format::kNf3, 1>(LOWBIT_NAME("int8.decode", "nf3"), "avx512.int8.t8.z128"),
+    int_path<Format::kNf4, 1>(LOWBIT_NAME("int8.decode", "nf4"), "avx512.int8.t8.z128"),
+    int_path<Format::kFp4, 1>(LOWBIT_NAME("int8.decode", "fp4"), "avx512.int8.t8.z128"),
+};
+
+constexpr Path kInt8x2[kFormatCount] = {
+    int_path<Format::kSymInt4, 2>(LOWBIT_NAME("int8x2.decode", "sym_int4"), "avx512.int8x2.t4.z8"),
+    int_path<Format::kAsymInt4, 2>(LOWBIT_NAME("int8x2.decode", "asym_int4"),
+                                   "avx512.int8x2.t4.z0"),
+    int_path<Format::kSymInt5, 2>(LOWBIT_NAME("int8x2.decode", "sym_int5"), "avx512.int8x2.t4.z16"),
+    int_path<Format::kAsymInt5, 2>(LOWBIT_NAME("int8x2.decode", "asym_int5"),
+                                   "avx512.int8x2.t4.z0"),
+    int_path<Format::kSymInt8, 2>(LOWBIT_NAME("int8x2.decode", "sym_int8"),
+                                  "avx512.int8x2.t4.z128"),
+    wide_path<Format::kNf3>(LOWBIT_NAME("int8x2.decode", "nf3")),
+    wide_path<Format::kNf4>(LOWBIT_NAME("int8x2.decode", "nf4")),
+    int_path<Format::kFp4, 2>(LOWBIT_NAME("int8x2.decode", "fp4"), "avx512.int8x2.t4.z128"),
+};
+
+const Path* path_or_null(const Path& path) {
+  return path.run == nullptr ? nullptr : &path;
+}
+
+}  // namespace
+
+namespace avx512 {
+
+const Path* decode_int8(Format format) {
+  return path_or_null(kInt8[static_cast<int>(format)]);
+}
+const Path* decode_int8x2(Format format) {
+  return path_or_null(kInt8x2[static_cast<int>(format)]);
+}
+
+}  // namespace avx512
+}  // namespace lowbit::cpu

@@ -1,0 +1,232 @@
+// Many tokens, grouped formats, int8 activations in one or two planes.
+//
+// Two row tiles (32 outputs) are expanded to a panel of byte operands once per pass over the
+// tokens:
+//   panel   [k_padded / 4][2 tiles][16 rows][4 inputs] u8, in L2
+//   scales  [groups][2][16] float32 (and minima)
+// then blocks of up to 6 tokens run through it: 6 x 2 integer and 6 x 2 float accumulators, two
+// weight vectors, one broadcast: 27 of 32 registers. Two planes share the integer accumulators: the
+// high plane's sum is shifted by 8 before the low plane is added.
+#include "cpu/generic/avx512_codes.h"
+#include "cpu/generic/avx512_paths.h"
+#include "cpu/generic/avx512_prepare.h"
+
+namespace lowbit::cpu {
+namespace {
+
+constexpr int kTokens = 6;
+constexpr int kTiles = 2;
+
+LOWBIT_INLINE __m512i broadcast(const std::byte* p) {
+  int word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+
+struct Panel {
+  std::byte* codes;
+  float* scales;
+  float* minima;
+};
+
+Panel make_panel(std::byte* scratch, const Layout& layout) {
+  const std::int64_t groups = layout.groups;
+  Panel panel;
+  panel.codes = scratch;
+  panel.scales = reinterpret_cast<float*>(scratch + layout.k_padded * 32);
+  panel.minima = panel.scales + groups * 32;
+  return panel;
+}
+
+std::int64_t scratch_bytes(const RowBlock& rows, const Activations&) {
+  return rows.layout.k_padded * 32 + rows.layout.groups * 2 * 32 * 4;
+}
+
+template <Format F>
+void expand(const Operand<F>& operand, const std::byte* tile,
+            const GroupWalk<Grouped<F>::kMinimum>& walk, const Panel& panel, int side) {
+  std::byte* to = panel.codes + side * 64;
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+      unroll<8>([&](auto i) LOWBIT_LAMBDA {
+        _mm512_store_si512(to + i * 128, operand.template quad<i>(codes, inputs, b));
+      });
+      to += 8 * 128;
+    }
+    _mm512_store_ps(panel.scales + g * 32 + side * 16, load_halves(tile + walk.scales(g)));
+    if constexpr (Grouped<F>::kMinimum) {
+      _mm512_store_ps(panel.minima + g * 32 + side * 16, load_halves(tile + walk.scales(g) + 32));
+    }
+  }
+}
+
+// Lines of the next panel's packed bytes, asked for while this one computes.
+struct Ahead {
+  const std::byte *at, *end;
+  int lines;  // per group
+};
+
+template <int kPlanes, bool kMinimum, int kCount>
+void block_int(const Panel& panel, std::int64_t groups, std::int64_t group, std::int64_t k_padded,
+               const std::byte* block, const IntBlock& sizes, const Epilogue& epilogue,
+               std::int64_t token, std::int64_t tile, bool second, Ahead& ahead) {
+  const std::byte* meta = block + kPlanes * sizes.plane_bytes;
+  __m512 total[kCount][kTiles];
+  unroll<kCount * kTiles>(
+      [&](auto i) LOWBIT_LAMBDA { total[i / kTiles][i % kTiles] = _mm512_setzero_ps(); });
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t k0 = g * group;
+    const std::int64_t blocks = ((k0 + group < k_padded ? group : k_padded - k0)) / kInputBlock;
+    for (int i = 0; i < ahead.lines && ahead.at < ahead.end; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
+      ahead.at += 64;
+    }
+    __m512i sum[kCount][kTiles];
+    unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+      sum[t][0] = kPlanes == 1 ? broadcast(meta + sizes.meta_bytes + (g * kCount + t) * 4)
+                               : _mm512_setzero_si512();
+      sum[t][1] = sum[t][0];
+    });
+    unroll<kPlanes>([&](auto p) LOWBIT_LAMBDA {
+      if constexpr (p == 1) {
+        unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+          const __m512i init = broadcast(meta + sizes.meta_bytes + (g * kCount + t) * 4);
+          sum[t][0] = _mm512_add_epi32(_mm512_slli_epi32(sum[t][0], 8), init);
+          sum[t][1] = _mm512_add_epi32(_mm512_slli_epi32(sum[t][1], 8), init);
+        });
+      }
+      const std::byte* q = block + p * sizes.plane_bytes + k0 * kCount;
+      const std::byte* w = panel.codes + k0 * 32;
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        unroll<8>([&](auto i) LOWBIT_LAMBDA {
+          const __m512i w0 = load_unit(w + i * 128);
+          const __m512i w1 = load_unit(w + i * 128 + 64);
+          unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+            const __m512i x = broadcast(q + (i * kCount + t) * 4);
+            sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, x);
+            sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, x);
+          });
+        });
+        q += 32 * kCount;
+        w += 8 * 128;
+      }
+    });
+    const float* step = reinterpret_cast<const float*>(meta) + g * kCount;
+    const float* msum = reinterpret_cast<const float*>(meta + 2 * sizes.meta_bytes) + g * kCount;
+    unroll<kTiles>([&](auto n) LOWBIT_LAMBDA {
+      const __m512 scale = _mm512_load_ps(panel.scales + g * 32 + n * 16);
+      unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t][n]), _mm512_set1_ps(step[t]));
+        total[t][n] = _mm512_fmadd_ps(value, scale, total[t][n]);
+      });
+      if constexpr (kMinimum) {
+        const __m512 minimum = _mm512_load_ps(panel.minima + g * 32 + n * 16);
+        unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+          total[t][n] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(msum[t]), total[t][n]);
+        });
+      }
+    });
+  }
+  unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+    epilogue.store(token + t, tile, total[t][0]);
+    if (second) epilogue.store(token + t, tile + 1, total[t][1]);
+  });
+}
+
+template <Format F, int kPlanes>
+void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+               std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
+               std::int64_t token_end, std::int64_t next_tile, std::byte* scratch) {
+  const Operand<F> operand;
+  const Layout& layout = rows.layout;
+  const GroupWalk<Grouped<F>::kMinimum> walk(layout);
+  const IntBlock sizes(a, kPlanes, kTokens);
+  const Epilogue epilogue(rows, Grouped<F>::kValueScale);
+  const Panel panel = make_panel(scratch, layout);
+  const std::int64_t token_blocks = (token_end - token_begin + kTokens - 1) / kTokens;
+  for (std::int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
+    const bool second = tile + 1 < layout.tiles;
+    const std::byte* bytes = rows.packed + tile * layout.tile_bytes;
+    expand<F>(operand, bytes, walk, panel, 0);
+    expand<F>(operand, second ? bytes + layout.tile_bytes : bytes, walk, panel, 1);
+    Ahead ahead{nullptr, nullptr, 0};
+    const std::int64_t next = tile + kTiles < tile_end ? tile + kTiles : next_tile;
+    if (next >= 0 && next < layout.tiles) {
+      const std::int64_t tiles = next + kTiles <= layout.tiles ? kTiles : layout.tiles - next;
+      ahead.at = rows.packed + next * layout.tile_bytes;
+      ahead.end = ahead.at + tiles * layout.tile_bytes;
+      const std::int64_t steps = token_blocks * layout.groups;
+      ahead.lines = static_cast<int>((tiles * layout.tile_bytes / 64 + steps - 1) / steps);
+    }
+    for (std::int64_t t = token_begin; t < token_end; t += kTokens) {
+      const std::byte* block = a.data + t / kTokens * sizes.stride;
+      const std::int64_t left = token_end - t;
+      unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
+        if (left == i + 1 || (i + 1 == kTokens && left > kTokens)) {
+          block_int<kPlanes, Grouped<F>::kMinimum, i + 1>(panel, layout.groups, layout.group_size,
+                                                          layout.k_padded, block, sizes, epilogue,
+                                                          first_token + t, tile, second, ahead);
+        }
+      });
+    }
+  }
+}
+
+template <Format F, int kPlanes>
+constexpr Path panel_path(const char* name, const char* activations) {
+  using Facts = Grouped<F>;
+  return {name,
+          activations,
+          int_activation_bytes<kPlanes, kTokens>,
+          prepare_int < kPlanes,
+          kTokens,
+          Facts::kZero,
+          Facts::kMinimum ? Init2::kSum : Init2::kNone >
+          , scratch_bytes, run_panel<F, kPlanes>, kTiles, kTokens, true};
+}
+
+#define LOWBIT_NAME(kind, format) "avx512vnni." kind ".panel." format
+
+constexpr Path kInt8[kFormatCount] = {
+    panel_path<Format::kSymInt4, 1>(LOWBIT_NAME("int8", "sym_int4"), "avx512.int8.t6.z8"),
+    panel_path<Format::kAsymInt4, 1>(LOWBIT_NAME("int8", "asym_int4"), "avx512.int8.t6.z0"),
+    panel_path<Format::kSymInt5, 1>(LOWBIT_NAME("int8", "sym_int5"), "avx512.int8.t6.z16"),
+    panel_path<Format::kAsymInt5, 1>(LOWBIT_NAME("int8", "asym_int5"), "avx512.int8.t6.z0"),
+    panel_path<Format::kSymInt8, 1>(LOWBIT_NAME("int8", "sym_int8"), "avx512.int8.t6.z128"),
+    panel_path<Format::kNf3, 1>(LOWBIT_NAME("int8", "nf3"), "avx512.int8.t6.z128"),
+    panel_path<Format::kNf4, 1>(LOWBIT_NAME("int8", "nf4"), "avx512.int8.t6.z128"),
+    panel_path<Format::kFp4, 1>(LOWBIT_NAME("int8", "fp4"), "avx512.int8.t6.z128"),
+};
+
+// Not for nf3 and nf4: their single plane is rounded.
+constexpr Path kNone = {};
+constexpr Path kInt8x2[kFormatCount] = {
+    panel_path<Format::kSymInt4, 2>(LOWBIT_NAME("int8x2", "sym_int4"), "avx512.int8x2.t6.z8"),
+    panel_path<Format::kAsymInt4, 2>(LOWBIT_NAME("int8x2", "asym_int4"), "avx512.int8x2.t6.z0"),
+    panel_path<Format::kSymInt5, 2>(LOWBIT_NAME("int8x2", "sym_int5"), "avx512.int8x2.t6.z16"),
+    panel_path<Format::kAsymInt5, 2>(LOWBIT_NAME("int8x2", "asym_int5"), "avx512.int8x2.t6.z0"),
+    panel_path<Format::kSymInt8, 2>(LOWBIT_NAME("int8x2", "sym_int8"), "avx512.int8x2.t6.z128"),
+    kNone,
+    kNone,
+    panel_path<Format::kFp4, 2>(LOWBIT_NAME("int8x2", "fp4"), "avx512.int8x2.t6.z128"),
+};
+
+const Path* path_or_null(const Path& path) {
+  return path.run == nullptr ? nullptr : &path;
+}
+
+}  // namespace
+
+namespace avx512 {
+
+const Path* panel_int8(Format format) {
+  return path_or_null(kInt8[static_cast<int>(format)]);
+}
+const Path* panel_int8x2(Format format) {
+  return path_or_null(kInt8x2[static_cast<int>(format)]);
+}
+
+}  // namespace avx512
+}  // namespace lowbit::cpu

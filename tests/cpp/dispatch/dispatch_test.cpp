@@ -1,0 +1,88 @@
+#include "lowbit/dispatch.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <set>
+#include <string>
+
+#include "cpu/linear_driver.h"
+#include "cpu/select.h"
+#include "lowbit/error.h"
+
+namespace lowbit {
+namespace {
+
+using cpu::Features;
+using cpu::Isa;
+
+TEST(Dispatch, AvailableLevelsAreCompiledAndScalarIsAlwaysThere) {
+  const std::set<std::string_view> compiled(compiled_isas().begin(), compiled_isas().end());
+  for (std::string_view name : available_isas()) EXPECT_TRUE(compiled.contains(name)) << name;
+  EXPECT_EQ(available_isas().front(), "scalar");
+}
+
+TEST(Dispatch, ForcingChangesTheLevelInForceAndBack) {
+  for (std::string_view name : available_isas()) {
+    force_isa(name);
+    EXPECT_EQ(active_isa(), name);
+    EXPECT_EQ(describe_isa().rfind(name, 0), 0u) << describe_isa();
+  }
+  force_isa("");
+  const char* forced = std::getenv("LOWBIT_FORCE_ISA");
+  EXPECT_EQ(active_isa(),
+            forced != nullptr && *forced != 0 ? std::string_view(forced) : available_isas().back());
+}
+
+TEST(Dispatch, UnknownNamesAreRefusedWithTheListOfThoseThatExist) {
+  try {
+    force_isa("avx9000");
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kValue);
+    const std::string text = error.what();
+    EXPECT_NE(text.find("avx9000"), std::string::npos) << text;
+    for (std::string_view name : available_isas()) {
+      EXPECT_NE(text.find(name), std::string::npos) << text;
+    }
+  }
+}
+
+// Selection is a pure function of the machine: any machine can be asked about on any other.
+TEST(Dispatch, ALevelThatTheMachineLacksIsRefused) {
+  for (std::string_view name : compiled_isas()) {
+    if (name == "scalar") continue;
+    EXPECT_THROW(cpu::resolve_isa(name, "test", Features{}), Error) << name;
+  }
+  EXPECT_EQ(cpu::resolve_isa("scalar", "test", Features{}), Isa::kScalar);
+  EXPECT_EQ(cpu::best_isa(Features{}), Isa::kScalar);
+}
+
+#if defined(__x86_64__)
+TEST(Dispatch, ChoosesTheBestCompiledLevel) {
+  Features f;
+  f.avx2 = true;
+  EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avx2");
+  f.avx512vnni = true;
+  EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avx512vnni");
+  f.avx512bf16 = true;
+  EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avx512bf16");
+}
+
+TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
+  const auto name = [](Isa isa, Format format, Precision precision, std::int64_t m) {
+    return std::string(cpu::select_linear(isa, make_layout(format, 64, 256), precision, m).name);
+  };
+  const Isa best = Isa::kAvx512Bf16;
+  EXPECT_EQ(name(best, Format::kSymInt4, Precision::kAuto, 1), "avx512vnni.int8x2.decode.sym_int4");
+  EXPECT_EQ(name(best, Format::kSymInt4, Precision::kAuto, 512), "avx512vnni.int8.panel.sym_int4");
+  EXPECT_EQ(name(best, Format::kNf4, Precision::kBf16, 512), "avx512bf16.bf16.panel.nf4");
+  EXPECT_EQ(name(best, Format::kNf4, Precision::kFp32, 512), "avx512vnni.fp32.panel.nf4");
+  EXPECT_EQ(name(best, Format::kBf16, Precision::kAuto, 512), "avx512bf16.bf16.panel.bf16");
+  EXPECT_EQ(name(best, Format::kBf16, Precision::kAuto, 1), "avx512vnni.fp32.decode.bf16");
+  EXPECT_EQ(name(Isa::kScalar, Format::kNf3, Precision::kInt8, 7), "scalar.fp32");
+}
+#endif
+
+}  // namespace
+}  // namespace lowbit
