@@ -37,8 +37,8 @@ struct MutableMatrixView {
 int quantize(const MatrixView& weight, const Layout& layout, std::span<std::byte> packed,
              const Threads& threads = serial_threads());
 
-// Unpacks all of `packed` into `out` [layout.n, layout.k]: value * 2^exponent, rounded once to
-// out.dtype.
+// Unpacks all of `packed` into `out` [layout.n, layout.k]: value * 2^exponent as float32, correctly
+// rounded, and that rounded to out.dtype where it is a 16-bit type; float64 gets the exact value.
 void dequantize(std::span<const std::byte> packed, const Layout& layout, int exponent,
                 const MutableMatrixView& out, const Threads& threads = serial_threads());
 
@@ -48,7 +48,8 @@ void dequantize_rows(std::span<const std::byte> packed, const Layout& layout, in
                      std::span<const std::int64_t> rows, const MutableMatrixView& out,
                      const Threads& threads = serial_threads());
 
-// Row-major flat index of the first NaN or infinity of `matrix`, or -1.
+// Row-major flat index of the first NaN or infinity of `matrix`, or -1. A float64 beyond the range
+// of float32 counts as infinite: quantize() would refuse it.
 std::int64_t first_nonfinite(const MatrixView& matrix, const Threads& threads = serial_threads());
 
 }  // namespace lowbit

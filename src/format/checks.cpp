@@ -121,18 +121,17 @@ void check_linear(const LinearArgs& args) {
   }
 }
 
-void throw_nonfinite(const MatrixView& weight) {
-  for (std::int64_t row = 0; row < weight.rows; ++row) {
-    for (std::int64_t col = 0; col < weight.cols; ++col) {
-      const double value = reference::element(weight, row, col);
-      if (std::isfinite(static_cast<float>(value))) continue;
-      fail("quantize", "weight" + shape_text(row, col) + " is " +
-                           (std::isnan(value) ? "nan" : std::to_string(value)) +
-                           "; every weight must be a finite float32; was the checkpoint read or "
-                           "trained correctly?");
-    }
+void throw_nonfinite(const MatrixView& weight, std::int64_t index) {
+  if (index < 0) {
+    fail("quantize", "a weight changed while it was read; keep it still until quantize returns");
   }
-  fail("quantize", "a weight changed while it was read; keep it still until quantize returns");
+  const std::int64_t row = index / weight.cols;
+  const std::int64_t col = index % weight.cols;
+  const double value = reference::element(weight, row, col);
+  fail("quantize", "weight" + shape_text(row, col) + " is " +
+                       (std::isnan(value) ? "nan" : std::to_string(value)) +
+                       "; every weight must be a finite float32; was the checkpoint read or "
+                       "trained correctly?");
 }
 
 }  // namespace lowbit

@@ -18,7 +18,7 @@ void check_rows(std::span<const std::byte> packed, const Layout& layout,
                 std::span<const std::int64_t> rows, const MutableMatrixView& out);
 void check_linear(const LinearArgs& args);
 
-// Names row, column and value of the first weight that is not a finite float32.
-[[noreturn]] void throw_nonfinite(const MatrixView& weight);
+// Names row, column and value of the weight at a row-major flat index, -1 if it is not there.
+[[noreturn]] void throw_nonfinite(const MatrixView& weight, std::int64_t index);
 
 }  // namespace lowbit

@@ -63,8 +63,17 @@ inline std::uint32_t encode_float(const FloatKind& kind, double value, bool satu
   return sign | (bits > kind.largest() ? beyond : static_cast<std::uint32_t>(bits));
 }
 
+// The one conversion that scalar fall-backs do per element, hence without ldexp.
 inline float half_to_float(std::uint16_t bits) {
-  return static_cast<float>(decode_float(kHalfKind, bits));
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000) << 16;
+  const std::uint32_t exponent = bits >> 10 & 31;
+  const std::uint32_t mantissa = bits & 0x3ff;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  const std::uint32_t widened = exponent == 31 ? 255 : exponent + 112;
+  return std::bit_cast<float>(sign | widened << 23 | mantissa << 13);
 }
 inline std::uint16_t float_to_half(float value) {
   return static_cast<std::uint16_t>(encode_float(kHalfKind, value));

@@ -202,22 +202,20 @@ std::int64_t Layout::minima_offset(std::int64_t g) const {
 
 Layout make_layout(Format format, std::int64_t n, std::int64_t k, int group_size) {
   const FormatInfo& info = format_info(format);
-  const std::string who = "layout of " + std::string(info.name) + ": ";
+  const auto fail = [&info](const std::string& text) {
+    throw Error(ErrorCode::kValue, "layout of " + std::string(info.name) + ": " + text);
+  };
   if (n < 0 || k < 0) {
-    throw Error(ErrorCode::kValue, who + "expected sizes >= 0, got n=" + std::to_string(n) +
-                                       ", k=" + std::to_string(k));
+    fail("expected sizes >= 0, got n=" + std::to_string(n) + ", k=" + std::to_string(k));
   }
   if (info.grouped()) {
     if (group_size == 0) group_size = kDefaultGroupSize;
     bool known = false;
     for (int size : kGroupSizes) known = known || size == group_size;
-    if (!known) {
-      throw Error(ErrorCode::kValue, who + "expected group_size 32, 64, 128 or 256, got " +
-                                         std::to_string(group_size));
-    }
+    if (!known) fail("expected group_size 32, 64, 128 or 256, got " + std::to_string(group_size));
   } else if (group_size != 0) {
-    throw Error(ErrorCode::kValue, who + "this format has no groups: expected group_size 0, got " +
-                                       std::to_string(group_size) + "; leave group_size out");
+    fail("this format has no groups: expected group_size 0, got " + std::to_string(group_size) +
+         "; leave group_size out");
   }
 
   // With 2^56 weights at most 2^57 bytes are needed (16 bits each; scales and padding are bounded
@@ -226,10 +224,9 @@ Layout make_layout(Format format, std::int64_t n, std::int64_t k, int group_size
   constexpr std::int64_t kLongestSide = std::int64_t{1} << 48;
   if (n > kLongestSide || k > kLongestSide ||
       (k > 0 && round_up(n, kTileRows) > kMostWeights / round_up(k, kInputBlock))) {
-    throw Error(ErrorCode::kValue, who + "the packed size of n=" + std::to_string(n) +
-                                       " x k=" + std::to_string(k) +
-                                       " overflows: expected at most 2^56 weights and sides of at "
-                                       "most 2^48; is the shape right?");
+    fail(
+        "the packed size of n=" + std::to_string(n) + " x k=" + std::to_string(k) +
+        " overflows: expected at most 2^56 weights and sides of at most 2^48; is the shape right?");
   }
 
   Layout layout{};

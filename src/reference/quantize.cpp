@@ -23,7 +23,7 @@ float scaled_weight(const MatrixView& weight, std::int64_t row, std::int64_t col
 
 struct Extremes {
   float max, min;
-  float magnitude() const { return std::fmax(max, -min); }
+  float magnitude() const { return std::fabs(std::fmax(max, -min)); }  // never minus zero
 };
 
 Extremes extremes(const std::vector<float>& group) {
@@ -219,7 +219,7 @@ int quantize(const MatrixView& weight, const Layout& layout, std::span<std::byte
   for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
     range.merge(tile_range(weight, layout, tile));
   }
-  if (!range.finite) throw_nonfinite(weight);
+  if (!range.finite) throw_nonfinite(weight, first_nonfinite(weight, serial_threads()));
   const int exponent = exponent_for(format_info(layout.format), range);
   for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
     quantize_tile(weight, layout, exponent, tile, packed.data() + tile * layout.tile_bytes);

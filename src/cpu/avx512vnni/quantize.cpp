@@ -1,0 +1,225 @@
+// Quantizers and dequantizers in AVX-512: the 16-lane operations of generic/quantize_simd.h.
+#include "cpu/quantize_kernels.h"
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lowbit::cpu {
+namespace {
+
+struct V {
+  static constexpr const char* kName = "avx512";
+  using F = __m512;
+  using I = __m512i;
+  using B = __m512i;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_half(const void* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+  static F load_brain(const void* p) {
+    const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static I set_int(int v) { return _mm512_set1_epi32(v); }
+  static F abs(F v) { return _mm512_abs_ps(v); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  // Of magnitudes, NaN and infinity included: their bits are ordered as integers.
+  static F max_bits(F a, F b) { return from_bits(_mm512_max_epu32(bits(a), bits(b))); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+
+  static I bits(F v) { return _mm512_castps_si512(v); }
+  static F from_bits(I v) { return _mm512_castsi512_ps(v); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I min_int(I a, I b) { return _mm512_min_epi32(a, b); }
+  static I and_(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+  template <int kBits>
+  static I shift_right(I v) {
+    return _mm512_srli_epi32(v, kBits);
+  }
+  template <int kBits>
+  static I shift_left(I v) {
+    return _mm512_slli_epi32(v, kBits);
+  }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I round_to_int(F v) { return _mm512_cvtps_epi32(v); }  // nearest, ties to even
+
+  static F infinite_if_zero(F v) {
+    const __mmask16 zero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    return _mm512_mask_mov_ps(v, zero, set(__builtin_inff()));
+  }
+  static F select_equal(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), no, yes);
+  }
+  static I select_less(F a, F b, I yes, I no) {
+    return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+  }
+  static I zero_if_zero(I test, I v) {
+    return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(test, test), v);
+  }
+  static F nan_if_equal(I a, I b, F v) {
+    return _mm512_mask_mov_ps(v, _mm512_cmpeq_epi32_mask(a, b), set(__builtin_nanf("")));
+  }
+
+  static __m256i to_half(F v) {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // Stores the halves, minus zero as zero, and returns them widened.
+  static F round_to_half(F v, std::uint16_t* halves) {
+    const __m256i half = to_half(v);
+    const __mmask16 value = _mm256_test_epi16_mask(half, _mm256_set1_epi16(0x7fff));
+    const __m256i clean = _mm256_maskz_mov_epi16(value, half);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), clean);
+    return _mm512_cvtph_ps(clean);
+  }
+  static F half_to_float(I halves) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves)); }
+  static I half_bits(F v) { return _mm512_cvtepu16_epi32(to_half(v)); }
+  static I brain_bits(F v) {
+    const I u = bits(v);
+    const I odd = and_(shift_right<16>(u), set_int(1));
+    return shift_right<16>(add(u, add(odd, set_int(0x7fff))));
+  }
+  static I brain_bits_or_nan(F v) {
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(brain_bits(v), nan, set_int(0x7fff));
+  }
+
+  static void store_codes8(void* p, I codes) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes));
+  }
+  static void store_codes16(void* p, I codes) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(codes));
+  }
+  static I load_codes8(const void* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static I load_codes16(const void* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+
+  static F look_up(const float*, F table, I code) { return _mm512_permutexvar_ps(code, table); }
+
+  // One bin of 32 by truncation, then one comparison with the bin's only threshold.
+  static I nearest(const Codec& codec, F t) {
+    const F position = add(mul(t, set(codec.bin_mul)), set(codec.bin_add));
+    // A scale that was rounded as a subnormal half can leave quotients outside the codebook.
+    const I bin = min_int(_mm512_max_epi32(_mm512_cvttps_epi32(position), set_int(0)), set_int(31));
+    const F threshold = _mm512_permutex2var_ps(_mm512_load_ps(codec.bin_threshold), bin,
+                                               _mm512_load_ps(codec.bin_threshold + 16));
+    const I below = _mm512_permutex2var_epi32(_mm512_load_si512(codec.bin_code), bin,
+                                              _mm512_load_si512(codec.bin_code + 16));
+    const __mmask16 above = _mm512_cmp_ps_mask(t, threshold, _CMP_GE_OQ);
+    return _mm512_mask_add_epi32(below, above, below, set_int(1));
+  }
+
+  // Lane r of the result is op over the lanes of v[r].
+  template <typename Op>
+  static F reduce(const F (&v)[16], Op op) {
+    F pairs[8], quads[4];
+    for (int i = 0; i < 8; ++i) {
+      pairs[i] = op(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                    _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(pairs[2 * i]);
+      const __m512d b = _mm512_castps_pd(pairs[2 * i + 1]);
+      quads[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const F low = op(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
+                     _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+    const F high = op(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
+                      _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+    return op(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
+
+  static B load_bytes(const unsigned char* p) { return _mm512_loadu_si512(p); }
+  static void store_bytes(unsigned char* p, B v) { _mm512_storeu_si512(p, v); }
+  static B zero_bytes() { return _mm512_setzero_si512(); }
+  static B as_bytes(F v) { return _mm512_castps_si512(v); }
+  static B or_bytes(B a, B b) { return _mm512_or_si512(a, b); }
+  static B and_bytes(B a, char mask) { return _mm512_and_si512(a, _mm512_set1_epi8(mask)); }
+  // Bits that cross into the neighbouring byte are masked by the caller.
+  template <int kBits>
+  static B shift_bytes_left(B v) {
+    return _mm512_slli_epi16(v, kBits);
+  }
+  template <int kBits>
+  static B shift_bytes_right(B v) {
+    return _mm512_srli_epi16(v, kBits);
+  }
+  template <int kBit>
+  static std::uint64_t bit_of_bytes(B v) {
+    return _mm512_test_epi8_mask(v, _mm512_set1_epi8(1 << kBit));
+  }
+  static B bytes_of_bits(std::uint64_t bits, char value) {
+    return _mm512_maskz_mov_epi8(bits, _mm512_set1_epi8(value));
+  }
+
+  // 16 x 16 words.
+  static void transpose(B (&v)[16]) {
+    B t[16];
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    // v[4 i + j]: words j, j+4, j+8, j+12 of rows 4 i to 4 i + 3, one per 128-bit lane.
+    for (int i = 0; i < 4; ++i) {
+      v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {
+      const B a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);  // words j, j+8
+      const B b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xdd);  // words j+4, j+12
+      const B c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
+      const B d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xdd);
+      t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+      t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+      t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+      t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) v[i] = t[i];
+  }
+
+  static bool finite32(const unsigned char* p, int bytes) {
+    I most = _mm512_setzero_si512();
+    for (int i = 0; i < bytes; i += 64) {
+      most = _mm512_max_epu32(most, and_(load_bytes(p + i), set_int(0x7fffffff)));
+    }
+    return _mm512_cmpge_epu32_mask(most, set_int(0x7f800000)) == 0;
+  }
+  static bool finite16(const unsigned char* p, int bytes, int top) {
+    I most = _mm512_setzero_si512();
+    for (int i = 0; i < bytes; i += 64) {
+      most = _mm512_max_epu16(most, and_(load_bytes(p + i), set_int(0x7fff7fff)));
+    }
+    return _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(static_cast<short>(top))) == 0;
+  }
+};
+
+}  // namespace
+}  // namespace lowbit::cpu
+
+#include "cpu/generic/quantize_simd.h"
+
+namespace lowbit::cpu {
+
+const QuantizeKernels& quantize_kernels_avx512() {
+  return kKernels;
+}
+
+}  // namespace lowbit::cpu

@@ -1,0 +1,91 @@
+// What an instruction-set folder exports for quantizing and dequantizing: one table of functions
+// that work on a row tile. Plain structs only, for the reason given in linear_kernels.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "lowbit/format.h"
+#include "lowbit/quantize.h"
+#include "reference/reference.h"
+
+namespace lowbit::cpu {
+
+// How a weight over its scale becomes a code, and back.
+enum class Coder : int {
+  kSymmetric,  // integer, the largest magnitude maps to the lowest code
+  kInteger,    // integer, absmax maps to value_max (sym_int8)
+  kMinimum,    // integer above the group's minimum
+  kTable,      // nearest entry of an ascending codebook
+  kMirrored,   // nearest entry of the codebook's first half, sign in the code's bit 3
+  kFp8E4M3,
+  kFp8E5M2,
+  kHalf,
+  kBrain,
+};
+
+// A format's facts in the form that vector code wants. The driver makes one per format.
+struct Codec {
+  Coder coder;
+  int bits;
+  float value_max;
+  float low, high;  // clamp of the integer before the zero point is added
+  int zero_point;
+  std::uint16_t padding_code;
+  alignas(64) float values[16];  // kTable, kMirrored: the codebook
+  // thresholds[i]: the smallest float32 of code i + 1 or higher; unused ones are infinite. An
+  // ascending list of 15 (kTable with 16 entries) or 7.
+  alignas(64) float thresholds[16];
+  // The same as a binary search of `levels` steps (4 or 3), the last one first: search[s][p] is the
+  // threshold that decides bit s of a code whose higher bits are p.
+  int levels;
+  alignas(64) float search[4][8];
+  // The same as a look-up: bin i of 32 is the floats x with i <= x * bin_mul + bin_add < i + 1. No
+  // bin holds two thresholds.
+  alignas(64) float bin_threshold[32];
+  alignas(64) std::int32_t bin_code[32];  // the code below the bin's threshold
+  float bin_mul, bin_add;
+};
+
+// Up to 16 rows of weights with inner stride 1, of float32, float16 or bfloat16.
+struct SourceTile {
+  const void* data;
+  DType dtype;
+  std::int64_t row_stride;  // elements
+  int rows;                 // 1 to 16
+  std::int64_t cols;
+};
+
+struct TargetTile {
+  void* data;
+  DType dtype;  // float32, float16 or bfloat16
+  std::int64_t row_stride;
+  int rows;
+  std::int64_t cols;
+};
+
+struct QuantizeKernels {
+  const char* name;
+  // Packs a row tile with exponent 0, every byte of it, and widens `range` by what it saw. If that
+  // says that weights were not finite, or that an exponent is needed, the bytes mean nothing.
+  void (*quantize_tile)(const SourceTile& source, const Layout& layout, const Codec& codec,
+                        std::byte* packed_tile, reference::ScaleRange* range);
+  // Weights are multiplied by `power` = 2^exponent.
+  void (*dequantize_tile)(const std::byte* packed_tile, const Layout& layout, const Codec& codec,
+                          float power, const TargetTile& target);
+  // Row r of the tile into target's only row.
+  void (*dequantize_row)(const std::byte* packed_tile, const Layout& layout, const Codec& codec,
+                         float power, int r, const TargetTile& target);
+  // Index of the first element that is not finite, or -1. float32, float16, bfloat16.
+  std::int64_t (*first_nonfinite)(const void* data, DType dtype, std::int64_t count);
+  // 16 rows x `cols` of a column-major source (rows contiguous) to float32 rows `out_stride` apart.
+  void (*widen_columns)(const void* data, DType dtype, std::int64_t col_stride, std::int64_t cols,
+                        float* out, std::int64_t out_stride);
+  // Contiguous elements to float32.
+  void (*widen)(const void* data, DType dtype, std::int64_t count, float* out);
+};
+
+const QuantizeKernels& quantize_kernels_avx2();
+const QuantizeKernels& quantize_kernels_avx512();
+
+}  // namespace lowbit::cpu
