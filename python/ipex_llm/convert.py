@@ -265,6 +265,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
                 module._parameters[attribute] = done[id(weight)]
     for module in model.modules():
         module.__class__ = original_class(module)
+        layers.refresh_flat_weights(module)
         module.__dict__.pop("_home_devices", None)
     model.__dict__.pop(_STATE, None)
     return model

@@ -11,6 +11,7 @@ import copyreg
 import dataclasses
 import inspect
 import math
+import weakref
 
 import torch
 from torch import nn
@@ -154,6 +155,7 @@ def give_forward(module: nn.Module) -> None:
     for kind, mixin in _MIXINS:
         if kind(module):
             swap_class(module, mixin)
+    refresh_flat_weights(module)
 
 
 def _low_bit(module: nn.Module, name: str) -> LowBitTensor | None:
@@ -465,26 +467,36 @@ class RecurrentForward(Mixin):
     """nn.RNN, nn.LSTM, nn.GRU: the weights are expanded once per call, not once per step."""
 
     def forward(self, *args, **kwargs):
-        flat = self._flat_weights
-        if not any(isinstance(w, LowBitTensor) for w in self._parameters.values()):
+        if not _owns_low_bit(self):
             return super().forward(*args, **kwargs)
-        current = [self._parameters.get(name) for name in self._flat_weights_names]
-        dense = [w.dequantize() if isinstance(w, LowBitTensor) else w for w in current]
+        weights = [self._parameters.get(name) for name in self._flat_weights_names]
+        dense = [w.dequantize() if isinstance(w, LowBitTensor) else w for w in weights]
         # A shallow stand-in carries the dense weights, so that two threads may share the module.
-        proxy = _shallow(self)
-        proxy.__dict__["_flat_weights"] = dense
-        del flat
-        return super(RecurrentForward, proxy).forward(*args, **kwargs)
+        stand_in = self.__class__.__new__(self.__class__)
+        stand_in.__dict__.update(self.__dict__)
+        stand_in.__dict__["_flat_weights"] = dense
+        return super(RecurrentForward, stand_in).forward(*args, **kwargs)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        refresh_flat_weights(self)
+        return self
 
     def flatten_parameters(self):
-        if not any(isinstance(w, LowBitTensor) for w in self._parameters.values()):
+        if not _owns_low_bit(self):
             super().flatten_parameters()
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    proxy = module.__class__.__new__(module.__class__)
-    proxy.__dict__.update(module.__dict__)
-    return proxy
+def refresh_flat_weights(module: nn.Module) -> None:
+    """Recurrent layers keep a second list of their weights, which must follow a replacement."""
+    if isinstance(module, nn.RNNBase):
+        weights = [module._parameters.get(name) for name in module._flat_weights_names]
+        module._flat_weights = weights
+        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+
+
+def _owns_low_bit(module: nn.Module) -> bool:
+    return any(isinstance(p, LowBitTensor) for p in module._parameters.values())
 
 
 _MIXINS = (

@@ -82,7 +82,7 @@ class Uses:
         self.adapters: set[int] = set()
         for module in model.modules():
             self._note_adapters(module)
-            if type(module).__module__.startswith("torch.nn."):
+            if _is_torchs(type(module)):
                 continue
             for path, use in uses_in_class(_source_class(type(module))):
                 for parameter in _resolve(module, path):
@@ -152,7 +152,7 @@ def uses_in_class(cls: type) -> tuple[tuple[tuple[str, ...], Use], ...]:
     reader = _Reader(cls)
     for name in _ENTRY_POINTS:
         function = _method(cls, name)
-        if function is not None and not function.__module__.startswith("torch.nn."):
+        if function is not None and not _is_torchs(function):
             reader.read(function, {"self": _Ref(())}, depth=0)
     return tuple(dict.fromkeys(reader.found))
 
@@ -265,7 +265,7 @@ class _Body(ast.NodeVisitor):
         self.visit_If(node)
 
     def visit_Assert(self, node):
-        pass
+        self.value(node.test)
 
     def visit_Raise(self, node):
         pass
@@ -443,7 +443,7 @@ class _Body(ast.NodeVisitor):
     def _method_of_self(self, node):
         """self.method(...), or self.child(...)."""
         function = _method(self.reader.cls, node.func.attr)
-        if function is None or function.__module__.startswith("torch.nn."):
+        if function is None or _is_torchs(function):
             for argument in (*node.args, *(k.value for k in node.keywords)):
                 self.consume(argument, "unknown", f"passed to self.{node.func.attr}()")
             return ()
@@ -458,7 +458,7 @@ class _Body(ast.NodeVisitor):
             return ()
         if name in _PRODUCTS and not isinstance(target, types.FunctionType):
             return self._call_products(name, arguments)
-        if name in _PRODUCTS and getattr(target, "__module__", "").startswith("torch."):
+        if name in _PRODUCTS and _is_torchs(target):
             return self._call_products(name, arguments)
         if name in _CONVOLUTIONS:
             for place, argument in arguments:
@@ -489,7 +489,7 @@ class _Body(ast.NodeVisitor):
                 )
                 self.consume(argument, "address", reason)
             return ()
-        if isinstance(target, types.FunctionType) and not target.__module__.startswith("torch."):
+        if isinstance(target, types.FunctionType) and not _is_torchs(target):
             return self._follow(target, node)
         for _, argument in arguments:
             if target is None:
@@ -567,6 +567,11 @@ _ELEMENTWISE_METHODS = {
     "exp", "sigmoid", "softmax", "norm", "sum", "mean", "abs", "sqrt", "pow", "tanh", "mul", "add",
     "sub", "div", "neg", "softplus", "log", "clamp", "masked_fill", "gather", "max", "min",
 }  # fmt: skip
+
+
+def _is_torchs(function) -> bool:
+    """Written by torch: its source is not the model's, and its name says enough."""
+    return (function.__module__ or "").startswith("torch.")
 
 
 def _dotted(node):

@@ -1,0 +1,586 @@
+"""Layers other than nn.Linear: every kind computes with packed weights what floats would give."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ipex_llm import LowBitTensor, ops, optimize_model
+from references import assert_close, dequantized, exact
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class NoDequantize:
+    """Fails when a whole weight is expanded: the fast forwards must not."""
+
+    def __init__(self, monkeypatch):
+        self.patch = monkeypatch
+
+    def __enter__(self):
+        def refuse(*args, **kwargs):
+            raise AssertionError("expanded a weight")
+
+        self.patch.setattr(LowBitTensor, "dequantize", refuse)
+        self.patch.setattr(ops, "dequantize", refuse)
+
+    def __exit__(self, *exc):
+        self.patch.undo()
+
+
+def check(layer, *inputs, low_bit="sym_int4", packed=None, monkeypatch=None, **kwargs):
+    """Optimizes `layer` and compares it with its dequantized self."""
+    model = nn.ModuleDict({"layer": layer}).eval()
+    optimize_model(model, low_bit, **kwargs)
+    names = {n for n, p in layer.named_parameters() if isinstance(p, LowBitTensor)}
+    assert names == (packed if packed is not None else {"weight"})
+    reference = dequantized(model)["layer"]
+    with exact():
+        expected = reference(*inputs)
+        if monkeypatch is not None:
+            with NoDequantize(monkeypatch):
+                got = layer(*inputs)
+        else:
+            got = layer(*inputs)
+        assert_close(got, expected, layers=3)
+    return layer
+
+
+# ---- Conv1D ------------------------------------------------------------
+
+
+def test_conv1d_of_transformers(monkeypatch):
+    from transformers.pytorch_utils import Conv1D
+
+    layer = check(Conv1D(70, 100), torch.randn(2, 3, 100), monkeypatch=monkeypatch)
+    assert layer.weight.transposed
+    assert layer.weight.stored_shape == (70, 100)
+    assert tuple(layer.weight.shape) == (100, 70)
+
+
+# ---- convolutions ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: nn.Conv2d(20, 40, 1), (2, 20, 5, 7)),
+        (lambda: nn.Conv2d(20, 40, 1, stride=2, bias=False), (2, 20, 5, 7)),
+        (lambda: nn.Conv1d(33, 40, 1), (2, 33, 9)),
+        (lambda: nn.Conv2d(3, 40, 4, stride=4), (2, 3, 8, 12)),
+        (lambda: nn.Conv2d(3, 40, 4, stride=4), (2, 3, 11, 15)),
+        (lambda: nn.Conv2d(3, 40, (2, 5), stride=(2, 5)), (3, 4, 10)),
+        (lambda: nn.Conv3d(3, 32, (2, 4, 4), stride=(2, 4, 4)), (1, 3, 4, 8, 8)),
+        (lambda: nn.Conv1d(8, 32, 4, stride=4), (8, 18)),
+    ],
+)
+def test_convolutions_that_are_matrix_products(make, size, monkeypatch):
+    layer = check(make(), torch.randn(size), monkeypatch=monkeypatch)
+    assert layer.weight.stored_shape == (
+        layer.out_channels,
+        layer.weight[0].numel(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: nn.Conv2d(8, 32, 3, padding=1), (2, 8, 6, 6)),
+        (lambda: nn.Conv1d(16, 32, 3, stride=2, padding=1), (2, 16, 9)),
+        (lambda: nn.Conv2d(8, 32, 3, padding="same", padding_mode="reflect"), (2, 8, 6, 6)),
+        (lambda: nn.Conv2d(8, 32, 4, stride=4, dilation=2), (2, 8, 16, 16)),
+    ],
+)
+def test_other_convolutions_expand_their_weight_on_use(make, size):
+    check(make(), torch.randn(size))
+
+
+def test_convolutions_that_would_not_shrink_stay_float():
+    check(nn.Conv2d(32, 32, 3, groups=32), torch.randn(1, 32, 5, 5), packed=set())
+    check(nn.ConvTranspose2d(8, 8, 2), torch.randn(1, 8, 4, 4), packed=set())
+    check(nn.Conv2d(1, 2, 2), torch.randn(1, 1, 4, 4), packed=set())
+
+
+def test_wrong_inputs_raise():
+    model = optimize_model(nn.Sequential(nn.Conv2d(3, 32, 4, stride=4)))
+    with pytest.raises(RuntimeError, match="channels"):
+        model(torch.randn(1, 4, 8, 8))
+    with pytest.raises(RuntimeError, match="kernel size"):
+        model(torch.randn(1, 3, 3, 8))
+
+
+# ---- embeddings --------------------------------------------------------
+
+
+def test_embeddings(monkeypatch):
+    layer = check(
+        nn.Embedding(50, 40, padding_idx=3),
+        torch.arange(12).reshape(3, 4),
+        embedding_qtype="nf4",
+        monkeypatch=monkeypatch,
+    )
+    assert layer.weight.low_bit == "nf4"
+
+
+def test_a_table_that_renormalises_itself_stays_float():
+    check(nn.Embedding(50, 40, max_norm=1.0), torch.arange(4), embedding_qtype="nf4", packed=set())
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_embedding_bags(mode, padding_idx):
+    bag = nn.EmbeddingBag(50, 40, mode=mode, padding_idx=padding_idx)
+    ids = torch.tensor([1, 2, 4, 5, 4, 3, 2, 9])
+    check(bag, ids, torch.tensor([0, 4]), embedding_qtype="sym_int8", packed={"weight"})
+    with exact():
+        reference = dequantized(bag)
+        assert_close(bag(ids.view(2, 4)), reference(ids.view(2, 4)))
+        if mode == "sum":
+            weights = torch.randn(2, 4)
+            got = bag(ids.view(2, 4), per_sample_weights=weights)
+            assert_close(got, reference(ids.view(2, 4), per_sample_weights=weights))
+
+
+# ---- attention ---------------------------------------------------------
+
+
+def mha(**kwargs):
+    layer = nn.MultiheadAttention(64, 4, **kwargs)
+    for parameter in layer.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter)  # fresh biases are zero, which would hide a dropped one
+    return layer
+
+
+PACKED = {"in_proj_weight", "out_proj.weight"}
+SEPARATE = {"q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_self_attention(batch_first, need_weights, bias, monkeypatch):
+    x = torch.randn(3, 5, 64)
+    layer = mha(batch_first=batch_first, bias=bias)
+    check(layer, x, x, x, None, need_weights, packed=PACKED, monkeypatch=monkeypatch)
+
+
+def test_cross_attention(monkeypatch):
+    q, k, v = torch.randn(2, 5, 64), torch.randn(2, 7, 64), torch.randn(2, 7, 64)
+    layer = check(mha(batch_first=True), q, k, v, packed=PACKED, monkeypatch=monkeypatch)
+    reference = dequantized(layer)
+    with exact():
+        assert_close(layer(q, k, k), reference(q, k, k), layers=3)
+        assert_close(layer(q, q, v[:, :5]), reference(q, q, v[:, :5]), layers=3)
+
+
+def test_separate_projections(monkeypatch):
+    q, k, v = torch.randn(2, 5, 64), torch.randn(2, 7, 40), torch.randn(2, 7, 24)
+    layer = mha(batch_first=True, kdim=40, vdim=24)
+    check(layer, q, k, v, packed=SEPARATE, monkeypatch=monkeypatch)
+
+
+def test_widths_that_do_not_end_with_a_tile():
+    q, k = torch.randn(2, 5, 36), torch.randn(2, 7, 36)
+    layer = nn.MultiheadAttention(36, 4, batch_first=True)
+    check(layer, q, k, k, packed=PACKED)
+
+
+def test_rare_options_take_torchs_own_way():
+    x = torch.randn(2, 5, 64)
+    check(mha(batch_first=True, add_bias_kv=True), x, x, x, packed=PACKED)
+    check(mha(batch_first=True, add_zero_attn=True), x, x, x, packed=PACKED)
+
+
+def test_masks():
+    layer = mha(batch_first=True)
+    x = torch.randn(2, 5, 64)
+    optimize_model(nn.Sequential(layer).eval())
+    reference = dequantized(layer)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    per_head = torch.randn(8, 5, 5)
+    padding = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    floats = torch.zeros(2, 5).masked_fill(padding, -1e4)
+    options = itertools.product(
+        [None, causal, per_head, torch.randn(5, 5)], [None, padding, floats], [True, False]
+    )
+    with exact():
+        for mask, pad, weights in options:
+            keywords = {"attn_mask": mask, "key_padding_mask": pad, "need_weights": weights}
+            if mask is not None and pad is not None:  # torch wants both of one kind
+                if mask.is_floating_point() != pad.is_floating_point():
+                    continue
+            assert_close(layer(x, x, x, **keywords), reference(x, x, x, **keywords), layers=3)
+        got = layer(x, x, x, attn_mask=causal, is_causal=True, average_attn_weights=False)
+        expected = reference(x, x, x, attn_mask=causal, average_attn_weights=False)
+        assert_close(got, expected, layers=3)
+        assert_close(layer(x[0], x[0], x[0]), reference(x[0], x[0], x[0]), layers=3)
+        with pytest.raises(RuntimeError, match="attn_mask"):
+            layer(x, x, x, is_causal=True)
+        with pytest.raises(RuntimeError, match="shape"):
+            layer(x, x, x, attn_mask=torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_encoder_layers_with_and_without_torchs_fast_path(fast_path, grad):
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    try:
+        layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True).eval()
+        model = optimize_model(nn.Sequential(layer))
+        reference = dequantized(model)
+        x = torch.randn(2, 6, 64)
+        with exact(), torch.set_grad_enabled(grad):
+            assert_close(model(x).detach(), reference(x).detach(), layers=6)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_nn_transformer():
+    model = nn.Transformer(64, 4, 1, 1, 96, batch_first=True).eval()
+    optimize_model(model)
+    assert all(isinstance(p, LowBitTensor) for p in model.parameters() if p.dim() > 1)
+    src, tgt = torch.randn(2, 6, 64), torch.randn(2, 4, 64)
+    mask = model.generate_square_subsequent_mask(4)
+    with exact():
+        got = model(src, tgt, tgt_mask=mask, tgt_is_causal=True)
+        assert_close(got, dequantized(model)(src, tgt, tgt_mask=mask), layers=12)
+
+
+# ---- the rest of torch.nn ------------------------------------------------
+
+
+def test_bilinear(monkeypatch):
+    layer = check(nn.Bilinear(20, 48, 10), torch.randn(3, 20), torch.randn(3, 48))
+    assert layer.weight.stored_shape == (200, 48)
+    a, b = torch.randn(2, 5, 20), torch.randn(2, 5, 48)
+    with exact():
+        assert_close(layer(a, b), dequantized(layer)(a, b))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_recurrent_layers(kind, bidirectional):
+    layer = kind(40, 64, num_layers=2, bidirectional=bidirectional, batch_first=True).eval()
+    names = {n for n, p in layer.named_parameters() if p.dim() == 2}
+    check(layer, torch.randn(2, 5, 40), packed=names)
+    layer.bfloat16()
+    assert layer(torch.randn(2, 5, 40).bfloat16())[0].dtype == torch.bfloat16
+    with torch.no_grad():
+        packed = nn.utils.rnn.pack_sequence([torch.randn(5, 40), torch.randn(3, 40)])
+        assert_close(layer.float()(packed)[0].data, dequantized(layer)(packed)[0].data, layers=4)
+
+
+def test_lstm_projections():
+    layer = nn.LSTM(40, 64, proj_size=32)
+    names = {n for n, p in layer.named_parameters() if p.dim() == 2}
+    check(layer, torch.randn(5, 2, 40), packed=names)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells(kind):
+    check(kind(40, 64), torch.randn(2, 40), packed={"weight_ih", "weight_hh"})
+
+
+# ---- experts -------------------------------------------------------------
+
+
+def moe(name):
+    import transformers as t
+
+    small = dict(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    if name == "mixtral":
+        return t.MixtralForCausalLM(t.MixtralConfig(**small, num_local_experts=8))
+    if name == "qwen3_moe":
+        return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(
+            **small, num_experts=8, moe_intermediate_size=96, head_dim=16))  # fmt: skip
+    if name == "gpt_oss":
+        return t.GptOssForCausalLM(t.GptOssConfig(
+            **small, num_local_experts=8, head_dim=16, layer_types=["full_attention"]
+        ))  # fmt: skip
+    if name == "llama4":
+        return t.Llama4ForCausalLM(t.Llama4TextConfig(
+            **small, num_local_experts=4, head_dim=16, intermediate_size_mlp=96))  # fmt: skip
+    raise ValueError(name)
+
+
+def experts_of(model):
+    return {n: p for n, p in model.named_parameters() if p.dim() == 3}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
+def test_mixture_of_experts(name):
+    model = moe(name).eval()
+    optimize_model(model)
+    assert experts_of(model)
+    assert all(isinstance(p, LowBitTensor) for p in experts_of(model).values())
+    ids = torch.arange(3, 23).reshape(2, 10)
+    with exact():
+        got, expected = model(ids).logits, dequantized(model)(ids).logits
+        assert_close(got, expected, layers=10)
+
+
+def test_only_the_experts_that_were_hit_are_read(monkeypatch):
+    model = moe("mixtral").eval()
+    optimize_model(model)
+    experts = model.model.layers[0].mlp.experts
+    read, linear = [], ops.linear
+
+    def counted(x, packed, bias, n, *rest):
+        read.append(packed.shape[0])
+        return linear(x, packed, bias, n, *rest)
+
+    monkeypatch.setattr(ops, "linear", counted)
+    with NoDequantize(monkeypatch), torch.no_grad():
+        monkeypatch.setattr(ops, "linear", counted)
+        experts(torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.5, 0.5]]))
+    # Two experts, gate_up and down each: no product over the tiles of all eight.
+    assert len(read) == 4
+    assert max(read) < experts.gate_up_proj.packed.shape[0]
+
+
+def test_the_layout_of_transposed_experts():
+    model = moe("gpt_oss").eval()
+    optimize_model(model)
+    for parameter in experts_of(model).values():
+        assert parameter.transposed == (parameter.stored_shape != tuple(parameter.shape))
+        assert parameter.transposed
+
+
+# ---- raw parameters --------------------------------------------------------
+
+
+class Raw(nn.Module):
+    def __init__(self, use, shape=(48, 48)):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(shape))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self, x)
+
+
+class MatMul(Raw):
+    def forward(self, x):
+        return x @ self.w
+
+
+class MatMulTransposed(Raw):
+    def forward(self, x):
+        return torch.matmul(x, self.w.T)
+
+
+class Einsum(Raw):
+    def forward(self, x):
+        return torch.einsum("bi,io->bo", x, self.w)
+
+
+class EinsumRows(Raw):
+    def forward(self, x):
+        weight = self.w.to(x.dtype)
+        return torch.einsum("bi,oi->bo", x, weight)
+
+
+class Helper(Raw):
+    def forward(self, x):
+        return self.project(x, self.w)
+
+    def project(self, x, matrix):
+        return _multiply(x, matrix.t())
+
+
+def _multiply(x, matrix):
+    return torch.mm(x, matrix)
+
+
+class Functional(Raw):
+    def forward(self, x):
+        w = self.w * 0.5
+        return F.linear(x, w)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ws = nn.ParameterList(nn.Parameter(torch.randn(48, 48)) for _ in range(2))
+        self.named = nn.ParameterDict({"a": nn.Parameter(torch.randn(48, 48))})
+
+    def forward(self, x):
+        for w in self.ws:
+            x = x @ w / 7
+        return x @ self.named["a"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "transposed"),
+    [
+        (MatMul, True),
+        (MatMulTransposed, False),
+        (Einsum, True),
+        (EinsumRows, False),
+        (Helper, False),
+        (Functional, False),
+    ],
+)
+def test_raw_parameters_used_as_matrices(cls, transposed):
+    layer = check(cls(None), torch.randn(3, 48), packed={"w"})
+    assert layer.w.transposed == transposed
+
+
+def test_parameters_in_lists_and_dicts():
+    check(Listed(), torch.randn(3, 48), packed={"ws.0", "ws.1", "named.a"})
+
+
+class Added(Raw):
+    def forward(self, x):
+        return x + self.w
+
+
+class Gated(Raw):
+    def forward(self, x):
+        x = x * self.w
+        return F.linear(x, torch.eye(48))
+
+
+class Written(Raw):
+    def forward(self, x):
+        with torch.no_grad():
+            self.w.mul_(0.5)
+        return x @ self.w
+
+
+class Replaced(Raw):
+    def forward(self, x):
+        self.w.data = self.w.data * 0.5
+        return x @ self.w
+
+
+class Filled(Raw):
+    def forward(self, x):
+        with torch.no_grad():
+            self.w[0] = 1.0
+        return F.linear(x, self.w)
+
+
+class Address(Raw):
+    def forward(self, x):
+        assert self.w.data_ptr()
+        return x @ self.w
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        assert w.data_ptr()
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class Custom(Raw):
+    def forward(self, x):
+        return Product.apply(x, self.w)
+
+
+class CustomLinear(nn.Linear):
+    def forward(self, x):
+        return Product.apply(x, self.weight)
+
+
+class Parent(nn.Module):
+    """Reads its child's weight by address."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(48, 48, bias=False)
+
+    def forward(self, x):
+        return Product.apply(x, self.child.weight)
+
+
+class WritingLinear(nn.Linear):
+    def forward(self, x):
+        self.weight.data.clamp_(-1, 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "reason"),
+    [
+        (lambda: Added(None), "w", "not used as a matrix"),
+        (lambda: Gated(None), "w", "not used as a matrix"),
+        (lambda: Written(None), "w", "changes it in place"),
+        (lambda: Replaced(None), "w", "assigns its data"),
+        (lambda: Filled(None), "w", "assigns to its elements"),
+        (lambda: Address(None), "w", "by address"),
+        (lambda: Custom(None), "w", "autograd function Product"),
+        (lambda: CustomLinear(48, 48), "weight", "autograd function Product"),
+        (lambda: Parent(), "child.weight", "autograd function Product"),
+        (lambda: WritingLinear(48, 48), "weight", "changes it in place"),
+    ],
+)
+def test_uses_that_need_floats_are_found(make, name, reason):
+    from ipex_llm import plan
+
+    torch.manual_seed(0)
+    module = make()
+    entry = next(e for e in plan(module) if e.name == name)
+    assert entry.low_bit is None
+    assert reason in entry.reason
+    x = torch.randn(48, 48)
+    model = optimize_model(nn.Sequential(module))
+    model(x)
+
+
+def test_a_parameter_without_source_stays_float():
+    namespace = {"nn": nn, "torch": torch}
+    exec(
+        "class Made(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.w = nn.Parameter(torch.randn(48, 48))\n"
+        "    def forward(self, x):\n"
+        "        return x @ self.w\n",
+        namespace,
+    )
+    from ipex_llm import plan
+
+    made = namespace["Made"]()
+    (entry,) = plan(made)
+    assert entry.low_bit is None
+    assert entry.reason
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(0, 64),
+        torch.zeros(64, 0),
+        torch.randn(1, 1),
+        torch.randn(64, 32).T,
+        torch.randn(1, 64).expand(32, 64),
+        torch.randn(32, 128)[:, ::2],
+    ],
+)
+def test_hostile_shapes_and_strides(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight)
+    model = optimize_model(nn.Sequential(layer))
+    assert isinstance(layer.weight, LowBitTensor) == bool(weight.numel())
+    x = torch.randn(3, weight.shape[1])
+    with exact():
+        assert_close(model(x), dequantized(model)(x))
