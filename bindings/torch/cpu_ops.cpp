@@ -31,6 +31,11 @@ std::optional<RowView> rows_of(const Tensor& x) {
   }
   std::int64_t rows = 1;
   std::int64_t stride = k;  // of a single row: unused
+  for (std::int64_t d = 0; d < dim - 1; ++d) {
+    if (sizes[d] == 0) {
+      return RowView{0, stride};
+    }
+  }
   for (std::int64_t d = dim - 2; d >= 0; --d) {
     if (sizes[d] == 1) {
       continue;

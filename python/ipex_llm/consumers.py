@@ -626,7 +626,7 @@ def _copy(target: Tensor, source: Tensor) -> Tensor:
             f"group_size, stored shape, transposed, shape) {ours}, got {theirs}"
         )
     with torch.no_grad():
-        target.packed.copy_(source.packed)
+        target.packed.copy_(source._moved(target.packed.device))
     target.exponent = source.exponent
     target.numbers = source.numbers
     return target

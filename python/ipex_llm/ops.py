@@ -62,7 +62,7 @@ _ops = torch.ops.lowbit
 
 
 def _load_cuda_library() -> bool:
-    """Loads the CUDA operators where torch sees a GPU; without them CUDA takes the plain-torch path."""
+    """Loads the CUDA operators where torch sees a GPU; otherwise CUDA takes the plain path."""
     library = _LIBRARY.with_name("liblowbit_ops_cuda.so")
     if not library.exists() or not torch.cuda.is_available():
         return False
@@ -291,17 +291,31 @@ def linear(
 
 
 def select_linear(x: torch.Tensor, bias: torch.Tensor | None) -> Callable:
-    """The cheapest callable that computes linear() and its gradient where one is wanted.
+    """The cheapest callable that computes linear() and its derivatives where they are wanted.
 
     torch.library's autograd costs 4 us per call even under no_grad, and 15 us where it records;
-    an operator without a formula costs nothing, a plain autograd.Function 4 us. Compilers and
-    function transforms (vmap, grad, forward mode) get the one operator that knows everything.
+    an operator without a formula costs nothing, a plain autograd.Function 4 us.
     """
-    if _is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+    if _is_compiling():
         return _linear
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return _dense_linear if _is_forward_mode() else _LinearFunction.apply
     if not _is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _linear_forward
     return _LinearFunction.apply
+
+
+def _is_forward_mode() -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+
+
+def _dense_linear(x, packed, bias, n, k, format, group_size, exponent, precision):
+    """Custom operators drop the tangents of forward mode without a word; torch's own know them."""
+    weight = _dequantize(packed, (n, k), format, group_size, exponent, x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def quantize(weight: torch.Tensor, low_bit: str, group_size: int = 0) -> tuple[torch.Tensor, int]:
@@ -435,13 +449,13 @@ def _linear_backward(ctx, grad):
 class _LinearFunction(torch.autograd.Function):
     """The same formula for eager mode (select_linear says why there are two)."""
 
-    @staticmethod
-    def forward(ctx, *inputs):
-        out = _linear_forward(*inputs)
-        _linear_setup_context(ctx, inputs, out)
-        return out
-
+    forward = staticmethod(_linear_forward)
+    setup_context = staticmethod(_linear_setup_context)
     backward = staticmethod(_linear_backward)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _linear_vmap(_LinearFunction.apply)(info, in_dims, *inputs)
 
 
 torch.library.register_autograd(
@@ -502,7 +516,7 @@ torch.library.register_vmap("lowbit::linear", _linear_vmap(_linear))
 torch.library.register_vmap("lowbit::linear_forward", _linear_vmap(_linear_forward))
 
 
-# ---- devices: where the bytes of a packed tensor change their order -----------------------------------
+# ---- devices: where the bytes of a packed tensor change their order ----------------------
 
 
 def move_packed(
@@ -555,7 +569,7 @@ def plain_dequantize(
             )
             values = values.reshape(count * _TILE_ROWS, k)[: n - tile * _TILE_ROWS]
             start = tile * _TILE_ROWS
-            rows[matrix, start : start + values.shape[0]] = values * 2.0**exponent
+            rows[matrix, start : start + values.shape[0]] = _times_power(values, exponent)
     return out
 
 
@@ -566,7 +580,7 @@ def plain_embedding(packed, ids, n, k, format, group_size, exponent, dtype):
     tiles = packed[flat // _TILE_ROWS]
     values = _unpack_tiles(tiles, info, _geometry(info, n, k, group_size), k, group_size)
     rows = values[torch.arange(flat.shape[0], device=flat.device), flat % _TILE_ROWS]
-    return (rows * 2.0**exponent).to(dtype).reshape(*ids.shape, k)
+    return _times_power(rows, exponent).to(dtype).reshape(*ids.shape, k)
 
 
 def plain_linear(x, packed, bias, n, k, format, group_size, exponent, precision):
@@ -598,6 +612,14 @@ def _warn_once(device_type: str) -> None:
             "(correct, slow)",
             stacklevel=2,
         )
+
+
+def _times_power(values: torch.Tensor, exponent: int) -> torch.Tensor:
+    """values * 2^exponent in two steps, because 2^-160 itself is no fp32 number."""
+    if exponent == 0:
+        return values
+    half = exponent // 2
+    return values * 2.0**half * 2.0 ** (exponent - half)
 
 
 def _unpack_tiles(

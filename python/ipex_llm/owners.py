@@ -187,7 +187,7 @@ def _applied(weight: LowBitTensor, fn: Callable) -> LowBitTensor:
         weight._moved_to = successor
         return successor
     else:
-        packed = packed.to(probe.device)
+        packed = weight._moved(probe.device)
     weight._become(weight._like(packed, dtype=probe.dtype))
     return weight
 

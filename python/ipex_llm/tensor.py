@@ -222,12 +222,17 @@ class LowBitTensor(torch.Tensor):
                 "a low-bit weight can be float32, float16, bfloat16 or float64 to its users, "
                 f"not {dtype}; dequantize() gives a plain tensor"
             )
-        packed = self.packed
-        if packed.device != device:
-            packed = packed.to(device)
-        elif copy:
+        packed = self._moved(device)
+        if packed is self.packed and copy:
             packed = packed.clone()
         return self._like(packed, dtype=dtype)
+
+    def _moved(self, device: torch.device | str) -> torch.Tensor:
+        """The packed bytes on `device`, in the order that device wants."""
+        if self.packed.device == torch.device(device):
+            return self.packed
+        _, k, format, group_size, _ = self.numbers
+        return ops.move_packed(self.packed, device, k, format, group_size)
 
     def _become(self, other: "LowBitTensor") -> None:
         """Takes over `other`'s bytes and dtype in place, under every name and graph that holds it.
@@ -330,7 +335,10 @@ class LowBitTensor(torch.Tensor):
             "shape": tuple(self.shape),
             "dtype": self.dtype,
         }
-        return rebuild_lowbit_tensor, (self.packed, description, self._is_param)
+        packed = self.packed
+        if packed.device.type == "cuda":
+            packed = self._moved("cpu").to(packed.device)  # saved bytes have one order everywhere
+        return rebuild_lowbit_tensor, (packed, description, self._is_param)
 
 
 def _refuse_grad(flag: bool) -> None:
@@ -370,6 +378,9 @@ def rebuild_lowbit_tensor(packed: torch.Tensor, description: dict, is_param: boo
     with torch.inference_mode(False):
         if packed.device.type == "cpu" and packed.data_ptr() % 64:
             packed = packed.clone()  # the kernels read whole cache lines
+        if packed.device.type == "cuda":
+            k = description["stored_shape"][-1]
+            packed = ops.move_packed(packed.cpu(), packed.device, k, info.number, size)
         tensor = LowBitTensor(packed, **{**description, "low_bit": info.name, "group_size": size})
     if is_param:
         tensor._is_param = True
