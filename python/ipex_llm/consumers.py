@@ -585,7 +585,7 @@ def _f_data_set(func, args, kwargs):
             func(w, value.dequantize())
         return
     if not isinstance(value, LowBitTensor):
-        raise TypeError(_IN_PLACE.format(name=".data =") + _INSTALL_HINT)
+        raise RuntimeError(_IN_PLACE.format(name=".data =") + _INSTALL_HINT)
     if value.shape != w.shape:
         raise ValueError(
             f".data = of a low-bit weight of shape {tuple(w.shape)} got one of {tuple(value.shape)}"
@@ -605,7 +605,7 @@ def _copy(target: Tensor, source: Tensor) -> Tensor:
     if target.packed.is_meta:
         return target  # as with plain tensors: a meta tensor takes no values
     if not isinstance(source, LowBitTensor):
-        raise TypeError(_IN_PLACE.format(name="copy_") + _INSTALL_HINT)
+        raise RuntimeError(_IN_PLACE.format(name="copy_") + _INSTALL_HINT)
     ours = (
         target.low_bit,
         target.group_size,
@@ -632,6 +632,7 @@ def _copy(target: Tensor, source: Tensor) -> Tensor:
     return target
 
 
+# A RuntimeError: w += 1 takes a TypeError for "not implemented" and quietly goes on with w + 1.
 _IN_PLACE = "{name} would change a low-bit weight in place, which it cannot represent. "
 _INSTALL_HINT = (
     "To load float weights, load them before optimize_model; to edit one, take dequantize(), edit "
@@ -722,7 +723,7 @@ def _fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     # What a function that changes something changes: its first argument (for _foreach_* a list),
     # and `out`.
     if (mutates and args and _contains_lowbit(args[0])) or _contains_lowbit(kwargs.get("out")):
-        raise TypeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
+        raise RuntimeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
 
     copies: list[Tensor] = []
 
@@ -735,7 +736,7 @@ def _fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     out = func(*args, **kwargs)
     # Names do not say everything (relu(w, inplace=True)); the version counter does.
     if not _is_compiling() and any(copy._version for copy in copies):
-        raise TypeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
+        raise RuntimeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
     return out
 
 
@@ -763,7 +764,7 @@ def _d_fallback(func, args, kwargs):
                 and argument.alias_info.is_write
                 and _contains_lowbit(value)
             ):
-                raise TypeError(_IN_PLACE.format(name=str(func)) + _INSTALL_HINT)
+                raise RuntimeError(_IN_PLACE.format(name=str(func)) + _INSTALL_HINT)
     args, kwargs = tree_map_only(LowBitTensor, lambda w: w.dequantize(), (args, kwargs))
     return func(*args, **kwargs)
 
