@@ -159,11 +159,18 @@ def loaded(model_dir: str, saved_dir: str, count: int, reply) -> None:
     reply.send(result | {"load_seconds": seconds, "above": peak - base, "peak": peak})
 
 
+def _child(job, arguments: tuple, reply) -> None:
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # the parent shows a spinner
+    job(*arguments, reply)
+
+
 def in_process(console, what: str, job, *arguments) -> dict:
     """Runs `job` in a process of its own, under a spinner; its failure ends the demo."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=job, args=(*arguments, theirs))
+    process = context.Process(target=_child, args=(job, arguments, theirs))
     began = time.perf_counter()
     with console.status(what):
         process.start()
@@ -199,8 +206,8 @@ def main() -> int:
     from rich.panel import Panel
     from rich.table import Table
 
-    transformers_logging.disable_progress_bar()
-    console = Console(highlight=False)
+    transformers_logging.disable_progress_bar()  # real_models converts in this process
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     import real_models
 
     name, bits, count = options.low_bit, BITS_PER_WEIGHT[options.low_bit], options.tokens
