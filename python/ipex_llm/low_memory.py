@@ -14,10 +14,12 @@ import copy
 import functools
 import importlib.abc
 import importlib.util
+import json
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -330,7 +332,7 @@ def _construct(cls, path, model_args: tuple, kwargs: dict):
     for name, value in implementations.items():
         setattr(config, "_" + name, value)
     config.name_or_path = str(path)
-    dtype = _resolve_dtype(who, dtype, config)
+    dtype = _resolve_dtype(who, dtype, config, path)
     if dtype is not None:
         _record_dtype(config, dtype)
 
@@ -363,8 +365,14 @@ def _construct(cls, path, model_args: tuple, kwargs: dict):
     return model
 
 
-def _resolve_dtype(who: str, dtype, config) -> torch.dtype | None:
+def _resolve_dtype(who: str, dtype, config, path) -> torch.dtype | None:
     """The dtype to construct in; None for torch's default."""
+    if dtype is None and getattr(config, "dtype", None) is None:
+        # An explicit dtype=None has overridden what the configuration says; plain transformers
+        # would now look into the weight files.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            values = json.loads((Path(path) / "config.json").read_text())
+            dtype = values.get("dtype") or values.get("torch_dtype")
     if isinstance(dtype, dict):
         dtype = dtype.get("", "auto")
     if dtype is None or dtype == "auto":
