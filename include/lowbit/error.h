@@ -9,10 +9,10 @@ namespace lowbit {
 enum class ErrorCode {
   kValue,     // an argument has a value outside its documented range        -> ValueError
   kType,      // an argument has the wrong type or dtype                     -> TypeError
-  kIo,        // the operating system refused an operation                   -> OSError
+  kIo,        // the operating system refused an operation, a full disk too -> OSError
   kNotFound,  // a file or directory that must exist does not                -> FileNotFoundError
   kCorrupt,   // a file's bytes break a rule of its format                   -> ValueError
-  kResource,  // memory, address space or disk space ran out                 -> MemoryError
+  kResource,  // memory or address space ran out                             -> MemoryError
 };
 
 // One lower-case word per code ("value", "type", ...), as the bindings pass it on.
