@@ -68,6 +68,50 @@ struct Ahead {
   int lines;  // per group
 };
 
+// sum[t][n] += q[t] * w[n] over `blocks` blocks of 32 inputs for six tokens. In assembly because
+// GCC 12 copies all twelve accumulators at both ends of every such loop and spills float totals to
+// make room, a tenth of the time. Panel and activations are fetched ahead: the first streams from
+// L2, the second from L3.
+LOWBIT_INLINE void multiply_six(__m512i (&sum)[6][2], const std::byte* w, const std::byte* q,
+                                std::int64_t blocks) {
+#define LOWBIT_TOKEN(x, at, low, high)   \
+  "vpbroadcastd 24*i+" at "(%[q]), %%" x \
+  "\n"                                   \
+  "vpdpbusd %%" x ", %%zmm30, %[" low    \
+  "]\n"                                  \
+  "vpdpbusd %%" x ", %%zmm31, %[" high "]\n"
+  __asm__ volatile(
+      "1:\n"
+      ".set i, 0\n"
+      ".rept 8\n"
+      "vmovdqa64 128*i(%[w]), %%zmm30\n"
+      "vmovdqa64 128*i+64(%[w]), %%zmm31\n"
+      "prefetcht0 128*i+2048(%[w])\n"
+      "prefetcht0 128*i+2112(%[w])\n"
+      LOWBIT_TOKEN("zmm28", "0", "a0", "b0")
+      LOWBIT_TOKEN("zmm29", "4", "a1", "b1")
+      LOWBIT_TOKEN("zmm28", "8", "a2", "b2")
+      LOWBIT_TOKEN("zmm29", "12", "a3", "b3")
+      LOWBIT_TOKEN("zmm28", "16", "a4", "b4")
+      LOWBIT_TOKEN("zmm29", "20", "a5", "b5")
+      ".set i, i+1\n"
+      ".endr\n"
+      "prefetcht0 1024(%[q])\n"
+      "prefetcht0 1088(%[q])\n"
+      "prefetcht0 1152(%[q])\n"
+      "add $1024, %[w]\n"
+      "add $192, %[q]\n"
+      "dec %[blocks]\n"
+      "jnz 1b\n"
+      : [a0] "+v"(sum[0][0]), [b0] "+v"(sum[0][1]), [a1] "+v"(sum[1][0]), [b1] "+v"(sum[1][1]),
+        [a2] "+v"(sum[2][0]), [b2] "+v"(sum[2][1]), [a3] "+v"(sum[3][0]), [b3] "+v"(sum[3][1]),
+        [a4] "+v"(sum[4][0]), [b4] "+v"(sum[4][1]), [a5] "+v"(sum[5][0]), [b5] "+v"(sum[5][1]),
+        [w] "+r"(w), [q] "+r"(q), [blocks] "+r"(blocks)
+      :
+      : "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");
+#undef LOWBIT_TOKEN
+}
+
 template <int kPlanes, bool kMinimum, int kCount>
 void block_int(const Panel& panel, std::int64_t groups, std::int64_t group, std::int64_t k_padded,
                const std::byte* block, const IntBlock& sizes, const Epilogue& epilogue,
@@ -99,18 +143,22 @@ void block_int(const Panel& panel, std::int64_t groups, std::int64_t group, std:
       }
       const std::byte* q = block + p * sizes.plane_bytes + k0 * kCount;
       const std::byte* w = panel.codes + k0 * 32;
-      for (std::int64_t b = 0; b < blocks; ++b) {
-        unroll<8>([&](auto i) LOWBIT_LAMBDA {
-          const __m512i w0 = load_unit(w + i * 128);
-          const __m512i w1 = load_unit(w + i * 128 + 64);
-          unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-            const __m512i x = broadcast(q + (i * kCount + t) * 4);
-            sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, x);
-            sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, x);
+      if constexpr (kCount == 6) {
+        multiply_six(sum, w, q, blocks);
+      } else {
+        for (std::int64_t b = 0; b < blocks; ++b) {
+          unroll<8>([&](auto i) LOWBIT_LAMBDA {
+            const __m512i w0 = load_unit(w + i * 128);
+            const __m512i w1 = load_unit(w + i * 128 + 64);
+            unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+              const __m512i x = broadcast(q + (i * kCount + t) * 4);
+              sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, x);
+              sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, x);
+            });
           });
-        });
-        q += 32 * kCount;
-        w += 8 * 128;
+          q += 32 * kCount;
+          w += 8 * 128;
+        }
       }
     });
     const float* step = reinterpret_cast<const float*>(meta) + g * kCount;

@@ -76,6 +76,12 @@ void block_float(const std::byte* panel, std::int64_t inputs, const std::byte* x
       ahead.at += 64;
     }
     unroll<8 * kSteps>([&](auto s) LOWBIT_LAMBDA {
+      // The panel streams from L2, the activations from L3.
+      _mm_prefetch(reinterpret_cast<const char*>(panel + s * 128 + 2048), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(panel + s * 128 + 2112), _MM_HINT_T0);
+      if constexpr (kCount >= 6) {
+        _mm_prefetch(reinterpret_cast<const char*>(x + s * kCount * 4 + 1536), _MM_HINT_T0);
+      }
       const __m512 w0 = _mm512_load_ps(panel + s * 128);
       const __m512 w1 = _mm512_load_ps(panel + s * 128 + 64);
       unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
