@@ -30,7 +30,8 @@ PY := $(BIN)/python
 # The tools come from .venv, whatever the PATH holds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHON
-LAUNCHER = $(if $(shell command -v ccache 2>/dev/null),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)
+LAUNCHER = $(if $(shell command -v ccache 2>/dev/null),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache \
+  -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 CONFIGURE = cmake --preset $(1) -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(LAUNCHER) $(2)
 COMPILE = cmake --build --preset $(1) --parallel $(JOBS)
 say = @printf '\n\033[1m== %s\033[0m\n' "$(1)"
@@ -62,7 +63,7 @@ models: $(VENV)/.ready
 .PHONY: build build-asan cuda wheel
 build/build.ninja: CMakePresets.json | $(VENV)/.ready system
 	$(call say,Configuring the C++ build in build/)
-	$(call CONFIGURE,dev)
+	$(call CONFIGURE,dev,)
 	@touch $@
 build: build/build.ninja
 	$(call say,Building)
@@ -70,7 +71,7 @@ build: build/build.ninja
 
 build-asan/build.ninja: CMakePresets.json | $(VENV)/.ready system
 	$(call say,Configuring the sanitizer build in build-asan/)
-	$(call CONFIGURE,asan)
+	$(call CONFIGURE,asan,)
 	@touch $@
 build-asan: build-asan/build.ninja
 	$(call say,Building with sanitizers)
@@ -78,7 +79,7 @@ build-asan: build-asan/build.ninja
 
 cuda: | $(VENV)/.ready system
 	$(call say,Compiling the CUDA kernels)
-	$(call CONFIGURE,cuda)
+	$(call CONFIGURE,cuda,)
 	$(call COMPILE,cuda)
 
 wheel: | $(VENV)/.ready system
