@@ -47,7 +47,8 @@ def swap_class(module: nn.Module, *mixins: type) -> nn.Module:
     if new:
         # A class that others put in front (parametrize, accelerate) is an original of its own.
         original, present = _swap_of.get(cls, (cls, ()))
-        module.__class__ = _swapped_class(original, (*new, *present))
+        # Not by plain assignment: torch.compile's wrapper forwards that to the module it wraps.
+        object.__setattr__(module, "__class__", _swapped_class(original, (*new, *present)))
     return module
 
 
@@ -63,11 +64,21 @@ def _swapped_class(original: type, mixins: tuple[type, ...]) -> type:
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
+            "__reduce_ex__": _reduce_swapped,
         }
         swapped = type(original)(original.__name__, (*mixins, original), namespace)
         _swapped_classes[key] = swapped
         _swap_of[swapped] = key
     return _swapped_classes[key]
+
+
+def _reduce_swapped(self: nn.Module, protocol: int) -> tuple:
+    """Pickles as the original class plus its mixins: the swapped class has no importable name."""
+    swapped = next(cls for cls in type(self).__mro__ if cls in _swap_of)
+    reduced = list(super(swapped, self).__reduce_ex__(protocol))
+    if type(self) is swapped and reduced[0] in (copyreg.__newobj__, copyreg._reconstructor):
+        reduced[:2] = [rebuild_owner, _swap_of[swapped]]
+    return tuple(reduced)
 
 
 def rebuild_owner(original: type, mixins: tuple[type, ...]) -> nn.Module:
@@ -83,12 +94,13 @@ class LowBitOwner:
     """Conversion, loading, pickling and printing of a module whose own parameters are low-bit."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        own = {name: p for name, p in self._parameters.items() if isinstance(p, LowBitTensor)}
+        own = {n: p for n, p in self._parameters.items() if isinstance(p, LowBitTensor)}
+        for weight in own.values():
+            _probe(weight, fn)  # refuses before anything is changed
         try:
             for name in own:
-                self._parameters[name] = (
-                    None  # nn.Module would replace the Parameter, and lose its ties
-                )
+                # nn.Module would replace the Parameter, and lose its ties.
+                self._parameters[name] = None
             super()._apply(fn, recurse)
         finally:
             self._parameters.update(own)
@@ -131,13 +143,6 @@ class LowBitOwner:
         )
         missing_keys.extend(key for key in missing if key not in floats)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        reduced = list(super().__reduce_ex__(protocol))
-        swap = _swap_of.get(type(self))
-        if swap is not None and reduced[0] in (copyreg.__newobj__, copyreg._reconstructor):
-            reduced[:2] = [rebuild_owner, swap]
-        return tuple(reduced)
-
     def extra_repr(self) -> str:
         text = super().extra_repr()
         formats = {
@@ -159,17 +164,23 @@ class LowBitOwner:
         )
 
 
-def _applied(weight: LowBitTensor, fn: Callable) -> LowBitTensor:
-    """`weight` after module.to(...) and the like: the same object wherever torch allows it."""
-    successor = weight.__dict__.get("_moved_to")
-    if successor is not None and successor.packed.is_meta != weight.packed.is_meta:
-        return successor  # a tied owner has been here before
+def _probe(weight: LowBitTensor, fn: Callable) -> torch.Tensor:
+    """An empty tensor of the dtype and on the device that `fn` gives `weight`."""
     probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
     if probe.dtype not in _FLOAT_DTYPES:
         raise TypeError(
             f"a module with low-bit weights cannot be converted to {probe.dtype}: "
             "its weights can be float32, float16, bfloat16 or float64 to their users"
         )
+    return probe
+
+
+def _applied(weight: LowBitTensor, fn: Callable) -> LowBitTensor:
+    """`weight` after module.to(...) and the like: the same object wherever torch allows it."""
+    successor = weight.__dict__.get("_moved_to")
+    if successor is not None and successor.packed.is_meta != weight.packed.is_meta:
+        return successor  # a tied owner has been here before
+    probe = _probe(weight, fn)
     packed = weight.packed
     if probe.device == packed.device:
         if probe.dtype == weight.dtype:
@@ -241,8 +252,6 @@ class LowBitRoot:
             "save_pretrained cannot write low-bit weights; use model.save_low_bit(directory), "
             "and ipex_llm.load_low_bit to read them back"
         )
-
-    __reduce_ex__ = LowBitOwner.__reduce_ex__
 
 
 # The forwards that a mixin may stand in for. A class with a forward of its own keeps it, and its
