@@ -6,6 +6,7 @@ its mixins, and is made once per combination.
 """
 
 import copyreg
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ _KERNEL_DTYPES = ops._KERNEL_DTYPES
 
 _swapped_classes: dict[tuple[type, tuple[type, ...]], type] = {}
 _swap_of: dict[type, tuple[type, tuple[type, ...]]] = {}
+_swap_lock = threading.Lock()  # one class per key, also when two threads convert models
 
 
 def swap_class(module: nn.Module, *mixins: type) -> nn.Module:
@@ -59,7 +61,11 @@ def original_class(module: nn.Module) -> type:
 
 def _swapped_class(original: type, mixins: tuple[type, ...]) -> type:
     key = (original, mixins)
-    if key not in _swapped_classes:
+    if key in _swapped_classes:
+        return _swapped_classes[key]
+    with _swap_lock:
+        if key in _swapped_classes:
+            return _swapped_classes[key]
         namespace = {
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
@@ -67,9 +73,9 @@ def _swapped_class(original: type, mixins: tuple[type, ...]) -> type:
             "__reduce_ex__": _reduce_swapped,
         }
         swapped = type(original)(original.__name__, (*mixins, original), namespace)
-        _swapped_classes[key] = swapped
         _swap_of[swapped] = key
-    return _swapped_classes[key]
+        _swapped_classes[key] = swapped
+        return swapped
 
 
 def _reduce_swapped(self: nn.Module, protocol: int) -> tuple:
