@@ -96,9 +96,21 @@ def finish(model: nn.Module, options: Options | dict) -> nn.Module:
         embedding.keep_embeddings(model, skipped_modules(model, options))
     if options.lightweight_bmm:
         bmm.enable_lightweight_bmm(model)
-    give_methods(model)
-    model.__dict__[_STATE] = {**options.to_dict(), "complete": True}
+    for root in dict.fromkeys((model, unwrap(model))):
+        give_methods(root)
+        root.__dict__[_STATE] = {**options.to_dict(), "complete": True}
     return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without the wrappers of torch.compile and data parallelism around it."""
+    while True:
+        if "_orig_mod" in model._modules:  # OptimizedModule; naming it would import the compiler
+            model = model._modules["_orig_mod"]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def options_of(model: nn.Module) -> dict | None:
@@ -160,7 +172,8 @@ def reject_unconvertible(who: str, model: nn.Module) -> None:
                 f"{who}: {where} is a TorchScript module, whose parameters cannot be replaced; "
                 f"optimize the nn.Module it was made from"
             )
-        if type(module).__name__ == "FullyShardedDataParallel" or hasattr(module, "_fsdp_state"):
+        classes = {cls.__name__ for cls in type(module).__mro__}
+        if classes & {"FullyShardedDataParallel", "FSDPModule"}:
             raise ValueError(
                 f"{who}: {where} is sharded by FSDP, so no rank holds whole weights; "
                 f"optimize the model first, then wrap it"
@@ -264,10 +277,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
                     done[id(weight)] = dense
                 module._parameters[attribute] = done[id(weight)]
     for module in model.modules():
-        module.__class__ = original_class(module)
+        object.__setattr__(module, "__class__", original_class(module))
         layers.refresh_flat_weights(module)
         module.__dict__.pop("_home_devices", None)
-    model.__dict__.pop(_STATE, None)
+    for root in (model, unwrap(model)):
+        root.__dict__.pop(_STATE, None)
     return model
 
 

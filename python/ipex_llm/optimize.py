@@ -97,7 +97,7 @@ class Optimized(layers.Mixin):
 
     def save_low_bit(self, save_dir, max_shard_size="4GB"):
         """Saves the optimized model into `save_dir`; `load_low_bit(model, save_dir)` reads it."""
-        return save_low_bit(self, save_dir, max_shard_size=max_shard_size)
+        return save_low_bit(convert.unwrap(self), save_dir, max_shard_size=max_shard_size)
 
 
 class RefusesSavePretrained(layers.Mixin):

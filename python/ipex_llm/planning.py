@@ -269,9 +269,7 @@ def _choose(entry: Entry, parameter, slots: list[_Slot], options: Options, uses)
     if looked_up and options.embedding_qtype is not None:
         low_bit = options.embedding_qtype
     if low_bit is None:
-        entry.reason = (
-            "low_bit=None" if computing else "an embedding: name its type, embedding_qtype="
-        )
+        entry.reason = "low_bit=None" if computing else "an embedding (see embedding_qtype=)"
         entry.kind = role.kind
         return
     group_size = options.group_size if arguments.has_groups(low_bit) else 0

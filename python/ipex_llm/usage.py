@@ -81,8 +81,9 @@ class Uses:
         # ids of modules that PEFT trains beside a base layer.
         self.adapters: set[int] = set()
         for module in model.modules():
-            self._note_adapters(module)
-            if _is_torchs(type(module)):
+            # PEFT's layers change the base weight when they merge, which has a way of its own here
+            # (convert.merge_adapters), not when they compute.
+            if self._note_adapters(module) or _is_torchs(type(module)):
                 continue
             for path, use in uses_in_class(_source_class(type(module))):
                 for parameter in _resolve(module, path):
@@ -104,15 +105,16 @@ class Uses:
                     return use
         return None
 
-    def _note_adapters(self, module: nn.Module) -> None:
+    def _note_adapters(self, module: nn.Module) -> bool:
+        """Whether `module` is a layer of PEFT; its adapters are noted."""
         names = getattr(type(module), "adapter_layer_names", None)
         if not names or "base_layer" not in module._modules:
-            return
-        others = [*names, *getattr(type(module), "other_param_names", ())]
-        for name in others:
+            return False
+        for name in (*names, *getattr(type(module), "other_param_names", ())):
             child = module._modules.get(name)
             if child is not None and name != "base_layer":
                 self.adapters.update(id(m) for m in child.modules())
+        return True
 
 
 def _source_class(cls: type) -> type:

@@ -1,0 +1,154 @@
+"""What every model of the zoo must pass, and how one result looks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+import time
+import warnings
+
+import torch
+from torch import nn
+
+import ipex_llm
+from ipex_llm import LowBitTensor
+from zoo import builders
+
+# fp32 on both sides: the same rounded weights, so what differs is the order of summation and the
+# 15 bits that activations keep. Deep models with norms amplify that; a wrong weight, scale or
+# orientation changes the output by tens of percent.
+TOLERANCE = 2e-3
+
+
+@dataclasses.dataclass
+class Result:
+    """One class and one low-bit type."""
+
+    task: str
+    model_type: str
+    class_name: str
+    low_bit: str
+    status: str = "ok"  # ok, failed, not built (no small configuration or no known input)
+    detail: str = ""
+    error: float = 0.0
+    share: float = 0.0  # of the weight bytes, embeddings excepted
+    left: str = ""  # the heaviest weights that stay float, with reasons
+    seconds: float = 0.0
+
+
+def run_case(case: builders.Case, low_bits=("sym_int4", "nf4"), save: bool = True) -> list[Result]:
+    """All checks of one class. Never raises: what goes wrong is in the result."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = builders.build(case)
+            arguments, expected = _reference(model)
+        except builders.NotSmall as error:
+            return [_result(case, low_bit, "not built", str(error)) for low_bit in low_bits]
+        results = []
+        for low_bit in low_bits:
+            started = time.perf_counter()
+            result = _result(case, low_bit, "ok", "")
+            try:
+                _check(case, copy.deepcopy(model), arguments, expected, low_bit, save, result)
+            except Exception as error:
+                result.status = "failed"
+                result.detail = f"{type(error).__name__}: {builders._first_line(error)}"
+            result.seconds = round(time.perf_counter() - started, 2)
+            results.append(result)
+        return results
+
+
+def _result(case, low_bit, status, detail) -> Result:
+    return Result(case.task, case.model_type, case.class_name, low_bit, status, detail)
+
+
+def _reference(model: nn.Module):
+    """The first candidate input that the float model accepts, and its output."""
+    reasons = []
+    for arguments in builders.inputs(model):
+        try:
+            output = call(model, arguments)
+        except Exception as error:
+            reasons.append(f"{'+'.join(arguments)}: {type(error).__name__}")
+            continue
+        tensors = floats(output)
+        if tensors and all(t.isfinite().all() for t in tensors):
+            return arguments, output
+        reasons.append(f"{'+'.join(arguments)}: no finite output")
+    raise builders.NotSmall(f"no input is known ({'; '.join(reasons[:3])})")
+
+
+def call(model: nn.Module, arguments: dict):
+    torch.manual_seed(3)  # a few models draw noise in evaluation mode
+    with torch.no_grad(), ipex_llm.set_activation_precision("fp32"):
+        return model(**copy.deepcopy(arguments))
+
+
+def floats(output) -> list[torch.Tensor]:
+    """The float tensors of an output, caches left out: they hold what the outputs show."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() and output.numel() else []
+    if isinstance(output, dict):
+        kept = [v for k, v in output.items() if "past_key" not in k and "cache" not in k]
+        return [t for value in kept for t in floats(value)]
+    if isinstance(output, list | tuple):
+        return [t for value in output for t in floats(value)]
+    return []
+
+
+def _check(case, model, arguments, expected, low_bit, save, result: Result) -> None:
+    plan = ipex_llm.plan(model, low_bit)
+    result.share, result.left = _share(plan)
+    ipex_llm.optimize_model(model, low_bit)
+    packed = sum(isinstance(p, LowBitTensor) for p in model.parameters())
+    planned = sum(entry.converts for entry in plan)
+    if packed != planned:
+        raise AssertionError(f"planned {planned} weights, packed {packed}")
+    reference = ipex_llm.dequantize(copy.deepcopy(model))
+    got, rounded = call(model, arguments), call(reference, arguments)
+    result.error = _difference(got, rounded)
+    if result.error > TOLERANCE:
+        raise AssertionError(f"differs from the dequantized model by {result.error:.1e}")
+    if save:
+        _save_and_load(case, model, arguments, got)
+
+
+def _share(plan) -> tuple[float, str]:
+    weights = [e for e in plan if len(e.shape) >= 2 and e.kind != "embedding"]
+    total = sum(e.bytes_before for e in weights)
+    share = sum(e.bytes_before for e in weights if e.converts) / total if total else 1.0
+    left = sorted((e for e in weights if not e.converts), key=lambda e: -e.bytes_before)
+    shown = [f"{e.name} ({e.bytes_before / total:.0%}): {e.reason}" for e in left[:2]]
+    return share, "; ".join(shown)
+
+
+def _difference(got, expected) -> float:
+    """The largest error of any output, relative to that output's largest value."""
+    pairs = list(zip(floats(got), floats(expected), strict=True))
+    worst = 0.0
+    for g, e in pairs:
+        if g.shape != e.shape or g.dtype != e.dtype:
+            raise AssertionError(f"{tuple(g.shape)} {g.dtype} for {tuple(e.shape)} {e.dtype}")
+        finite = e.isfinite()
+        if not torch.equal(finite, g.isfinite()):
+            raise AssertionError("other elements are finite")
+        if finite.any():
+            scale = e[finite].abs().max().item() or 1.0
+            worst = max(worst, (g - e)[finite].abs().max().item() / scale)
+    return worst
+
+
+def _save_and_load(case, model, arguments, expected) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_low_bit(directory)
+        with ipex_llm.low_memory_init():
+            fresh = type(model).from_pretrained(directory)
+        loaded = ipex_llm.load_low_bit(fresh, directory).eval()
+        got = call(loaded, arguments)
+        for g, e in zip(floats(got), floats(expected), strict=True):
+            if not torch.equal(g, e) and not torch.equal(g.isnan(), e.isnan()):
+                raise AssertionError("the loaded model gives another output")
+            if not torch.equal(g.nan_to_num(), e.nan_to_num()):
+                raise AssertionError("the loaded model gives another output")

@@ -1,0 +1,176 @@
+"""The whole zoo: `python tests/python/zoo/run.py [--tasks causal_lm,...] [--write docs/models.md]`.
+
+Each class runs in a pool of fresh processes, so that one that crashes or hangs costs itself only.
+Exit status 1 if a class fails or the shares promised in docs/models.md are missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "python"), str(ROOT / "scripts")]
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", help="comma-separated; all by default")
+    parser.add_argument("--only", help="a part of the class's name")
+    parser.add_argument("--low-bits", default="sym_int4,nf4")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--write", type=Path, help="write the table here (docs/models.md)")
+    parser.add_argument("--no-save", action="store_true", help="leave out save and load")
+    arguments = parser.parse_args()
+
+    from zoo import builders, others
+
+    tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else (*builders.TASKS, "other")
+    cases = builders.cases(tasks) + ([*others.cases()] if "other" in tasks else [])
+    cases = [c for c in cases if not arguments.only or arguments.only in c.class_name]
+    low_bits = tuple(arguments.low_bits.split(","))
+    results = run_all(cases, low_bits, arguments.jobs, not arguments.no_save)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([vars(r) for r in results], indent=1) + "\n")
+    text = table(results)
+    if arguments.write:
+        arguments.write.write_text(text, encoding="utf-8")
+    print(summary(results))
+    failed = [r for r in results if r.status == "failed"]
+    for r in failed:
+        print(f"failed: {r.task}/{r.model_type}/{r.class_name} {r.low_bit}: {r.detail}")
+    return 1 if failed else 0
+
+
+def run_all(cases, low_bits, jobs: int, save: bool):
+    results = []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_start) as pool:
+        futures = {pool.submit(_run, case, low_bits, save): case for case in cases}
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            case = futures[future]
+            try:
+                results += future.result()
+            except Exception as error:  # the process died
+                from zoo import checks
+
+                detail = f"{type(error).__name__}: {error}"
+                results += [checks._result(case, b, "failed", detail) for b in low_bits]
+            print(f"\r{done}/{len(cases)} {case.class_name:50.50}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return sorted(results, key=lambda r: (r.task, r.model_type, r.class_name, r.low_bit))
+
+
+def _start() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run(case, low_bits, save):
+    from zoo import checks, others
+
+    run = others.run_case if case.task == "other" else checks.run_case
+    return run(case, low_bits, save)
+
+
+def summary(results) -> str:
+    lines = []
+    for task in dict.fromkeys(r.task for r in results):
+        rows = [r for r in results if r.task == task]
+        built = {r.class_name for r in rows if r.status != "not built"}
+        failed = {r.class_name for r in rows if r.status == "failed"}
+        shares = [r.share for r in rows if r.status == "ok"]
+        median = f"{statistics.median(shares):.1%}" if shares else "-"
+        names = {r.class_name for r in rows}
+        lines.append(
+            f"{task}: {len(names)} classes, {len(built)} built, {len(built) - len(failed)} pass, "
+            f"median share of weight bytes converted {median}"
+        )
+    return "\n".join(lines)
+
+
+def table(results) -> str:
+    """docs/models.md."""
+    import torch
+    import transformers
+
+    lines = [
+        "# Models",
+        "",
+        "Written by `make zoo` (`tests/python/zoo/run.py --write docs/models.md`), torch "
+        f"{torch.__version__.split('+')[0]}, transformers {transformers.__version__}.",
+        "",
+        "Every class that the Auto mappings of transformers name, built small with random weights "
+        "and without a network, and models from elsewhere. Each is optimized, compared in fp32 with "
+        "a float copy whose weights are the dequantized ones (so the arithmetic is all that "
+        "differs), saved, loaded under `low_memory_init`, and must then give the identical output. "
+        "*Share* is the part of the bytes of all parameters with two or more dimensions that is "
+        "packed; embedding tables are left out unless tied to a head, since they stay float unless "
+        "`embedding_qtype` is given. *Error* is the largest difference relative to the largest "
+        "output, for the worse of the two types.",
+        "",
+        "| task | classes | built | pass | median share |",
+        "|---|---|---|---|---|",
+    ]
+    groups = collections.defaultdict(list)
+    for r in results:
+        groups[r.task].append(r)
+    for task, rows in groups.items():
+        names = {r.class_name for r in rows}
+        built = {r.class_name for r in rows if r.status != "not built"}
+        failed = {r.class_name for r in rows if r.status == "failed"}
+        shares = [r.share for r in rows if r.status == "ok"]
+        median = f"{statistics.median(shares):.1%}" if shares else "-"
+        lines.append(
+            f"| {task} | {len(names)} | {len(built)} | {len(built) - len(failed)} | {median} |"
+        )
+    lines += [
+        "",
+        "A class is *not built* where its configuration cannot be made small by the names of its "
+        "fields, or no input for its forward is known here; that says nothing about the class.",
+    ]
+    for task, rows in groups.items():
+        lines += [
+            "",
+            f"## {task}",
+            "",
+            "| class | result | share | error | stays float |",
+            "|---|---|---|---|---|",
+        ]
+        by_class = collections.defaultdict(list)
+        for r in rows:
+            by_class[(r.model_type, r.class_name)].append(r)
+        missing = []
+        for (model_type, name), both in sorted(by_class.items()):
+            if both[0].status == "not built":
+                missing.append(f"{name} ({_cell(both[0].detail)})")
+                continue
+            bad = [r for r in both if r.status != "ok"]
+            status = "pass" if not bad else f"{bad[0].low_bit}: {_cell(bad[0].detail)}"
+            left = _cell(both[0].left) if both[0].share < 0.95 else ""
+            lines.append(
+                f"| {name} | {status} | {both[0].share:.1%} | {max(r.error for r in both):.0e} "
+                f"| {left} |"
+            )
+        if missing:
+            lines += ["", "Not built: " + "; ".join(missing) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ").replace(str(ROOT), "")[:150]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
