@@ -41,6 +41,25 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def("file_save_commit(int handle) -> str manifest");
   m.def("file_save_abort(int handle) -> ()");
 
+  // Decoder blocks (include/lowbit/fused.h). A block is registered once: its description as numbers
+  // (python/ipex_llm/fuse/describe.py writes them, fused_ops.cpp reads them) and the tensors these
+  // point to, which the handle keeps alive.
+  m.def("fused_register(Tensor[] tensors, int[] integers, float[] floats) -> int handle");
+  m.def("fused_release(int handle) -> ()");
+  // Runs blocks one after the other; keys and values [batch, kv_heads, capacity, head_dim] of every
+  // block get the new positions behind the `past` ones they hold. mask: bool or float, broadcast
+  // against [batch, heads, tokens, past + tokens].
+  m.def(
+      "fused_blocks(Tensor x, int[] handles, Tensor? cos, Tensor? sin, Tensor[] keys, "
+      "Tensor[] values, int past, Tensor? mask, bool causal, int precision) -> Tensor");
+  // An attention half in two parts, for caches that are not ours.
+  m.def(
+      "fused_project(Tensor x, int handle, Tensor? cos, Tensor? sin, int precision) -> "
+      "(Tensor q, Tensor k, Tensor v)");
+  m.def(
+      "fused_attend(Tensor x, int handle, Tensor q, Tensor keys, Tensor values, Tensor? mask, "
+      "bool causal, int precision) -> Tensor");
+
   m.def("isa() -> str");
   m.def("describe_isa() -> str");
   m.def("available_isas() -> str");

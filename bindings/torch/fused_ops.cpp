@@ -1,0 +1,470 @@
+// The fused decoder-block operators: descriptions as numbers, checks, then lowbit/fused.h.
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+#include "check.h"
+#include "lowbit/fused.h"
+
+namespace lowbit::binding {
+namespace {
+
+struct Block {
+  BlockSpec spec;
+  std::vector<Tensor> tensors;  // what the pointers of `spec` point into
+};
+
+std::mutex g_mutex;
+std::unordered_map<std::int64_t, std::shared_ptr<const Block>> g_blocks;
+std::int64_t g_next = 1;
+
+std::shared_ptr<const Block> block_of(const char* op, std::int64_t handle) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  const auto found = g_blocks.find(handle);
+  LOWBIT_CHECK(found != g_blocks.end(), ErrorCode::kValue, op, ": no block has the handle ", handle,
+               "; was it released?");
+  return found->second;
+}
+
+// ---- descriptions
+// ---------------------------------------------------------------------------------
+
+// Reads the numbers in the order in which describe.py writes them.
+class Reader {
+ public:
+  Reader(const std::vector<Tensor>& tensors, const std::vector<std::int64_t>& integers,
+         const std::vector<double>& floats)
+      : tensors_(tensors), integers_(integers), floats_(floats) {}
+
+  std::int64_t integer() {
+    LOWBIT_CHECK(next_integer_ < integers_.size(), ErrorCode::kValue,
+                 "fused_register: the description is too short");
+    return integers_[next_integer_++];
+  }
+  int small() { return checked_int("fused_register", "a number of the description", integer()); }
+  float real() {
+    LOWBIT_CHECK(next_float_ < floats_.size(), ErrorCode::kValue,
+                 "fused_register: the description has too few floats");
+    return static_cast<float>(floats_[next_float_++]);
+  }
+  bool flag() { return integer() != 0; }
+  void finish() const {
+    LOWBIT_CHECK(next_integer_ == integers_.size() && next_float_ == floats_.size(),
+                 ErrorCode::kValue, "fused_register: the description is too long");
+  }
+
+  // A contiguous float vector of n elements (n < 0: any), or nothing.
+  const void* vector(std::int64_t n, DType* dtype) {
+    const std::int64_t index = integer();
+    if (index < 0) {
+      return nullptr;
+    }
+    const Tensor& tensor = at(index);
+    *dtype = float_dtype("fused_register", "a vector", tensor.scalar_type(), false);
+    check_cpu("fused_register", "a vector", tensor);
+    LOWBIT_CHECK(tensor.dim() == 1 && tensor.is_contiguous() && (n < 0 || tensor.size(0) == n),
+                 ErrorCode::kValue, "fused_register: expected a contiguous vector of ", n,
+                 " values, got ", shape_text(tensor));
+    return tensor.data_ptr();
+  }
+
+  NormSpec norm(std::int64_t n) {
+    NormSpec spec;
+    const std::int64_t kind = integer();
+    LOWBIT_CHECK(kind >= 0 && kind <= 2, ErrorCode::kValue, "fused_register: norm kind ", kind);
+    spec.kind = static_cast<NormKind>(kind);
+    spec.weight = vector(n, &spec.weight_dtype);
+    spec.bias = vector(n, &spec.bias_dtype);
+    spec.eps = real();
+    spec.offset = real();
+    return spec;
+  }
+
+  PackedMatrix matrix() {
+    PackedMatrix matrix;
+    const Tensor& packed = at(integer());
+    const std::int64_t n = integer(), k = integer();
+    const Format format = checked_format("fused_register", integer());
+    matrix.layout = make_layout(format, n, k, small());
+    matrix.exponent = small();
+    matrix.packed = checked_packed("fused_register", packed, matrix.layout);
+    matrix.bias = vector(n, &matrix.bias_dtype);
+    return matrix;
+  }
+
+  std::vector<PackedMatrix> matrices() {
+    const std::int64_t count = integer();
+    LOWBIT_CHECK(count >= 0 && count <= 8, ErrorCode::kValue, "fused_register: ", count,
+                 " projections of one input; at most 8");
+    std::vector<PackedMatrix> result;
+    for (std::int64_t i = 0; i < count; ++i) {
+      result.push_back(matrix());
+    }
+    return result;
+  }
+
+ private:
+  const Tensor& at(std::int64_t index) const {
+    LOWBIT_CHECK(index >= 0 && index < static_cast<std::int64_t>(tensors_.size()),
+                 ErrorCode::kValue, "fused_register: tensor ", index, " of ", tensors_.size());
+    return tensors_[static_cast<std::size_t>(index)];
+  }
+
+  const std::vector<Tensor>& tensors_;
+  const std::vector<std::int64_t>& integers_;
+  const std::vector<double>& floats_;
+  std::size_t next_integer_ = 0, next_float_ = 0;
+};
+
+std::int64_t columns_of(const std::vector<PackedMatrix>& matrices) {
+  std::int64_t columns = 0;
+  for (const PackedMatrix& matrix : matrices) {
+    columns += matrix.layout.n;
+  }
+  return columns;
+}
+
+// Every head of the map lies inside the projected columns.
+void check_map(const HeadMap& map, int groups, int per_group, int head_dim, std::int64_t columns) {
+  constexpr std::int64_t kLimit = std::int64_t{1} << 40;
+  const bool sane = map.offset >= 0 && map.group_stride >= 0 && map.head_stride >= 0 &&
+                    map.offset < kLimit && map.group_stride < kLimit && map.head_stride < kLimit;
+  LOWBIT_CHECK(sane && map.offset + (groups - 1) * map.group_stride +
+                               (per_group - 1) * map.head_stride + head_dim <=
+                           columns,
+               ErrorCode::kValue, "fused_register: heads lie outside the projected columns");
+}
+
+AttentionSpec read_attention(Reader& in) {
+  AttentionSpec a;
+  a.heads = in.small();
+  if (a.heads == 0) {
+    return a;
+  }
+  a.kv_heads = in.small();
+  a.head_dim = in.small();
+  LOWBIT_CHECK(a.heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && a.heads % a.kv_heads == 0,
+               ErrorCode::kValue, "fused_register: ", a.heads, " heads, ", a.kv_heads,
+               " key/value heads of size ", a.head_dim);
+  a.in = in.matrices();
+  LOWBIT_CHECK(!a.in.empty(), ErrorCode::kValue, "fused_register: attention without projections");
+  const int group = a.heads / a.kv_heads;
+  const std::int64_t columns = columns_of(a.in);
+  for (HeadMap* map : {&a.q, &a.k, &a.v}) {
+    map->offset = in.integer();
+    map->group_stride = in.integer();
+    map->head_stride = in.integer();
+    check_map(*map, a.kv_heads, map == &a.q ? group : 1, a.head_dim, columns);
+  }
+  a.norm = in.norm(a.in[0].layout.k);
+  a.norm_over_heads = in.flag();
+  a.q_norm = in.norm(a.norm_over_heads ? std::int64_t{a.heads} * a.head_dim : a.head_dim);
+  a.k_norm = in.norm(a.norm_over_heads ? std::int64_t{a.kv_heads} * a.head_dim : a.head_dim);
+  const std::int64_t rope = in.integer();
+  LOWBIT_CHECK(rope >= 0 && rope <= 2, ErrorCode::kValue, "fused_register: rope kind ", rope);
+  a.rope.kind = static_cast<RopeKind>(rope);
+  a.rope.begin = in.small();
+  a.rope.width = in.small();
+  a.rope.table_step = in.small();
+  LOWBIT_CHECK(a.rope.begin >= 0 && a.rope.width >= 0 && a.rope.width % 2 == 0 &&
+                   a.rope.begin + a.rope.width <= a.head_dim && a.rope.table_step >= 1 &&
+                   a.rope.table_step <= 2,
+               ErrorCode::kValue, "fused_register: a rotation outside the head");
+  a.out = in.matrix();
+  a.out_norm = in.norm(a.out.layout.n);
+  a.residual = in.flag();
+  a.scale = in.real();
+  a.softcap = in.real();
+  a.multiplier = in.real();
+  return a;
+}
+
+MlpSpec read_mlp(Reader& in) {
+  MlpSpec m;
+  m.width = in.integer();
+  if (m.width == 0) {
+    return m;
+  }
+  m.in = in.matrices();
+  const std::int64_t columns = columns_of(m.in);
+  m.gate_offset = in.integer();
+  m.up_offset = in.integer();
+  m.gated = in.flag();
+  const std::int64_t activation = in.integer();
+  LOWBIT_CHECK(activation >= 0 && activation < kActivationCount, ErrorCode::kValue,
+               "fused_register: activation ", activation);
+  m.activation = static_cast<Activation>(activation);
+  LOWBIT_CHECK(!m.in.empty() && m.width > 0 && m.gate_offset >= 0 && m.up_offset >= 0 &&
+                   m.gate_offset <= columns - m.width &&
+                   (!m.gated || m.up_offset <= columns - m.width),
+               ErrorCode::kValue, "fused_register: the MLP's columns lie outside its projections");
+  m.norm = in.norm(m.in[0].layout.k);
+  m.down = in.matrix();
+  m.out_norm = in.norm(m.down.layout.n);
+  m.residual = in.flag();
+  m.multiplier = in.real();
+  return m;
+}
+
+std::int64_t fused_register(std::vector<Tensor> tensors, std::vector<std::int64_t> integers,
+                            std::vector<double> floats) {
+  auto block = std::make_shared<Block>();
+  Reader in(tensors, integers, floats);
+  block->spec.attention = read_attention(in);
+  block->spec.mlp = read_mlp(in);
+  block->spec.parallel = in.flag();
+  in.finish();
+  block->tensors = std::move(tensors);
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  g_blocks.emplace(g_next, std::move(block));
+  return g_next++;
+}
+
+void fused_release(std::int64_t handle) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  g_blocks.erase(handle);
+}
+
+// ---- calls
+// ----------------------------------------------------------------------------------------
+
+BlockCall call_of(const char* op, const Tensor& x, std::int64_t precision) {
+  BlockCall call;
+  call.dtype = float_dtype(op, "x", x.scalar_type(), false);
+  check_cpu(op, "x", x);
+  LOWBIT_CHECK(x.dim() == 3 && x.is_contiguous(), ErrorCode::kValue, op,
+               ": x must be contiguous [batch, tokens, hidden], got ", shape_text(x));
+  call.x = x.data_ptr();
+  call.batch = x.size(0);
+  call.tokens = x.size(1);
+  call.hidden = x.size(2);
+  call.precision = checked_precision(op, precision);
+  return call;
+}
+
+void check_hidden(const char* op, const BlockSpec& spec, const BlockCall& call) {
+  const std::int64_t k =
+      spec.attention.heads > 0 ? spec.attention.in[0].layout.k : spec.mlp.in[0].layout.k;
+  LOWBIT_CHECK(k == call.hidden, ErrorCode::kValue, op, ": x must have ", k,
+               " values per token, got ", call.hidden);
+}
+
+// cos and sin: [batch or 1, tokens, width] or [tokens, width], inner stride 1.
+void set_rope(const char* op, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+              BlockCall& call, std::int64_t* width) {
+  *width = 0;
+  if (!cos || !sin) {
+    return;
+  }
+  call.rope_dtype = float_dtype(op, "cos", cos->scalar_type(), false);
+  LOWBIT_CHECK(sin->scalar_type() == cos->scalar_type(), ErrorCode::kType, op,
+               ": cos and sin must have one dtype");
+  check_cpu(op, "cos", *cos);
+  check_cpu(op, "sin", *sin);
+  const std::int64_t dim = cos->dim();
+  LOWBIT_CHECK((dim == 2 || dim == 3) && sin->dim() == dim && cos->stride(dim - 1) == 1 &&
+                   sin->stride(dim - 1) == 1,
+               ErrorCode::kValue, op, ": cos and sin must be [batch, tokens, width], got ",
+               shape_text(*cos), " and ", shape_text(*sin));
+  for (std::int64_t i = 0; i < dim; ++i) {
+    LOWBIT_CHECK(cos->size(i) == sin->size(i) &&
+                     (cos->size(i) <= 1 || i == dim - 1 || cos->stride(i) == sin->stride(i)),
+                 ErrorCode::kValue, op, ": cos and sin must have one shape and the same strides");
+  }
+  LOWBIT_CHECK(cos->size(dim - 2) == call.tokens &&
+                   (dim == 2 || cos->size(0) == 1 || cos->size(0) == call.batch),
+               ErrorCode::kValue, op, ": cos is ", shape_text(*cos), " for ", call.batch, " x ",
+               call.tokens, " tokens");
+  *width = cos->size(dim - 1);
+  call.cos = cos->data_ptr();
+  call.sin = sin->data_ptr();
+  call.rope_stride = cos->stride(dim - 2);
+  call.rope_batch_stride = dim == 3 && cos->size(0) > 1 ? cos->stride(0) : 0;
+}
+
+void check_rope(const char* op, const BlockSpec& spec, std::int64_t width) {
+  const RopeSpec& rope = spec.attention.rope;
+  if (spec.attention.heads == 0 || rope.kind == RopeKind::kNone) {
+    return;
+  }
+  LOWBIT_CHECK(width >= (rope.width / 2 - 1) * rope.table_step + 1, ErrorCode::kValue, op,
+               ": the block rotates ", rope.width, " values, but cos has ", width);
+}
+
+void set_mask(const char* op, const std::optional<Tensor>& mask, std::int64_t positions,
+              std::int64_t heads, BlockCall& call) {
+  if (!mask) {
+    return;
+  }
+  check_cpu(op, "mask", *mask);
+  switch (mask->scalar_type()) {
+    case ScalarType::Bool:
+      call.mask_kind = MaskKind::kBool;
+      break;
+    case ScalarType::Float:
+      call.mask_kind = MaskKind::kFloat32;
+      break;
+    case ScalarType::Half:
+      call.mask_kind = MaskKind::kFloat16;
+      break;
+    case ScalarType::BFloat16:
+      call.mask_kind = MaskKind::kBFloat16;
+      break;
+    default:
+      fail(ErrorCode::kType, op, ": mask must be bool or float, got ",
+           torch::headeronly::toString(mask->scalar_type()));
+  }
+  const bool shaped = mask->dim() == 4 && (mask->size(0) == 1 || mask->size(0) == call.batch) &&
+                      (mask->size(1) == 1 || mask->size(1) == heads) &&
+                      (mask->size(2) == 1 || mask->size(2) == call.tokens) &&
+                      mask->size(3) == positions;
+  LOWBIT_CHECK(shaped && (positions <= 1 || mask->stride(3) == 1), ErrorCode::kValue, op,
+               ": mask must broadcast to [", call.batch, ", ", heads, ", ", call.tokens, ", ",
+               positions, "] with inner stride 1, got ", shape_text(*mask));
+  call.mask = mask->data_ptr();
+  call.mask_batch_stride = mask->size(0) > 1 ? mask->stride(0) : 0;
+  call.mask_head_stride = mask->size(1) > 1 ? mask->stride(1) : 0;
+  call.mask_stride = mask->size(2) > 1 ? mask->stride(2) : 0;
+}
+
+CacheView cache_view(const char* op, const Tensor& keys, const Tensor& values,
+                     const AttentionSpec& spec, const BlockCall& call, std::int64_t positions) {
+  CacheView view;
+  view.dtype = float_dtype(op, "keys", keys.scalar_type(), false);
+  for (const Tensor* tensor : {&keys, &values}) {
+    check_cpu(op, "keys and values", *tensor);
+    LOWBIT_CHECK(tensor->scalar_type() == keys.scalar_type(), ErrorCode::kType, op,
+                 ": keys and values must have one dtype");
+    LOWBIT_CHECK(
+        tensor->dim() == 4 && tensor->size(0) == call.batch && tensor->size(1) == spec.kv_heads &&
+            tensor->size(2) >= positions && tensor->size(3) == spec.head_dim &&
+            (spec.head_dim == 1 || tensor->stride(3) == 1),
+        ErrorCode::kValue, op, ": keys and values must be [", call.batch, ", ", spec.kv_heads, ", ",
+        positions, " or more, ", spec.head_dim, "], got ", shape_text(*tensor));
+  }
+  view.keys = keys.data_ptr();
+  view.values = values.data_ptr();
+  view.key_batch_stride = keys.stride(0);
+  view.key_head_stride = keys.stride(1);
+  view.key_stride = keys.stride(2);
+  view.value_batch_stride = values.stride(0);
+  view.value_head_stride = values.stride(1);
+  view.value_stride = values.stride(2);
+  return view;
+}
+
+Tensor like(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return empty_cpu(sizes.data(), x.dim(), x.scalar_type());
+}
+
+Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
+                    const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                    std::vector<Tensor> keys, std::vector<Tensor> values, std::int64_t past,
+                    const std::optional<Tensor>& mask, bool causal, std::int64_t precision) {
+  const char* op = "fused_blocks";
+  const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
+  BlockCall call = call_of(op, x, precision);
+  std::int64_t rope_width = 0;
+  set_rope(op, cos, sin, call, &rope_width);
+  LOWBIT_CHECK(past >= 0 && past < (std::int64_t{1} << 40), ErrorCode::kValue, op, ": past is ",
+               past);
+  LOWBIT_CHECK(keys.size() == values.size(), ErrorCode::kValue, op, ": ", keys.size(), " keys but ",
+               values.size(), " values");
+  call.past = past;
+  call.causal = causal;
+  std::vector<std::shared_ptr<const Block>> blocks;
+  std::vector<const BlockSpec*> specs;
+  std::vector<CacheView> caches(handles.size());
+  for (std::size_t i = 0; i < handles.size(); ++i) {
+    blocks.push_back(block_of(op, handles[i]));
+    const BlockSpec& spec = blocks.back()->spec;
+    specs.push_back(&spec);
+    check_hidden(op, spec, call);
+    check_rope(op, spec, rope_width);
+    if (spec.attention.heads > 0) {
+      LOWBIT_CHECK(i < keys.size(), ErrorCode::kValue, op, ": no keys for block ", i);
+      caches[i] = cache_view(op, keys[i], values[i], spec.attention, call, past + call.tokens);
+      if (call.mask_kind == MaskKind::kNone) {
+        set_mask(op, mask, past + call.tokens, spec.attention.heads, call);
+      }
+      LOWBIT_CHECK(call.mask_head_stride == 0 || handles.size() == 1, ErrorCode::kValue, op,
+                   ": a mask per head is for one block at a time");
+    }
+  }
+  Tensor out = like(x);
+  call.out = out.data_ptr();
+  run_blocks(specs, caches, call, torch_threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> fused_project(const Tensor& x_given, std::int64_t handle,
+                                                 const std::optional<Tensor>& cos,
+                                                 const std::optional<Tensor>& sin,
+                                                 std::int64_t precision) {
+  const char* op = "fused_project";
+  const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
+  BlockCall call = call_of(op, x, precision);
+  const std::shared_ptr<const Block> block = block_of(op, handle);
+  std::int64_t rope_width = 0;
+  set_rope(op, cos, sin, call, &rope_width);
+  check_hidden(op, block->spec, call);
+  check_rope(op, block->spec, rope_width);
+  const AttentionSpec& a = block->spec.attention;
+  LOWBIT_CHECK(a.heads > 0, ErrorCode::kValue, op, ": this block has no attention half");
+  const std::int64_t q_sizes[4] = {call.batch, a.heads, call.tokens, a.head_dim};
+  const std::int64_t kv_sizes[4] = {call.batch, a.kv_heads, call.tokens, a.head_dim};
+  Tensor q = empty_cpu(q_sizes, 4, x.scalar_type());
+  Tensor k = empty_cpu(kv_sizes, 4, x.scalar_type());
+  Tensor v = empty_cpu(kv_sizes, 4, x.scalar_type());
+  project(block->spec, call, q.data_ptr(), k.data_ptr(), v.data_ptr(), torch_threads());
+  return {q, k, v};
+}
+
+Tensor fused_attend(const Tensor& x_given, std::int64_t handle, const Tensor& q_given,
+                    const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
+                    bool causal, std::int64_t precision) {
+  const char* op = "fused_attend";
+  const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
+  const Tensor q = q_given.is_contiguous() ? q_given : torch::stable::contiguous(q_given);
+  BlockCall call = call_of(op, x, precision);
+  const std::shared_ptr<const Block> block = block_of(op, handle);
+  check_hidden(op, block->spec, call);
+  const AttentionSpec& a = block->spec.attention;
+  LOWBIT_CHECK(a.heads > 0, ErrorCode::kValue, op, ": this block has no attention half");
+  LOWBIT_CHECK(q.dim() == 4 && q.size(0) == call.batch && q.size(1) == a.heads &&
+                   q.size(2) == call.tokens && q.size(3) == a.head_dim &&
+                   q.scalar_type() == x.scalar_type(),
+               ErrorCode::kValue, op, ": q must be what fused_project made, got ", shape_text(q));
+  LOWBIT_CHECK(keys.dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions");
+  const std::int64_t positions = keys.size(2);
+  const CacheView cache = cache_view(op, keys, values, a, call, positions);
+  call.causal = causal;
+  call.past = positions - call.tokens;
+  LOWBIT_CHECK(!causal || call.past >= 0, ErrorCode::kValue, op, ": ", call.tokens,
+               " tokens attend causally to ", positions, " positions");
+  set_mask(op, mask, positions, a.heads, call);
+  Tensor out = like(x);
+  call.out = out.data_ptr();
+  attend(block->spec, call, q.data_ptr(), cache, positions, torch_threads());
+  return out;
+}
+
+}  // namespace
+}  // namespace lowbit::binding
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
+  using namespace lowbit::binding;
+  m.impl("fused_blocks", LOWBIT_BOX(fused_blocks));
+  m.impl("fused_project", LOWBIT_BOX(fused_project));
+  m.impl("fused_attend", LOWBIT_BOX(fused_attend));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, m) {
+  using namespace lowbit::binding;
+  m.impl("fused_register", LOWBIT_BOX(fused_register));
+  m.impl("fused_release", LOWBIT_BOX(fused_release));
+}

@@ -1,0 +1,164 @@
+// Decoder blocks as single operators: what is between two residual additions, described by data.
+//
+//   attention half   h   = x + a * norm'(Wo attention(rope(norm(Wqkv norm(x))), cache))
+//   MLP half         out = h + b * norm'(Wdown (act(Wgate norm(h)) * Wup norm(h)))
+//
+// Either half may be absent, every norm may be absent, a plain MLP has no gate, and in a parallel
+// block both halves read x. All arithmetic between the packed products is float32; the result does
+// not depend on the number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "lowbit/format.h"
+#include "lowbit/linear.h"
+#include "lowbit/quantize.h"
+#include "lowbit/threads.h"
+
+namespace lowbit {
+
+// The numbers of these enums are part of the operators' descriptions: append, never reorder.
+enum class NormKind : std::uint8_t { kNone = 0, kRms = 1, kLayer = 2 };
+
+struct NormSpec {
+  NormKind kind = NormKind::kNone;
+  const void* weight = nullptr;  // [n] or nullptr: ones
+  const void* bias = nullptr;    // [n] or nullptr: zeros
+  DType weight_dtype = DType::kFloat32, bias_dtype = DType::kFloat32;
+  float eps = 0;
+  float offset = 0;  // added to the weight: 1 where a model stores weight - 1
+};
+
+enum class Activation : std::uint8_t {
+  kIdentity = 0,
+  kSilu = 1,
+  kGelu = 2,      // by the error function
+  kGeluTanh = 3,  // its tanh approximation
+  kRelu = 4,
+  kRelu2 = 5,      // relu(x)^2
+  kQuickGelu = 6,  // x * sigmoid(1.702 x)
+  kSigmoid = 7,
+  kTanh = 8,
+};
+inline constexpr int kActivationCount = 9;
+
+enum class RopeKind : std::uint8_t {
+  kNone = 0,
+  kHalves = 1,       // pairs (i, i + width / 2)
+  kInterleaved = 2,  // pairs (2 i, 2 i + 1)
+};
+
+// Pair p turns by the angle whose cosine is cos[p * table_step].
+struct RopeSpec {
+  RopeKind kind = RopeKind::kNone;
+  int begin = 0, width = 0;  // the part of a head that turns
+  int table_step = 1;
+};
+
+enum class MaskKind : std::uint8_t {
+  kNone = 0,
+  kBool = 1,     // true: seen
+  kFloat32 = 2,  // added to the score
+  kFloat16 = 3,
+  kBFloat16 = 4,
+};
+
+struct PackedMatrix {
+  const std::byte* packed = nullptr;
+  Layout layout{};
+  int exponent = 0;
+  const void* bias = nullptr;  // [n]
+  DType bias_dtype = DType::kFloat32;
+};
+
+// Where heads lie in the outputs of the projections, which count as one row of columns: head i of
+// key/value group g starts at column offset + g * group_stride + i * head_stride.
+struct HeadMap {
+  std::int64_t offset = 0, group_stride = 0, head_stride = 0;
+};
+
+struct AttentionSpec {
+  NormSpec norm;
+  std::vector<PackedMatrix> in;  // projections of one input: q, k, v or fused
+  HeadMap q, k, v;
+  int heads = 0, kv_heads = 0, head_dim = 0;  // heads == 0: no attention half
+  NormSpec q_norm, k_norm;                    // before the rotation
+  bool norm_over_heads = false;               // q_norm, k_norm see all heads as one vector
+  RopeSpec rope;
+  float scale = 1;    // of the scores
+  float softcap = 0;  // > 0: softcap * tanh(score / softcap)
+  PackedMatrix out;
+  NormSpec out_norm;
+  float multiplier = 1;
+  bool residual = true;
+};
+
+struct MlpSpec {
+  NormSpec norm;
+  std::vector<PackedMatrix> in;
+  std::int64_t gate_offset = 0, up_offset = 0;  // columns, as above
+  std::int64_t width = 0;                       // inputs of `down`; 0: no MLP half
+  bool gated = true;
+  Activation activation = Activation::kSilu;
+  PackedMatrix down;
+  NormSpec out_norm;
+  float multiplier = 1;
+  bool residual = true;
+};
+
+struct BlockSpec {
+  AttentionSpec attention;
+  MlpSpec mlp;
+  bool parallel = false;  // the MLP half reads x instead of h
+};
+
+// Keys and values of one block: element (b, h, p, i) at b * batch_stride + h * head_stride +
+// p * stride + i.
+struct CacheView {
+  void* keys = nullptr;
+  void* values = nullptr;
+  DType dtype = DType::kFloat32;
+  std::int64_t key_batch_stride = 0, key_head_stride = 0, key_stride = 0;
+  std::int64_t value_batch_stride = 0, value_head_stride = 0, value_stride = 0;
+};
+
+struct BlockCall {
+  const void* x = nullptr;  // [batch, tokens, hidden], contiguous
+  void* out = nullptr;      // the same shape; may be x
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 1, tokens = 1, hidden = 0;
+  // Rotation tables of every token: row t of batch row b at b * rope_batch_stride + t *
+  // rope_stride.
+  const void* cos = nullptr;
+  const void* sin = nullptr;
+  DType rope_dtype = DType::kFloat32;
+  std::int64_t rope_batch_stride = 0, rope_stride = 0;
+  // Positions already in the cache; the new ones are written behind them.
+  std::int64_t past = 0;
+  // Element (b, h, t, p) at b * mask_batch_stride + h * mask_head_stride + t * mask_stride + p.
+  const void* mask = nullptr;
+  MaskKind mask_kind = MaskKind::kNone;
+  std::int64_t mask_batch_stride = 0, mask_head_stride = 0, mask_stride = 0;
+  bool causal = false;  // token t sees the positions up to past + t, besides what the mask says
+  Precision precision = Precision::kAuto;
+};
+
+// Runs `blocks` one after the other, each on the result of the one before, appending to and
+// attending over caches[i]. The residual stream stays float32 between blocks. Arguments are trusted
+// but for shapes that disagree: Error(kValue).
+void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheView> caches,
+                const BlockCall& call, const Threads& threads = serial_threads());
+
+// The first part of an attention half, for caches that others keep: queries, keys and values,
+// normed and rotated, [batch, heads, tokens, head_dim] each, in the dtype of the call.
+void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, void* v,
+             const Threads& threads = serial_threads());
+
+// The rest of the block: q as project() made it, keys and values of `positions` positions.
+void attend(const BlockSpec& block, const BlockCall& call, const void* q, const CacheView& cache,
+            std::int64_t positions, const Threads& threads = serial_threads());
+
+}  // namespace lowbit

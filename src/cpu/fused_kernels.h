@@ -1,0 +1,56 @@
+// What an instruction-set folder exports for the fused decoder-block operators (src/fused): the
+// parts of a block between its matrix products. Plain structs only, as in linear_kernels.h.
+// Everything computes in float32; sums run in an order that depends on shapes alone.
+#pragma once
+
+#include <cstdint>
+
+#include "lowbit/fused.h"
+#include "lowbit/quantize.h"
+
+namespace lowbit::cpu {
+
+// Attention of a few query rows that share one key/value head, over the positions [begin, end).
+struct AttendRows {
+  const float* q;  // [rows, d], already multiplied by the softmax scale
+  int rows, d;
+  const void* keys;  // position p starts at element p * key_stride
+  const void* values;
+  DType dtype;  // of keys and values
+  std::int64_t key_stride, value_stride;
+  std::int64_t begin, end;
+  const std::int64_t* limits;  // [rows]: positions >= limit are not seen; nullptr: all are
+  const void* const* masks;    // [rows]: element p belongs to position p; nullptr: no mask
+  MaskKind mask_kind;
+  float softcap;   // > 0: scores become softcap * tanh(score / softcap)
+  float* acc;      // [rows, d] out: sum of exp(score - max) * value
+  float* max;      // [rows] out: the largest score, -infinity where nothing is seen
+  float* sum;      // [rows] out: sum of exp(score - max)
+  float* scratch;  // attend_scratch(rows, d) floats
+};
+
+struct FusedKernels {
+  const char* name;
+  // n floats from and to another type.
+  void (*load)(const void* from, DType dtype, std::int64_t n, float* to);
+  void (*store)(const float* from, DType dtype, std::int64_t n, void* to);
+  // out = norm(x), n values. kNone copies.
+  void (*norm)(const NormSpec& norm, const float* x, std::int64_t n, float* out);
+  // to += factor * from
+  void (*add)(const float* from, float factor, std::int64_t n, float* to);
+  // out = act(gate) * up; up == nullptr: out = act(gate). May work in place.
+  void (*activate)(Activation kind, const float* gate, const float* up, std::int64_t n, float* out);
+  // Rotates the width values of one head from `begin` on, in place.
+  void (*rotate)(const RopeSpec& rope, const float* cos, const float* sin, float* head);
+  std::int64_t (*attend_scratch)(int rows, int d);
+  void (*attend)(const AttendRows& args);
+};
+
+const FusedKernels& fused_kernels_scalar();
+const FusedKernels& fused_kernels_avx2();
+const FusedKernels& fused_kernels_avx512vnni();
+
+// For the level in force.
+const FusedKernels& fused_kernels();
+
+}  // namespace lowbit::cpu

@@ -1,0 +1,544 @@
+// Decoder blocks: the packed products of linear_driver.h with everything between them.
+//
+// A call works on chunks of tokens, so that what lies between two products stays in the caches and
+// memory stays bounded at any prompt length:
+//   1. per chunk: norm, projections; q is kept, k and v go to the cache
+//   2. per chunk: attention over the whole cache, output projection, residual, MLP half
+#include "lowbit/fused.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "cpu/fused_kernels.h"
+#include "cpu/linear_driver.h"
+#include "lowbit/error.h"
+
+namespace lowbit {
+namespace {
+
+using cpu::FusedKernels;
+
+constexpr std::int64_t kChunkTokens = 512;  // as linear_driver prepares activations
+
+// Rows that one attention task computes: enough that transposing a block of keys (about 1 / 6 of a
+// product row per key) is paid by many, few enough that rows and scores stay in an L1.
+constexpr int kTaskRows = 24;
+
+// Positions that one attention task reads when a single token attends to a long cache. Depends on
+// nothing but shapes, so the order of the sums does too.
+constexpr std::int64_t kTaskPositions = 512;
+
+// Below about this many row-position pairs times head size, waking the pool costs more than the
+// attention of the whole block.
+constexpr std::int64_t kSerialWork = 1 << 17;
+
+std::int64_t columns_of(const std::vector<PackedMatrix>& matrices) {
+  std::int64_t columns = 0;
+  for (const PackedMatrix& matrix : matrices) columns += matrix.layout.n;
+  return columns;
+}
+
+void require(bool ok, const std::string& text) {
+  if (!ok) throw Error(ErrorCode::kValue, "fused block: " + text);
+}
+
+void multiply(const std::vector<PackedMatrix>& matrices, const float* x, std::int64_t tokens,
+              std::int64_t k, float* out, std::int64_t out_stride, Precision precision,
+              const Threads& threads) {
+  constexpr std::size_t kMaxMatrices = 8;
+  require(matrices.size() <= kMaxMatrices, "at most 8 projections of one input");
+  cpu::RowBlock blocks[kMaxMatrices];
+  std::int64_t column = 0;
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const PackedMatrix& m = matrices[i];
+    blocks[i] = {m.packed,     m.layout,     m.exponent,      m.bias,
+                 m.bias_dtype, out + column, DType::kFloat32, out_stride};
+    column += m.layout.n;
+  }
+  cpu::linear_multi({x, DType::kFloat32, k, tokens, k}, precision,
+                    std::span(blocks, matrices.size()), threads);
+}
+
+// body(token) for all tokens; on the calling thread where there are few.
+template <typename Body>
+void for_tokens(std::int64_t tokens, const Threads& threads, const Body& body) {
+  const std::int64_t tasks = tokens < 32 ? 1 : std::min<std::int64_t>(threads.count(), tokens);
+  if (tasks == 1) {
+    for (std::int64_t t = 0; t < tokens; ++t) body(t);
+    return;
+  }
+  threads.run(tasks, [&](std::int64_t task) {
+    for (std::int64_t t = tokens * task / tasks; t < tokens * (task + 1) / tasks; ++t) body(t);
+  });
+}
+
+// Grow-only float memory of the calling thread: operators run for every token, and malloc would
+// return large blocks to the system each time.
+float* floats(int slot, std::int64_t count) {
+  return reinterpret_cast<float*>(cpu::thread_workspace(slot, count * 4 + 64));
+}
+
+struct Work {
+  const FusedKernels& kernels;
+  const BlockCall& call;
+  const Threads& threads;
+  std::int64_t rows;  // batch * tokens
+};
+
+// ---- projections -------------------------------------------------------------------------------
+
+// Where one head of the projected row lies.
+const float* head_of(const HeadMap& map, const float* row, int group, int index) {
+  return row + map.offset + group * map.group_stride + index * map.head_stride;
+}
+
+struct HeadTarget {
+  char* data;
+  DType dtype;
+  std::int64_t batch_stride, head_stride, stride;  // elements
+  char* at(std::int64_t b, std::int64_t h, std::int64_t t) const {
+    return data + (b * batch_stride + h * head_stride + t * stride) *
+                      static_cast<std::int64_t>(dtype_bytes(dtype));
+  }
+};
+
+// Norms, projects and rotates tokens [begin, end) and writes queries (scaled by `q_scale`), keys
+// and values where they go.
+void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, std::int64_t begin,
+                   std::int64_t end, float q_scale, const HeadTarget& q, const HeadTarget& k,
+                   const HeadTarget& v, float* memory) {
+  const BlockCall& call = work.call;
+  const FusedKernels& kernels = work.kernels;
+  const std::int64_t count = end - begin, hidden = call.hidden;
+  const std::int64_t columns = columns_of(spec.in);
+  float* normed = memory;
+  float* projected = normed + count * hidden;
+  for_tokens(count, work.threads, [&](std::int64_t t) {
+    kernels.norm(spec.norm, x + (begin + t) * hidden, hidden, normed + t * hidden);
+  });
+  multiply(spec.in, normed, count, hidden, projected, columns, call.precision, work.threads);
+
+  const int d = spec.head_dim;
+  const int group = spec.heads / spec.kv_heads;
+  // Per token: one head at a time, or all of them where their norm needs them together.
+  const std::int64_t row_floats = std::int64_t{spec.heads} * d + 2 * spec.rope.width;
+  float* heads = projected + count * columns;
+  for_tokens(count, work.threads, [&](std::int64_t t) {
+    const float* row = projected + t * columns;
+    float* buffer = heads + t * row_floats;
+    float* cos = buffer + std::int64_t{spec.heads} * d;
+    float* sin = cos + spec.rope.width;
+    const std::int64_t b = (begin + t) / call.tokens, s = (begin + t) % call.tokens;
+    if (spec.rope.kind != RopeKind::kNone) {
+      // The last angle is that of pair width / 2 - 1.
+      const std::int64_t entries = (spec.rope.width / 2 - 1) * spec.rope.table_step + 1;
+      const std::int64_t at = (b * call.rope_batch_stride + s * call.rope_stride) *
+                              static_cast<std::int64_t>(dtype_bytes(call.rope_dtype));
+      kernels.load(static_cast<const char*>(call.cos) + at, call.rope_dtype, entries, cos);
+      kernels.load(static_cast<const char*>(call.sin) + at, call.rope_dtype, entries, sin);
+    }
+    const auto emit = [&](const HeadMap& map, int count_of_heads, const NormSpec& head_norm,
+                          bool rotated, float scale, const HeadTarget& target) {
+      const int per_group = count_of_heads / spec.kv_heads;
+      for (int h = 0; h < count_of_heads; ++h) {
+        std::copy_n(head_of(map, row, h / per_group, h % per_group), d, buffer + h * d);
+      }
+      if (spec.norm_over_heads) {
+        kernels.norm(head_norm, buffer, std::int64_t{count_of_heads} * d, buffer);
+      }
+      for (int h = 0; h < count_of_heads; ++h) {
+        float* head = buffer + h * d;
+        if (!spec.norm_over_heads) kernels.norm(head_norm, head, d, head);
+        if (rotated) kernels.rotate(spec.rope, cos, sin, head);
+        if (scale != 1) {
+          for (int i = 0; i < d; ++i) head[i] *= scale;
+        }
+        kernels.store(head, target.dtype, d, target.at(b, h, s));
+      }
+    };
+    const bool rotated = spec.rope.kind != RopeKind::kNone;
+    emit(spec.q, spec.kv_heads * group, spec.q_norm, rotated, q_scale, q);
+    emit(spec.k, spec.kv_heads, spec.k_norm, rotated, 1, k);
+    emit(spec.v, spec.kv_heads, NormSpec{}, false, 1, v);
+  });
+}
+
+std::int64_t project_floats(const AttentionSpec& spec, std::int64_t tokens, std::int64_t hidden) {
+  return tokens * (hidden + columns_of(spec.in) + std::int64_t{spec.heads} * spec.head_dim +
+                   2 * spec.rope.width);
+}
+
+// ---- attention ---------------------------------------------------------------------------------
+
+// Attention of the tokens [begin, end) (rows of the flattened batch) into out [count, heads * d];
+// q is float32, scaled, [batch, tokens, heads, head_dim].
+void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
+                  const CacheView& cache, std::int64_t positions, std::int64_t begin,
+                  std::int64_t end, float* out) {
+  const BlockCall& call = work.call;
+  const int d = spec.head_dim;
+  const int group = spec.heads / spec.kv_heads;
+  const std::int64_t width = std::int64_t{spec.heads} * d;
+  const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
+
+  // A task is one key/value head, a run of tokens of one batch row, and a range of positions.
+  const std::int64_t run = std::max(1, kTaskRows / group);
+  struct Strip {
+    std::int64_t first, count;  // tokens of the flattened batch
+  };
+  std::vector<Strip> strips;
+  for (std::int64_t t = begin; t < end;) {
+    const std::int64_t row_end = std::min(end, (t / call.tokens + 1) * call.tokens);
+    const std::int64_t count = std::min(run, row_end - t);
+    strips.push_back({t, count});
+    t += count;
+  }
+  const std::int64_t tokens = end - begin;
+  const std::int64_t splits =
+      tokens * group <= kTaskRows ? (positions + kTaskPositions - 1) / kTaskPositions : 1;
+  const std::int64_t strip_count = static_cast<std::int64_t>(strips.size());
+  const std::int64_t tasks = strip_count * spec.kv_heads * std::max<std::int64_t>(splits, 1);
+  const std::int64_t rows_max = run * group;
+  const std::int64_t scratch = work.kernels.attend_scratch(static_cast<int>(rows_max), d);
+
+  // Partial results of the position ranges of every (strip, head): acc, max, sum.
+  const std::int64_t partial_floats = rows_max * (d + 2);
+  std::vector<float> partials(splits > 1 ? static_cast<std::size_t>(tasks * partial_floats)
+                                         : std::size_t{0});
+
+  const auto finish = [&](const Strip& strip, int kv, const float* acc, const float* sum) {
+    for (std::int64_t t = 0; t < strip.count; ++t) {
+      for (int i = 0; i < group; ++i) {
+        const std::int64_t r = t * group + i;
+        float* to = out + (strip.first - begin + t) * width + (kv * group + i) * d;
+        // Nothing seen: zero, as torch's own kernels give.
+        const float factor = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
+        for (int j = 0; j < d; ++j) to[j] = acc[r * d + j] * factor;
+      }
+    }
+  };
+
+  const auto one = [&](std::int64_t task) {
+    const std::int64_t split = task % splits, pair = task / splits;
+    const int kv = static_cast<int>(pair % spec.kv_heads);
+    const Strip& strip = strips[static_cast<std::size_t>(pair / spec.kv_heads)];
+    const int rows = static_cast<int>(strip.count * group);
+    const std::int64_t b = strip.first / call.tokens;
+    const std::int64_t need = rows * (2 * d + 2) + scratch + 4 * rows;
+    float* memory = floats(3, need);
+    float* packed = memory;
+    float* acc = packed + rows * d;
+    float* max = acc + rows * d;
+    float* sum = max + rows;
+    float* rest = sum + rows;
+    std::int64_t limits[kTaskRows * 8];
+    const void* masks[kTaskRows * 8];
+    std::int64_t last = 0;
+    for (std::int64_t t = 0; t < strip.count; ++t) {
+      const std::int64_t s = (strip.first + t) % call.tokens;
+      for (int i = 0; i < group; ++i) {
+        const std::int64_t r = t * group + i;
+        std::copy_n(q + ((strip.first + t) * spec.heads + kv * group + i) * d, d, packed + r * d);
+        limits[r] = call.causal ? std::min(positions, call.past + s + 1) : positions;
+        last = std::max(last, limits[r]);
+        if (call.mask_kind != MaskKind::kNone) {
+          const std::int64_t bytes = call.mask_kind == MaskKind::kBool      ? 1
+                                     : call.mask_kind == MaskKind::kFloat32 ? 4
+                                                                            : 2;
+          masks[r] = static_cast<const char*>(call.mask) +
+                     (b * call.mask_batch_stride + (kv * group + i) * call.mask_head_stride +
+                      s * call.mask_stride) *
+                         bytes;
+        }
+      }
+    }
+    cpu::AttendRows args;
+    args.q = packed;
+    args.rows = rows;
+    args.d = d;
+    args.keys = static_cast<const char*>(cache.keys) +
+                (b * cache.key_batch_stride + kv * cache.key_head_stride) * element;
+    args.values = static_cast<const char*>(cache.values) +
+                  (b * cache.value_batch_stride + kv * cache.value_head_stride) * element;
+    args.dtype = cache.dtype;
+    args.key_stride = cache.key_stride;
+    args.value_stride = cache.value_stride;
+    args.begin = split * kTaskPositions;
+    args.end = splits > 1 ? std::min(last, args.begin + kTaskPositions) : last;
+    args.limits = call.causal ? limits : nullptr;
+    args.masks = call.mask_kind != MaskKind::kNone ? masks : nullptr;
+    args.mask_kind = call.mask_kind;
+    args.softcap = spec.softcap;
+    args.scratch = rest;
+    if (splits > 1) {
+      float* partial = partials.data() + task * partial_floats;
+      args.acc = partial;
+      args.max = partial + rows_max * d;
+      args.sum = args.max + rows_max;
+      work.kernels.attend(args);
+      return;
+    }
+    args.acc = acc;
+    args.max = max;
+    args.sum = sum;
+    work.kernels.attend(args);
+    finish(strip, kv, acc, sum);
+  };
+  const std::int64_t cost = tokens * spec.heads * positions * d;
+  if (tasks == 1 || work.threads.count() == 1 || cost < kSerialWork) {
+    for (std::int64_t task = 0; task < tasks; ++task) one(task);
+  } else {
+    // Later strips see more positions: handed out one by one, the last ones first.
+    std::atomic<std::int64_t> next{tasks};
+    std::atomic<bool> failed{false};
+    work.threads.run(std::min<std::int64_t>(work.threads.count(), tasks), [&](std::int64_t) {
+      try {
+        for (std::int64_t task; (task = next.fetch_sub(1) - 1) >= 0;) one(task);
+      } catch (...) {
+        failed = true;
+      }
+    });
+    if (failed) throw Error(ErrorCode::kResource, "fused block: no memory for attention");
+  }
+  if (splits <= 1) return;
+  // Put the ranges together, in their order.
+  for (std::int64_t pair = 0; pair < tasks / splits; ++pair) {
+    const Strip& strip = strips[static_cast<std::size_t>(pair / spec.kv_heads)];
+    const std::int64_t rows = strip.count * group;
+    float* base = partials.data() + pair * splits * partial_floats;
+    float* base_max = base + rows_max * d;
+    float* base_sum = base_max + rows_max;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t split = 1; split < splits; ++split) {
+        const float* other = base + split * partial_floats;
+        const float other_max = other[rows_max * d + r];
+        const float other_sum = other[rows_max * d + rows_max + r];
+        if (other_sum == 0) continue;
+        const float most = std::max(base_max[r], other_max);
+        const float a = base_sum[r] == 0 ? 0.0f : std::exp(base_max[r] - most);
+        const float c = std::exp(other_max - most);
+        for (int j = 0; j < d; ++j) base[r * d + j] = base[r * d + j] * a + other[r * d + j] * c;
+        base_sum[r] = base_sum[r] * a + other_sum * c;
+        base_max[r] = most;
+      }
+    }
+    finish(strip, static_cast<int>(pair % spec.kv_heads), base, base_sum);
+  }
+}
+
+// ---- halves ------------------------------------------------------------------------------------
+
+// to += multiplier * norm(update), or to = that without a residual.
+void merge(const Work& work, const NormSpec& norm, float multiplier, bool residual, float* update,
+           std::int64_t count, float* to) {
+  const std::int64_t hidden = work.call.hidden;
+  for_tokens(count, work.threads, [&](std::int64_t t) {
+    float* row = update + t * hidden;
+    if (norm.kind != NormKind::kNone) work.kernels.norm(norm, row, hidden, row);
+    float* target = to + t * hidden;
+    if (!residual) std::fill_n(target, hidden, 0.0f);
+    work.kernels.add(row, multiplier, hidden, target);
+  });
+}
+
+std::int64_t mlp_floats(const MlpSpec& spec, std::int64_t tokens, std::int64_t hidden) {
+  return tokens * (2 * hidden + columns_of(spec.in) + spec.width);
+}
+
+// to (+)= MLP(from) for `count` tokens.
+void mlp_chunk(const Work& work, const MlpSpec& spec, const float* from, std::int64_t count,
+               float* to, float* memory) {
+  const std::int64_t hidden = work.call.hidden;
+  const std::int64_t columns = columns_of(spec.in);
+  float* normed = memory;
+  float* update = normed + count * hidden;
+  float* wide = update + count * hidden;
+  float* inner = wide + count * columns;
+  for_tokens(count, work.threads, [&](std::int64_t t) {
+    work.kernels.norm(spec.norm, from + t * hidden, hidden, normed + t * hidden);
+  });
+  multiply(spec.in, normed, count, hidden, wide, columns, work.call.precision, work.threads);
+  for_tokens(count, work.threads, [&](std::int64_t t) {
+    const float* row = wide + t * columns;
+    work.kernels.activate(spec.activation, row + spec.gate_offset,
+                          spec.gated ? row + spec.up_offset : nullptr, spec.width,
+                          inner + t * spec.width);
+  });
+  multiply({spec.down}, inner, count, spec.width, update, hidden, work.call.precision,
+           work.threads);
+  merge(work, spec.out_norm, spec.multiplier, spec.residual, update, count, to);
+}
+
+// Attention over the cache, output projection, and the MLP half, for tokens [begin, end) of x; the
+// results replace x.
+void finish_chunk(const Work& work, const BlockSpec& block, const float* q, const CacheView& cache,
+                  std::int64_t positions, std::int64_t begin, std::int64_t end, float* x,
+                  float* memory) {
+  const std::int64_t count = end - begin, hidden = work.call.hidden;
+  float* rows = x + begin * hidden;
+  float* before = memory;  // x itself, for a parallel MLP
+  float* rest = before + count * hidden;
+  const bool mlp = block.mlp.width > 0;
+  const bool attention = block.attention.heads > 0;
+  if (block.parallel && mlp) std::copy_n(rows, count * hidden, before);
+  if (attention) {
+    const std::int64_t width = std::int64_t{block.attention.heads} * block.attention.head_dim;
+    float* mixed = rest;
+    float* update = mixed + count * width;
+    attend_chunk(work, block.attention, q, cache, positions, begin, end, mixed);
+    multiply({block.attention.out}, mixed, count, width, update, hidden, work.call.precision,
+             work.threads);
+    merge(work, block.attention.out_norm, block.attention.multiplier, block.attention.residual,
+          update, count, rows);
+  }
+  if (mlp) {
+    mlp_chunk(work, block.mlp, block.parallel ? before : rows, count, rows, rest);
+  }
+}
+
+std::int64_t finish_floats(const BlockSpec& block, std::int64_t tokens, std::int64_t hidden) {
+  const std::int64_t attention =
+      tokens * (std::int64_t{block.attention.heads} * block.attention.head_dim + hidden);
+  const std::int64_t mlp = block.mlp.width > 0 ? mlp_floats(block.mlp, tokens, hidden) : 0;
+  return tokens * hidden + std::max(attention, mlp);
+}
+
+void check(const BlockSpec& block, const BlockCall& call) {
+  const AttentionSpec& a = block.attention;
+  const auto inputs = [](const std::vector<PackedMatrix>& matrices, std::int64_t k) {
+    return std::all_of(matrices.begin(), matrices.end(),
+                       [k](const PackedMatrix& m) { return m.layout.k == k; });
+  };
+  if (a.heads > 0) {
+    require(a.kv_heads > 0 && a.heads % a.kv_heads == 0,
+            "the number of heads must be a multiple of that of key/value heads");
+    require(a.heads / a.kv_heads <= kTaskRows * 8, "at most 192 query heads per key/value head");
+    require(!a.in.empty() && inputs(a.in, call.hidden), "x must have the projections' inputs");
+    require(a.out.layout.k == std::int64_t{a.heads} * a.head_dim && a.out.layout.n == call.hidden,
+            "the output projection must be [hidden, heads * head_dim]");
+    require(a.rope.kind == RopeKind::kNone ||
+                (a.rope.width % 2 == 0 && a.rope.begin + a.rope.width <= a.head_dim &&
+                 call.cos != nullptr && call.sin != nullptr),
+            "a rotation needs its tables and an even part of a head");
+  }
+  if (block.mlp.width > 0) {
+    require(!block.mlp.in.empty() && inputs(block.mlp.in, call.hidden),
+            "x must have the inputs of the MLP's first products");
+    require(block.mlp.down.layout.k == block.mlp.width && block.mlp.down.layout.n == call.hidden,
+            "the MLP's last product must be [hidden, width]");
+  }
+}
+
+std::int64_t chunk_of(std::int64_t rows) {
+  return std::min(rows, kChunkTokens);
+}
+
+}  // namespace
+
+void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheView> caches,
+                const BlockCall& call, const Threads& threads) {
+  const std::int64_t rows = call.batch * call.tokens, hidden = call.hidden;
+  if (rows == 0) return;
+  const Work work{cpu::fused_kernels(), call, threads, rows};
+  const std::int64_t chunk = chunk_of(rows);
+
+  // x, queries, working memory
+  std::int64_t q_floats = 0, memory_floats = 0;
+  for (const BlockSpec* block : blocks) {
+    check(*block, call);
+    const AttentionSpec& a = block->attention;
+    q_floats = std::max(q_floats, rows * a.heads * a.head_dim);
+    memory_floats = std::max(
+        {memory_floats, project_floats(a, chunk, hidden), finish_floats(*block, chunk, hidden)});
+  }
+  float* x = floats(2, rows * hidden + q_floats + memory_floats);
+  float* q = x + rows * hidden;
+  float* memory = q + q_floats;
+  work.kernels.load(call.x, call.dtype, rows * hidden, x);
+
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    const BlockSpec& block = *blocks[i];
+    const AttentionSpec& a = block.attention;
+    CacheView cache{};
+    if (a.heads > 0) {
+      require(i < caches.size(), "every attention half needs a cache");
+      cache = caches[i];
+      const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
+      const HeadTarget q_target{reinterpret_cast<char*>(q), DType::kFloat32,
+                                call.tokens * a.heads * a.head_dim, a.head_dim,
+                                std::int64_t{a.heads} * a.head_dim};
+      const HeadTarget k_target{
+          static_cast<char*>(cache.keys) + call.past * cache.key_stride * element, cache.dtype,
+          cache.key_batch_stride, cache.key_head_stride, cache.key_stride};
+      const HeadTarget v_target{
+          static_cast<char*>(cache.values) + call.past * cache.value_stride * element, cache.dtype,
+          cache.value_batch_stride, cache.value_head_stride, cache.value_stride};
+      for (std::int64_t begin = 0; begin < rows; begin += chunk) {
+        project_chunk(work, a, x, begin, std::min(rows, begin + chunk), a.scale, q_target, k_target,
+                      v_target, memory);
+      }
+    }
+    for (std::int64_t begin = 0; begin < rows; begin += chunk) {
+      finish_chunk(work, block, q, cache, call.past + call.tokens, begin,
+                   std::min(rows, begin + chunk), x, memory);
+    }
+  }
+  work.kernels.store(x, call.dtype, rows * hidden, call.out);
+}
+
+void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, void* v,
+             const Threads& threads) {
+  const std::int64_t rows = call.batch * call.tokens, hidden = call.hidden;
+  if (rows == 0) return;
+  check(block, call);
+  const Work work{cpu::fused_kernels(), call, threads, rows};
+  const AttentionSpec& a = block.attention;
+  const std::int64_t chunk = chunk_of(rows);
+  float* x = floats(2, rows * hidden + project_floats(a, chunk, hidden));
+  work.kernels.load(call.x, call.dtype, rows * hidden, x);
+  const auto target = [&](void* data, int heads) {
+    return HeadTarget{static_cast<char*>(data), call.dtype, heads * call.tokens * a.head_dim,
+                      call.tokens * a.head_dim, a.head_dim};
+  };
+  for (std::int64_t begin = 0; begin < rows; begin += chunk) {
+    project_chunk(work, a, x, begin, std::min(rows, begin + chunk), 1, target(q, a.heads),
+                  target(k, a.kv_heads), target(v, a.kv_heads), x + rows * hidden);
+  }
+}
+
+void attend(const BlockSpec& block, const BlockCall& call, const void* q, const CacheView& cache,
+            std::int64_t positions, const Threads& threads) {
+  const std::int64_t rows = call.batch * call.tokens, hidden = call.hidden;
+  if (rows == 0) return;
+  const Work work{cpu::fused_kernels(), call, threads, rows};
+  const AttentionSpec& a = block.attention;
+  require(a.heads > 0, "this block has no attention half");
+  const std::int64_t chunk = chunk_of(rows), d = a.head_dim;
+  float* x = floats(2, rows * hidden + rows * a.heads * d + finish_floats(block, chunk, hidden));
+  float* queries = x + rows * hidden;
+  float* memory = queries + rows * a.heads * d;
+  work.kernels.load(call.x, call.dtype, rows * hidden, x);
+  // [batch, heads, tokens, d] to float32 [batch, tokens, heads, d], scaled
+  const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(call.dtype));
+  for (std::int64_t b = 0; b < call.batch; ++b) {
+    for (std::int64_t h = 0; h < a.heads; ++h) {
+      for (std::int64_t t = 0; t < call.tokens; ++t) {
+        float* to = queries + ((b * call.tokens + t) * a.heads + h) * d;
+        work.kernels.load(
+            static_cast<const char*>(q) + ((b * a.heads + h) * call.tokens + t) * d * element,
+            call.dtype, d, to);
+        for (std::int64_t i = 0; i < d; ++i) to[i] *= a.scale;
+      }
+    }
+  }
+  for (std::int64_t begin = 0; begin < rows; begin += chunk) {
+    finish_chunk(work, block, queries, cache, positions, begin, std::min(rows, begin + chunk), x,
+                 memory);
+  }
+  work.kernels.store(x, call.dtype, rows * hidden, call.out);
+}
+
+}  // namespace lowbit

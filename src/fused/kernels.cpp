@@ -1,0 +1,26 @@
+// Which instruction set's fused kernels run.
+#include "cpu/fused_kernels.h"
+#include "cpu/select.h"
+
+namespace lowbit::cpu {
+
+const FusedKernels& fused_kernels() {
+  for (Isa isa = active_level();; isa = isa_info(isa).fallback) {
+    switch (isa) {
+#if defined(LOWBIT_HAVE_AVX2)
+      case Isa::kAvx2:
+        return fused_kernels_avx2();
+#endif
+#if defined(LOWBIT_HAVE_AVX512VNNI)
+      case Isa::kAvx512Vnni:
+        return fused_kernels_avx512vnni();
+#endif
+      case Isa::kScalar:
+        return fused_kernels_scalar();
+      default:
+        break;
+    }
+  }
+}
+
+}  // namespace lowbit::cpu
