@@ -35,7 +35,7 @@ struct V {
     _mm256_storeu_ps(p, v.a);
     _mm256_storeu_ps(p + 8, v.b);
   }
-  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static I set_int(int v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
@@ -136,6 +136,17 @@ struct V {
   static void store_codes8(void* p, I codes) {
     _mm_storeu_si128(static_cast<__m128i*>(p),
                      _mm_packus_epi16(narrow16(codes.a), narrow16(codes.b)));
+  }
+  // 64 codes at once.
+  static __m256i narrow8(I x, I y) {
+    const __m256i bytes =
+        _mm256_packus_epi16(_mm256_packus_epi32(x.a, x.b), _mm256_packus_epi32(y.a, y.b));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  static void store_codes8(void* p, I a, I b, I c, I d) {
+    auto* out = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(out, narrow8(a, b));
+    _mm256_storeu_si256(out + 1, narrow8(c, d));
   }
   static void store_codes16(void* p, I codes) {
     auto* out = static_cast<__m128i*>(p);
