@@ -121,6 +121,7 @@ struct Options {
   std::vector<std::string> precisions = {"auto"};
   int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   int group = 64;
+  std::int64_t ring = 192;  // MiB of weights: several times any last-level cache seen so far
   double seconds = 0.4;
   std::string json;
 };
@@ -187,7 +188,7 @@ double verify(const LinearArgs& args) {
 
 int run(const Options& options) {
   const SpinThreads threads(options.threads);
-  const std::int64_t ring_bytes = 192ll << 20;  // several times any last-level cache seen so far
+  const std::int64_t ring_bytes = options.ring << 20;
   std::ofstream json;
   if (!options.json.empty()) json.open(options.json);
   if (json) json << "[\n";
@@ -361,6 +362,8 @@ int main(int argc, char** argv) {
         options.precisions = split(value);
       else if (flag == "--threads")
         options.threads = std::atoi(value.c_str());
+      else if (flag == "--ring")
+        options.ring = std::atoll(value.c_str());
       else if (flag == "--group")
         options.group = std::atoi(value.c_str());
       else if (flag == "--seconds")
