@@ -188,7 +188,7 @@ def test_float_load_of_transformers_does_not_take_a_save_for_a_model(tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-# ---- speed and memory ------------------------------------------------------------------------------
+# ---- speed and memory ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
