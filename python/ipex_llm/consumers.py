@@ -19,6 +19,7 @@ from . import ops
 from .tensor import _FROZEN, DISPATCH, FUNCTIONS, PASSED, LowBitTensor
 
 Tensor = torch.Tensor
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _is_compiling = torch.compiler.is_compiling
 _no_function = torch._C.DisableTorchFunctionSubclass
 aten = torch.ops.aten
@@ -169,6 +170,11 @@ def _rows(w: LowBitTensor, start: int, stop: int) -> LowBitTensor | None:
 
 @function(F.linear)
 def _f_linear(func, args, kwargs):
+    if len(args) == 3 and not kwargs:
+        x, w, bias = args
+        # The common case without three more calls; `type` also rules out two low-bit arguments.
+        if type(w) is LowBitTensor and w.direct and type(x) is Tensor and type(bias) in _PLAIN:
+            return ops.linear(x, w.packed, bias, *w.numbers)
     return _linear_arguments(*args, **kwargs)
 
 
