@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ipex_llm import ops
-from ipex_llm.owners import _swap_of, rebuild_owner
+from ipex_llm.owners import _swap_of, original_class, rebuild_owner
 from ipex_llm.tensor import LowBitTensor, swap_class
 
 
@@ -78,8 +78,6 @@ def role_of(module: nn.Module, attribute: str, parameter: torch.Tensor, uses) ->
 def _convolution(module: _ConvNd, attribute: str, parameter: torch.Tensor) -> Role:
     if attribute != "weight":
         return _no("computed with at every use, not a convolution's weight")
-    if isinstance(module, _ConvTransposeNd):
-        return _no("a transposed convolution: not a matrix product")
     n = parameter.shape[0]
     k = math.prod(parameter.shape[1:])
     stored = (n, k)
@@ -92,9 +90,9 @@ def _convolution(module: _ConvNd, attribute: str, parameter: torch.Tensor) -> Ro
         )
     # One expansion costs n * k element reads, the convolution n * k multiplications per output
     # position, of which images and spectrograms have hundreds: only depthwise kernels, whose rows
-    # of a few taps would be padded to 32 inputs, are left.
-    if module.groups != 1:
-        return _no(f"a grouped convolution ({module.groups} groups of {k} inputs)")
+    # of a few taps would be padded to a block of 32 inputs, are left.
+    if module.groups != 1 and k < 32:
+        return _no(f"a grouped convolution (only {k} weights per output)")
     return _yes(
         "convolution", "a convolution, expanded on use", stored_shape=stored, must_shrink=True
     )
@@ -374,11 +372,6 @@ class ConvolutionForward(Mixin):
             return super().forward(x)
         return _patches(self, x, weight, spatial)
 
-    def _conv_forward(self, x, weight, bias):
-        if isinstance(weight, LowBitTensor):
-            weight = weight.dequantize()
-        return super()._conv_forward(x, weight, bias)
-
 
 def _patches(conv, x, weight, spatial: int):
     batched = x.dim() == spatial + 2
@@ -499,12 +492,23 @@ def _owns_low_bit(module: nn.Module) -> bool:
     return any(isinstance(p, LowBitTensor) for p in module._parameters.values())
 
 
+# The forwards that a mixin may stand in for. A subclass with a forward of its own (weights that are
+# standardized first, causal padding) keeps it, and torch's functions meet the tensor there.
 _MIXINS = (
-    (is_conv1d, Conv1DForward),
+    (lambda m: is_conv1d(m) and _forward_name(m) == "Conv1D.forward", Conv1DForward),
     (_has_experts_interface, ExpertsForward),
-    (lambda m: isinstance(m, nn.MultiheadAttention), MultiheadAttentionForward),
-    (lambda m: isinstance(m, _ConvNd), ConvolutionForward),
-    (lambda m: isinstance(m, nn.EmbeddingBag), EmbeddingBagForward),
-    (lambda m: isinstance(m, nn.Bilinear), BilinearForward),
+    (lambda m: _has_forward(m, nn.MultiheadAttention), MultiheadAttentionForward),
+    (lambda m: _has_forward(m, nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvolutionForward),
+    (lambda m: _has_forward(m, nn.EmbeddingBag), EmbeddingBagForward),
+    (lambda m: _has_forward(m, nn.Bilinear), BilinearForward),
     (lambda m: isinstance(m, nn.RNNBase), RecurrentForward),
 )
+
+
+def _forward_name(module: nn.Module) -> str:
+    return original_class(module).forward.__qualname__
+
+
+def _has_forward(module: nn.Module, *kinds: type) -> bool:
+    forward = original_class(module).forward
+    return any(isinstance(module, kind) and forward is kind.forward for kind in kinds)

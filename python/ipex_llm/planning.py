@@ -273,18 +273,29 @@ def _choose(entry: Entry, parameter, slots: list[_Slot], options: Options, uses)
         entry.kind = role.kind
         return
     group_size = options.group_size if arguments.has_groups(low_bit) else 0
-    stored = role.stored_shape or tuple(parameter.shape)
-    if role.transposed:
-        stored = (*stored[:-2], stored[-1], stored[-2])
-    after = packed_bytes(stored, low_bit, group_size)
+    transposed, stored = role.transposed, role.stored_shape
+    after = packed_bytes(_as_packed(parameter.shape, transposed, stored), low_bit, group_size)
+    if after >= entry.bytes_before and role.must_shrink and stored is None and parameter.dim() > 2:
+        # Many small matrices, each padded by itself: as one matrix there is less padding.
+        rows = math.prod(parameter.shape[:-1])
+        flat = [(rows, parameter.shape[-1]), (parameter.shape[0], math.prod(parameter.shape[1:]))]
+        stored = min(flat, key=lambda shape: packed_bytes(shape, low_bit, group_size))
+        transposed, after = False, packed_bytes(stored, low_bit, group_size)
     if role.must_shrink and after >= entry.bytes_before:
         entry.reason = f"{role.kind}: {low_bit} would not be smaller ({after} bytes)"
         return
     entry.kind, entry.low_bit, entry.bytes_after = role.kind, low_bit, after
-    entry.transposed, entry.stored_shape = role.transposed, role.stored_shape
+    entry.transposed, entry.stored_shape = transposed, stored
     entry.reason = role.reason
     if arguments.has_groups(low_bit):
         entry.group_size = group_size or arguments.DEFAULT_GROUP_SIZE
+
+
+def _as_packed(shape, transposed: bool, stored_shape) -> tuple[int, ...]:
+    if stored_shape is not None:
+        return stored_shape
+    *lead, n, k = shape
+    return (*lead, k, n) if transposed else (*lead, n, k)
 
 
 class _SkipList:

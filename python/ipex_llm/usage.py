@@ -85,7 +85,7 @@ class Uses:
             # (convert.merge_adapters), not when they compute.
             if self._note_adapters(module) or _is_torchs(type(module)):
                 continue
-            for path, use in uses_in_class(_source_class(type(module))):
+            for path, use in uses_in_module(module):
                 for parameter in _resolve(module, path):
                     self._found.setdefault(id(parameter), []).append(use)
 
@@ -148,10 +148,20 @@ def _resolve(module: nn.Module, path: tuple[str, ...]) -> list[torch.Tensor]:
 # ---- reading one class ---------------------------------------------------------------------------
 
 
-@functools.cache
-def uses_in_class(cls: type) -> tuple[tuple[tuple[str, ...], Use], ...]:
-    """(path from self, use) of everything that the forward of `cls` reaches."""
-    reader = _Reader(cls)
+def uses_in_module(module: nn.Module) -> tuple[tuple[tuple[str, ...], Use], ...]:
+    """(path from self, use) of everything that the forward of `module` reaches.
+
+    The source of a class is read once per set of classes that its children have.
+    """
+    children = tuple(
+        (n, _source_class(type(m))) for n, m in module._modules.items() if m is not None
+    )
+    return _uses_in_class(_source_class(type(module)), children)
+
+
+@functools.lru_cache(maxsize=4096)
+def _uses_in_class(cls: type, children: tuple) -> tuple[tuple[tuple[str, ...], Use], ...]:
+    reader = _Reader(cls, dict(children))
     for name in _ENTRY_POINTS:
         function = _method(cls, name)
         if function is not None and not _is_torchs(function):
@@ -169,8 +179,9 @@ class _Ref:
 
 
 class _Reader:
-    def __init__(self, cls: type):
+    def __init__(self, cls: type, children: dict[str, type]):
         self.cls = cls
+        self.children = children
         self.found: list[tuple[tuple[str, ...], Use]] = []
         self._read: set = set()
 
@@ -444,12 +455,15 @@ class _Body(ast.NodeVisitor):
 
     def _method_of_self(self, node):
         """self.method(...), or self.child(...)."""
-        function = _method(self.reader.cls, node.func.attr)
+        function, first = _method(self.reader.cls, node.func.attr), _Ref(())
+        if function is None and node.func.attr in self.reader.children:
+            function = _method(self.reader.children[node.func.attr], "forward")
+            first = _Ref((node.func.attr,))
         if function is None or _is_torchs(function):
             for argument in (*node.args, *(k.value for k in node.keywords)):
                 self.consume(argument, "unknown", f"passed to self.{node.func.attr}()")
             return ()
-        return self._follow(function, node, first=_Ref(()))
+        return self._follow(function, node, first=first)
 
     def _function(self, node):
         """torch functions by name; others are read."""

@@ -96,6 +96,8 @@ def test_convolutions_that_are_matrix_products(make, size, monkeypatch):
         (lambda: nn.Conv1d(16, 32, 3, stride=2, padding=1), (2, 16, 9)),
         (lambda: nn.Conv2d(8, 32, 3, padding="same", padding_mode="reflect"), (2, 8, 6, 6)),
         (lambda: nn.Conv2d(8, 32, 4, stride=4, dilation=2), (2, 8, 16, 16)),
+        (lambda: nn.Conv1d(128, 64, 3, groups=2), (2, 128, 9)),
+        (lambda: nn.ConvTranspose2d(32, 8, 2, stride=2), (1, 32, 4, 4)),
     ],
 )
 def test_other_convolutions_expand_their_weight_on_use(make, size):
@@ -104,8 +106,25 @@ def test_other_convolutions_expand_their_weight_on_use(make, size):
 
 def test_convolutions_that_would_not_shrink_stay_float():
     check(nn.Conv2d(32, 32, 3, groups=32), torch.randn(1, 32, 5, 5), packed=set())
-    check(nn.ConvTranspose2d(8, 8, 2), torch.randn(1, 8, 4, 4), packed=set())
     check(nn.Conv2d(1, 2, 2), torch.randn(1, 1, 4, 4), packed=set())
+
+
+class Standardized(nn.Conv2d):
+    """A forward of its own stays in charge: this one changes the weight before it is used."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Transposing(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_subclasses_keep_their_forward():
+    check(Standardized(8, 32, 1), torch.randn(2, 8, 5, 5), packed={"weight"})
+    check(Transposing(32, 16, 1), torch.randn(2, 5, 32), packed={"weight"})
 
 
 def test_wrong_inputs_raise():

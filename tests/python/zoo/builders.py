@@ -93,7 +93,7 @@ OVERRIDES = {
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }
-MOST_PARAMETERS = 30_000_000  # a zoo of real sizes would not fit into a test run
+MOST_PARAMETERS = 100_000_000  # a zoo of real sizes would not fit into a test run
 
 
 class NotSmall(Exception):
@@ -188,6 +188,16 @@ def small_config(config_class, overrides: dict | None = None):
     except Exception:
         pass  # some need arguments: their signature has told the names
     values = {name: value for name, value in {**_BY_NAME, **_FIXED}.items() if name in known}
+    for name in [*values]:
+        usual = getattr(default, name, None)
+        if isinstance(usual, list | tuple):  # one number per stage: as it is; sides: two of them
+            if name == "image_size" and len(usual) == 2:
+                values[name] = [values[name]] * 2
+            else:
+                del values[name]
+    rope = getattr(default, "rope_parameters", None)
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}  # half of head_dim 16
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)  # latent attention derives it, and has a key per head
         if "num_key_value_heads" in values:
@@ -249,6 +259,10 @@ def inputs(model: nn.Module) -> list[dict]:
     size = getattr(vision, "image_size", None) or 32
     height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
     channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    frames = getattr(vision, "num_frames", None) or getattr(vision, "frames_per_clip", None) or 4
+    patch = getattr(vision, "patch_size", None) or 8
+    patch = patch if isinstance(patch, int) else patch[0]
+    patch = channels * (getattr(vision, "temporal_patch_size", None) or 1) * patch**2
     mels = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 8
 
     def normal(*shape):
@@ -260,8 +274,13 @@ def inputs(model: nn.Module) -> list[dict]:
         {"pixel_values": normal(2, channels, height, width)},
         {"pixel_values": normal(1, channels, 64, 64)},
         {"pixel_values": normal(1, channels, 224, 224)},
-        {"pixel_values": normal(1, 4, channels, height, width)},
+        {"pixel_values": normal(1, channels, 256, 256)},
+        {"pixel_values": normal(1, channels, 384, 384)},
+        {"pixel_values": normal(1, frames, channels, height, width)},
+        {"pixel_values_videos": normal(1, frames, channels, height, width)},
         {"pixel_values": normal(2, channels, height, width), "input_ids": ids},
+        {"hidden_states": normal(16, patch), "grid_thw": torch.tensor([[1, 4, 4]])},
+        {"pixel_values": normal(16, patch), "grid_thw": torch.tensor([[1, 4, 4]])},
         {"input_values": normal(2, 4000)},
         {"input_values": normal(2, 4000), "decoder_input_ids": ids[:, :4]},
         {"input_features": normal(2, mels, 256), "decoder_input_ids": ids[:, :4]},
@@ -271,6 +290,10 @@ def inputs(model: nn.Module) -> list[dict]:
         {"input_features": normal(2, mels, 64)},
         {"input_values": normal(2, 1, 4000)},
         {"input_values": normal(2, 64, mels)},
+        {"input_values": normal(2, 1024, mels)},
+        {"input_features": normal(2, 64, getattr(config, "feature_projection_input_dim", 160))},
+        {"input_features": normal(2, 64, getattr(config, "input_feat_per_channel", 80))},
+        {"pixel_values": normal(1, channels, 64, 64), "input_ids": ids},
         {"inputs_embeds": normal(2, 10, 64)},
     ]
     return [c for c in candidates if set(c) <= accepted or "kwargs" in accepted]

@@ -152,7 +152,7 @@ def table(results) -> str:
         for r in rows:
             by_class[(r.model_type, r.class_name)].append(r)
         missing = []
-        for (model_type, name), both in sorted(by_class.items()):
+        for (_, name), both in sorted(by_class.items()):
             if both[0].status == "not built":
                 missing.append(f"{name} ({_cell(both[0].detail)})")
                 continue
