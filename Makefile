@@ -30,6 +30,9 @@ PY := $(BIN)/python
 # The tools come from .venv, whatever the PATH holds.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHON
+# A clone elsewhere finds the same compilations: paths relative, and no debug information to differ.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
 LAUNCHER = $(if $(shell command -v ccache 2>/dev/null),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache \
   -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 CONFIGURE = cmake --preset $(1) -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(LAUNCHER) $(2)
@@ -85,7 +88,8 @@ cuda: | $(VENV)/.ready system
 wheel: | $(VENV)/.ready system
 	$(call say,Building the wheel into dist/)
 	$(PY) -m pip wheel . --no-deps --no-build-isolation -w dist \
-	  -C cmake.define.Python_EXECUTABLE=$(CURDIR)/$(PY)
+	  -C cmake.define.Python_EXECUTABLE=$(CURDIR)/$(PY) \
+	  $(if $(shell command -v ccache 2>/dev/null),-C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
 
 # ---- tests ---------------------------------------------------------------------------------------
 

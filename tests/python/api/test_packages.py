@@ -104,7 +104,16 @@ def test_wheel_runs_where_there_is_no_compiler(tmp_path):
         for key, value in os.environ.items()
         if key.startswith("PIP_") or key in ("HOME", "LANG", "CCACHE_DIR")
     }
-    env = {**environment, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    # Objects that `make build` compiled are found by ccache: paths relative to the sources.
+    launcher = ["-C", "cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache"] * bool(
+        shutil.which("ccache")
+    )
+    env = {
+        **environment,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "CCACHE_BASEDIR": str(tmp_path / "source"),
+        "CCACHE_NOHASHDIR": "1",
+    }
     # A copy of the sources as a clone would have them: no library built in the tree can slip in.
     source = tmp_path / "source"
     files = run("git", "ls-files", "-z", "--cached", cwd=ROOT).split("\0")
@@ -115,7 +124,7 @@ def test_wheel_runs_where_there_is_no_compiler(tmp_path):
     run(
         *(sys.executable, "-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation"),
         *("-w", tmp_path, "-C", f"cmake.define.Python_EXECUTABLE={sys.executable}"),
-        *("-C", f"build-dir={tmp_path / 'build'}"),
+        *("-C", f"build-dir={source / 'build'}", *launcher),
         env=env,
     )
     (wheel,) = tmp_path.glob("*.whl")
