@@ -93,6 +93,8 @@ OVERRIDES = {
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }
+# Families whose rotary embedding is cut into time, height and width by absolute sizes.
+_THREE_AXES = ("vl", "glm4v", "glm46v", "ocr", "omni", "glm_image", "paddle", "ernie4_5_vl")
 MOST_PARAMETERS = 100_000_000  # a zoo of real sizes would not fit into a test run
 
 
@@ -196,7 +198,8 @@ def small_config(config_class, overrides: dict | None = None):
             else:
                 del values[name]
     rope = getattr(default, "rope_parameters", None)
-    if isinstance(rope, dict) and "mrope_section" in rope:
+    model_type = getattr(config_class, "model_type", "")
+    if isinstance(rope, dict) and any(part in model_type for part in _THREE_AXES):
         values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}  # half of head_dim 16
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)  # latent attention derives it, and has a key per head
