@@ -105,6 +105,8 @@ class Plan:
                     "device": str(e.device),
                     "low_bit": e.low_bit,
                     "group_size": e.group_size,
+                    "transposed": e.transposed,
+                    "stored_shape": None if e.stored_shape is None else list(e.stored_shape),
                     "kind": e.kind,
                     "bytes_before": e.bytes_before,
                     "bytes_after": e.bytes_after,
