@@ -740,7 +740,8 @@ def _table(info: Format, device: torch.device) -> torch.Tensor:
     if info.code_kind == _TABLE:
         return torch.tensor(info.codebook, dtype=torch.float32, device=device)
     dtype = torch.float8_e4m3fn if info.name == "fp8_e4m3" else torch.float8_e5m2
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float().to(device)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")  # whatever the default device is
+    return codes.view(dtype).float().to(device)
 
 
 for _name, _plain in {

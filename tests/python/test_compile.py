@@ -205,6 +205,28 @@ def test_export_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded.module()(IDS), net(IDS))
 
 
+@pytest.mark.slow
+def test_ahead_of_time_package(tmp_path):
+    layer = Net().up.eval()
+    x = torch.randn(3, 64)
+    program = torch.export.export(layer, (x,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "up.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), layer(x))
+
+
+def test_autocast():
+    layer = Net().up
+    x = torch.randn(3, 64)
+
+    def under_autocast(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer(x)
+
+    out = torch.compile(under_autocast, backend="aot_eager", fullgraph=True)(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, under_autocast(x))
+
+
 def test_export_with_dynamic_tokens():
     net = Net()
     tokens = torch.export.Dim("tokens", min=2, max=64)

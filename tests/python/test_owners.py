@@ -382,6 +382,53 @@ def test_parametrizations():
     close(layer(x), F.linear(x, twin / 2, layer.bias))
 
 
+def test_weight_norm_of_a_low_bit_weight():
+    """Its parametrization takes the weight apart into float tensors, which then train."""
+    layer = convert(nn.Linear(64, 48))
+    x = torch.randn(2, 64)
+    expected = layer(x).detach()
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    close(layer(x), expected)
+    layer(x).sum().backward()
+    assert layer.parametrizations.weight.original0.grad is not None
+
+
+def test_symbolic_tracing():
+    model = nn.Sequential(convert(nn.Linear(64, 48)), nn.ReLU())
+    x = torch.randn(2, 64)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_function_transforms_of_a_module():
+    layer = convert(nn.Linear(64, 48))
+    twin = dense_twin(layer)
+    x = torch.randn(5, 64)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        close(torch.vmap(transform(layer))(x), torch.vmap(transform(twin))(x))
+    close(torch.func.hessian(lambda x: layer(x).square().sum())(x[0]), 2 * _gram(twin), 2e-2)
+
+
+def _gram(layer):
+    return layer.weight.T @ layer.weight
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Its first broadcast would write float values into the weights; without it, it works."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer = convert(nn.Linear(64, 48))
+        with pytest.raises(RuntimeError, match="in place"):
+            nn.parallel.DistributedDataParallel(layer)
+        parallel = nn.parallel.DistributedDataParallel(layer, init_sync=False)
+        parallel(torch.randn(2, 64)).sum().backward()
+        assert layer.bias.grad is not None
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_multihead_attention():
     """The fast path and the slow one, with and without gradient: dense per call, and right."""
     attention = nn.MultiheadAttention(64, 4, batch_first=True).eval()
