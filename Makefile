@@ -121,13 +121,19 @@ format: $(VENV)/.ready
 
 # ---- demo, benchmarks, documents -----------------------------------------------------------------
 
-.PHONY: demo bench bench-full bench-peers zoo docs
+.PHONY: build-bench demo bench bench-full bench-peers zoo docs
+build-bench/build.ninja: CMakePresets.json | $(VENV)/.ready system
+	$(call CONFIGURE,bench,)
+	@touch $@
+build-bench: build-bench/build.ninja
+	@$(call COMPILE,bench)
+
 demo: build models
 	@$(OFFLINE) $(PY) examples/demo.py --low-bit $(LOW_BIT)
 
-bench: build models
+bench: build build-bench models
 	@$(OFFLINE) $(PY) bench/run.py $(BENCH_ARGS)
-bench-full: build models
+bench-full: build build-bench models
 	@$(OFFLINE) $(PY) bench/run.py --full $(BENCH_ARGS)
 bench-peers: build models
 	@$(OFFLINE) $(PY) bench/run.py --peers $(BENCH_ARGS)

@@ -1,0 +1,253 @@
+"""The benchmark driver: `make bench`, `make bench-full`, `make bench-peers`.
+
+Three parts, each verified before it is timed, each a ratio taken in one run:
+
+  core   lowbit_bench (bench/cpp): kernels against read bandwidth or instruction peak, no torch
+  ops    torch.ops.lowbit.linear against torch's own bf16 F.linear, alternating call by call
+  model  SmolLM2-135M: decoding tokens per second, float and low-bit model alternating
+
+    .venv/bin/python bench/run.py [--full] [--peers] [--part core|ops|model] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "scripts"), str(Path(__file__).parent)]
+
+# Rows x inputs. Decoding reads weights once, so they must not stay in the last-level cache: calls
+# walk over a ring of copies of at least this size.
+SHAPE = (4096, 11008)
+FULL_SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (32000, 2048)]
+RING_BYTES = 256 << 20
+PRECISION_ERROR = 0.04  # of the largest output: int8 activations cost about 1 %, wrong code 100 %
+
+
+def processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return "unknown"
+
+
+def commit() -> str:
+    run = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return run.stdout.strip()
+
+
+def core(full: bool, threads: int) -> list[dict]:
+    program = ROOT / "build-bench" / "bench" / "cpp" / "lowbit_bench"
+    if not program.exists():
+        raise SystemExit(f"bench: {program.relative_to(ROOT)} is not built; run `make bench`")
+    result = ROOT / ".cache" / "bench-core.json"
+    result.parent.mkdir(exist_ok=True)
+    shapes = FULL_SHAPES if full else [SHAPE]
+    command = [str(program), "--threads", str(threads), "--json", str(result)]
+    command += ["--shapes", ",".join(f"{n}x{k}" for n, k in shapes)]
+    command += ["--m", "1,2,4,8,16,64,512" if full else "1,512"]
+    command += ["--precisions", "auto,fp32,bf16,int8" if full else "auto"]
+    command += ["--seconds", "0.4" if full else "0.5"]
+    subprocess.run(command, check=True)
+    return json.loads(result.read_text())
+
+
+def alternate(contenders: dict, seconds: float) -> dict[str, list[float]]:
+    """Times of each contender's calls, one call of each per round, in a changing order."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while time.perf_counter() < end or rounds < 7:
+        for name in order:
+            began = time.perf_counter()
+            contenders[name]()
+            times[name].append(time.perf_counter() - began)
+        order.append(order.pop(0))
+        rounds += 1
+    return {name: taken[1:] for name, taken in times.items()}  # the first round warms up
+
+
+def ops(full: bool, peers: bool) -> list[dict]:
+    import torch
+    from peers import torch_int4pack
+
+    from ipex_llm import ops
+
+    rows = []
+    print(f"\n{'operator':<12}{'shape':>12}{'M':>5}{'us':>10}{'GB/s':>8}{'of torch bf16':>15}")
+    for n, k in FULL_SHAPES if full else [SHAPE]:
+        generator = torch.Generator().manual_seed(n + k)
+        weight = torch.randn(n, k, generator=generator) * 0.02
+        dense = weight.bfloat16()
+        dense_ring = [dense.clone() for _ in range(RING_BYTES // dense.nbytes + 1)]
+        for name in ops.FORMATS:
+            packed, exponent = ops.quantize(weight, name)
+            info = ops.FORMATS[name]
+            group = ops.default_group_size(name)
+            numbers = (n, k, info.number, group, exponent)
+            exact = ops.dequantize(packed, (n, k), info.number, group, exponent, torch.float32)
+            ring = [packed.clone() for _ in range(RING_BYTES // packed.nbytes + 1)]
+            for m in (1, 8, 64, 512) if full else (1, 512):
+                x = torch.randn(m, k, generator=generator).bfloat16()
+                expected = x.float() @ exact.t()
+                at = {"ours": 0, "torch": 0}
+
+                def ours(x=x, ring=ring, numbers=numbers, at=at):
+                    at["ours"] = (at["ours"] + 1) % len(ring)
+                    return ops.linear(x, ring[at["ours"]], None, *numbers)
+
+                def bf16(x=x, at=at):
+                    at["torch"] = (at["torch"] + 1) % len(dense_ring)
+                    return torch.nn.functional.linear(x, dense_ring[at["torch"]])
+
+                error = float((ours().float() - expected).abs().max() / expected.abs().max())
+                if not error < PRECISION_ERROR:
+                    raise SystemExit(f"bench: {name} M={m} is wrong by {error:.1%}: not timed")
+                contenders = {"ours": ours, "torch": bf16}
+                if peers and name == "sym_int4" and (n % 16, k % 64) == (0, 0):
+                    contenders["int4pack"] = torch_int4pack.contender(weight, x, RING_BYTES)
+                times = alternate(contenders, 0.6 if m == 1 else 1.0)
+                median = {who: statistics.median(taken) for who, taken in times.items()}
+                ratios = [t / o for o, t in zip(times["ours"], times["torch"], strict=True)]
+                row = {
+                    "format": name,
+                    "n": n,
+                    "k": k,
+                    "m": m,
+                    "seconds": median,
+                    "speedup": statistics.median(ratios),
+                    "weight_bytes": packed.nbytes,
+                    "error": error,
+                }
+                rows.append(row)
+                rate = packed.nbytes / median["ours"] / 1e9
+                peer = (
+                    f"   torch int4pack {median['int4pack'] * 1e6:.0f} us"
+                    if "int4pack" in median
+                    else ""
+                )
+                print(
+                    f"{name:<12}{f'{n}x{k}':>12}{m:>5}{median['ours'] * 1e6:>10.0f}{rate:>8.1f}"
+                    f"{row['speedup']:>13.2f} x{peer}",
+                    flush=True,
+                )
+    return rows
+
+
+def model(full: bool, peers: bool) -> list[dict]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import real_models
+    from ipex_llm import optimize_model
+
+    logging.disable_progress_bar()
+    directory = real_models.smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer("The history of computing begins with", return_tensors="pt")
+    count = 48
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+
+    def rate(candidate) -> float:
+        """Tokens per second after the first: a long answer less a short one."""
+        marks = []
+        for tokens in (1, count):
+            began = time.perf_counter()
+            candidate.generate(
+                **inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False
+            )
+            marks.append(time.perf_counter() - began)
+        return (count - 1) / (marks[1] - marks[0])
+
+    names = ["sym_int4", "nf4", "sym_int8", "fp8_e4m3"]
+    if full:
+        from ipex_llm.ops import FORMATS
+
+        names = list(FORMATS)
+    candidates = {"torch bf16": load()}
+    for name in names:
+        candidates[name] = optimize_model(load(), low_bit=name)
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_number in range(4):
+        for name, candidate in candidates.items():
+            taken = rate(candidate)
+            if round_number:
+                rates[name].append(taken)
+    rows = []
+    print(f"\n{'SmolLM2-135M':<16}{'tokens/s':>10}{'of torch bf16':>16}")
+    base = rates["torch bf16"]
+    for name, values in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+        rows.append(
+            {"format": name, "tokens_per_second": statistics.median(values), "speedup": ratio}
+        )
+        print(f"{name:<16}{statistics.median(values):>10.1f}{ratio:>14.2f} x", flush=True)
+    if peers:
+        from peers import llama_cpp
+
+        found = llama_cpp.measure(count)
+        if isinstance(found, str):
+            print(f"llama.cpp: {found}")
+        else:
+            rows.append({"format": "llama.cpp Q4_1", "tokens_per_second": found})
+            print(f"{'llama.cpp Q4_1':<16}{found:>10.1f}{found / statistics.median(base):>14.2f} x")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="more shapes, batch sizes, precisions")
+    parser.add_argument("--peers", action="store_true", help="other engines on the same work")
+    parser.add_argument("--part", choices=["core", "ops", "model"], action="append")
+    parser.add_argument("--json", metavar="FILE", help="default: .cache/bench-<time>.json")
+    options = parser.parse_args()
+
+    import torch
+
+    from ipex_llm import ops as operators
+
+    threads = torch.get_num_threads()
+    parts = options.part or (["ops", "model"] if options.peers else ["core", "ops", "model"])
+    record = {
+        "processor": processor(),
+        "isa": operators.isa(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0],
+    }
+    print(", ".join(f"{key} {value}" for key, value in record.items()), flush=True)
+    with torch.inference_mode():
+        if "core" in parts:
+            record["core"] = core(options.full, threads)
+        if "ops" in parts:
+            record["ops"] = ops(options.full, options.peers)
+        if "model" in parts:
+            record["model"] = model(options.full, options.peers)
+    stamp = record["time"].replace(":", "").replace("+0000", "Z")
+    path = Path(options.json) if options.json else ROOT / ".cache" / f"bench-{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1))
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
