@@ -403,7 +403,8 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
   V::store(lanes[2], range.largest_minimum);
   V::store(lanes[3], range.smallest_minimum);
   V::store(lanes[4], range.magnitude);
-  for (int r = 0; r < source.rows; ++r) {
+  // All 16: padding rows and inputs repeat real weights, and the lanes of 16-bit types are inputs.
+  for (int r = 0; r < 16; ++r) {
     if (!(lanes[4][r] < __builtin_inff())) {
       out_range->finite = false;  // the other lanes may be NaN: leave them out
       return;

@@ -251,6 +251,21 @@ TEST_P(QuantizeEveryFormat, BytesDoNotDependOnTheFloatEnvironment) {
 }
 #endif
 
+// A tile of few rows: for 16-bit types the largest weight was once looked for in as many columns as
+// there were rows, so the exponent was wrong and infinities passed.
+TEST_P(QuantizeEveryFormat, EveryColumnOfASingleRowCounts) {
+  const Layout layout = make_layout(info().format, 1, 64);
+  for (std::int64_t column = 0; column < 64; ++column) {
+    Matrix weight(DType::kFloat32, 1, 64);
+    weight.fill_random(4);
+    weight.set(0, column, 1e7);
+    expect_same_bytes(weight, layout);
+    weight.set(0, column, HUGE_VAL);
+    PackedBuffer packed(layout);
+    EXPECT_THROW(quantize(weight.view(), layout, packed.span()), Error) << column;
+  }
+}
+
 TEST_P(QuantizeEveryFormat, NonFiniteWeightsRaiseWithTheirPlace) {
   for (DType dtype : kAllDTypes) {
     for (double bad : {std::nan(""), HUGE_VAL, -HUGE_VAL}) {
