@@ -126,6 +126,9 @@ class TensorFile {
   // The mapping is private: writing to it changes this process's copy of a page, never the file.
   std::span<std::byte> data(const FileTensor& tensor) const;
   std::span<const std::byte> header_data() const;
+  // Gives the pages of bytes that will not be looked at again back to the system (they are read
+  // anew if they are, changes to them are lost). Does nothing to a file that was read, not mapped.
+  void release(std::span<const std::byte> bytes) const;
 
  private:
   struct Memory;

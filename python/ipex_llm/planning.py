@@ -265,6 +265,10 @@ def _choose(entry: Entry, parameter, slots: list[_Slot], options: Options, uses)
         return
     looked_up = [role for role in served if role.kind == "embedding"]
     computing = [role for role in served if role.kind != "embedding"]
+    use = uses.of(parameter)
+    if looked_up and not computing and use is not None and use.is_matrix:
+        # A head that is tied by reading the table itself (openai-whisper), not by a second module.
+        computing = [dataclasses.replace(looked_up[0], kind="tied head", reason=_TIED_HEAD)]
     role = computing[0] if computing else looked_up[0]
     # The table's type wins for a tied head: it is the one that was named explicitly.
     low_bit = options.low_bit if computing else None
@@ -291,6 +295,9 @@ def _choose(entry: Entry, parameter, slots: list[_Slot], options: Options, uses)
     entry.reason = role.reason
     if arguments.has_groups(low_bit):
         entry.group_size = group_size or arguments.DEFAULT_GROUP_SIZE
+
+
+_TIED_HEAD = "a table that is also multiplied as a matrix: looked up by row"
 
 
 def _as_packed(shape, transposed: bool, stored_shape) -> tuple[int, ...]:

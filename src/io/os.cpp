@@ -227,6 +227,14 @@ Memory::~Memory() {
   if (data_) ::munmap(data_, size_);
 }
 
+void Memory::release(std::uint64_t offset, std::uint64_t bytes) const noexcept {
+  if (!mapped_file_) return;  // anonymous memory would come back as zeros
+  const std::uint64_t page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t begin = (offset + page - 1) / page * page,
+                      end = (offset + bytes) / page * page;
+  if (begin < end) ::madvise(data_ + begin, end - begin, MADV_DONTNEED);
+}
+
 Memory Memory::anonymous(std::uint64_t bytes) {
   Memory memory;
   void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -420,6 +428,10 @@ Memory::~Memory() {
   } else {
     VirtualFree(data_, 0, MEM_RELEASE);
   }
+}
+
+void Memory::release(std::uint64_t, std::uint64_t) const noexcept {
+  // The system trims the working set itself.
 }
 
 Memory Memory::anonymous(std::uint64_t bytes) {

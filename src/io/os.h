@@ -24,6 +24,8 @@ class Memory {
 
   std::byte* data() const { return data_; }
   std::uint64_t size() const { return size_; }
+  // Of a mapped file: drops the whole pages within this range from this process.
+  void release(std::uint64_t offset, std::uint64_t bytes) const noexcept;
 
  private:
   friend class ReadFile;

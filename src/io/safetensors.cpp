@@ -279,6 +279,11 @@ std::span<std::byte> TensorFile::data(const FileTensor& tensor) const {
   return {memory_->pages.data() + tensor.offset, static_cast<std::size_t>(tensor.bytes)};
 }
 
+void TensorFile::release(std::span<const std::byte> bytes) const {
+  memory_->pages.release(static_cast<std::uint64_t>(bytes.data() - memory_->pages.data()),
+                         bytes.size());
+}
+
 std::span<const std::byte> TensorFile::header_data() const {
   return {memory_->pages.data(), static_cast<std::size_t>(header_.bytes)};
 }

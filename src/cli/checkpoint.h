@@ -1,0 +1,29 @@
+// A Hugging Face directory of safetensors: one file, or shards with an index.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "io/json.h"
+#include "lowbit/file.h"
+
+namespace lowbit::cli {
+
+struct Checkpoint {
+  std::string directory;
+  std::vector<std::shared_ptr<TensorFile>> files;
+  // By name; the file that holds it.
+  std::vector<std::pair<const FileTensor*, const TensorFile*>> tensors;
+  json::Value config;  // config.json, or null
+};
+
+// Throws Error for anything that is not right: index entries with path separators, tensors in two
+// files or in none, unknown layouts.
+Checkpoint open_checkpoint(const std::string& path);
+
+// Files beside the weights that a saved directory keeps: configuration, tokenizer, remote code.
+std::vector<std::pair<std::string, std::string>> companion_files(const Checkpoint& checkpoint);
+
+}  // namespace lowbit::cli
