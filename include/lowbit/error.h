@@ -1,4 +1,4 @@
-// The one exception type of the library. Texts say who, what was expected, what came, what to do next.
+// The one exception type of the library. Texts say who, what was expected, what came, what next.
 #pragma once
 
 #include <stdexcept>

@@ -43,13 +43,13 @@ enum class ScaleKind : std::uint8_t {
 
 struct FormatInfo {
   Format format;
-  std::string_view name;            // the documented low_bit name
-  int bits;                         // bits per code: 3, 4, 5, 8 or 16
+  std::string_view name;  // the documented low_bit name
+  int bits;               // bits per code: 3, 4, 5, 8 or 16
   CodeKind code_kind;
   ScaleKind scale_kind;
-  int zero_point;                   // kInteger: stored code of the value 0 (sym: 8, 16, 128; asym: 0)
-  int code_min, code_max;           // stored codes a quantizer may produce
-  std::uint16_t padding_code;       // the stored code that fills padding: decodes to zero
+  int zero_point;              // kInteger: stored code of the value 0 (sym: 8, 16, 128; asym: 0)
+  int code_min, code_max;      // stored codes a quantizer may produce
+  std::uint16_t padding_code;  // the stored code that fills padding: decodes to zero
   std::span<const float> codebook;  // kTable: 2^bits entries, ascending for nf3 and nf4; else empty
   float value_max;                  // largest magnitude of value(code): the absmax maps to it
 
@@ -63,9 +63,9 @@ const FormatInfo& format_info(Format format);      // throws Error(kValue) for a
 std::span<const std::string_view> format_names();  // the 13 documented names, in documented order
 Format parse_format(std::string_view name);        // throws Error(kValue) listing all 13 names
 
-inline constexpr int kTileRows = 16;         // output rows per row tile
-inline constexpr int kUnitBytes = 64;        // codes come in units of 64 bytes
-inline constexpr int kInputBlock = 32;       // inputs are padded to a multiple of this
+inline constexpr int kTileRows = 16;    // output rows per row tile
+inline constexpr int kUnitBytes = 64;   // codes come in units of 64 bytes
+inline constexpr int kInputBlock = 32;  // inputs are padded to a multiple of this
 inline constexpr int kDefaultGroupSize = 64;
 inline constexpr int kGroupSizes[] = {32, 64, 128, 256};
 
@@ -90,13 +90,13 @@ inline constexpr int kGroupSizes[] = {32, 64, 128, 256};
 //                  12+b from its lowest bits up; then the plane of third bits as for 5-bit
 struct Layout {
   Format format;
-  int group_size;             // 32, 64, 128 or 256; 0 for kRow and kNone
-  std::int64_t n, k;          // logical outputs and inputs
-  std::int64_t tiles;         // ceil(n / 16)
-  std::int64_t k_padded;      // k rounded up to a multiple of 32
-  std::int64_t groups;        // ceil(k / group_size); 1 for kRow and kNone
-  std::int64_t tile_bytes;    // bytes of one row tile
-  std::int64_t group_bytes;   // code bytes of a full group (kRow, kNone: of all inputs)
+  int group_size;            // 32, 64, 128 or 256; 0 for kRow and kNone
+  std::int64_t n, k;         // logical outputs and inputs
+  std::int64_t tiles;        // ceil(n / 16)
+  std::int64_t k_padded;     // k rounded up to a multiple of 32
+  std::int64_t groups;       // ceil(k / group_size); 1 for kRow and kNone
+  std::int64_t tile_bytes;   // bytes of one row tile
+  std::int64_t group_bytes;  // code bytes of a full group (kRow, kNone: of all inputs)
 
   std::int64_t bytes() const { return tiles * tile_bytes; }
   // Padded inputs in group g: group_size, fewer in a short last group, k_padded if not grouped.

@@ -19,18 +19,18 @@ enum class Precision : std::uint8_t {
 };
 
 struct LinearArgs {
-  const void* x;             // [m, k] activations, inner stride 1
-  DType x_dtype;             // float32, float16, bfloat16
-  std::int64_t x_stride;     // elements between rows of x
-  const void* packed;        // layout.bytes(), 64-byte aligned
+  const void* x;          // [m, k] activations, inner stride 1
+  DType x_dtype;          // float32, float16, bfloat16
+  std::int64_t x_stride;  // elements between rows of x
+  const void* packed;     // layout.bytes(), 64-byte aligned
   Layout layout;
-  int exponent;              // from quantize()
-  const void* bias;          // [n] or nullptr
+  int exponent;      // from quantize()
+  const void* bias;  // [n] or nullptr
   DType bias_dtype;
-  void* out;                 // [m, n], inner stride 1
+  void* out;  // [m, n], inner stride 1
   DType out_dtype;
-  std::int64_t out_stride;   // elements between rows of out
-  std::int64_t m;            // tokens
+  std::int64_t out_stride;  // elements between rows of out
+  std::int64_t m;           // tokens
   Precision precision;
 };
 
