@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -187,28 +189,6 @@ inline int checked_int(const char* op, const char* argument, std::int64_t value)
   return static_cast<int>(value);
 }
 
-// The packed bytes of `matrices` matrices of one layout: uint8 [matrices * tiles, tile_bytes],
-// contiguous, 64-byte aligned. Returns their address.
-inline std::byte* checked_packed(const char* op, const Tensor& packed, const Layout& layout,
-                                 std::int64_t matrices = 1) {
-  LOWBIT_CHECK(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
-               ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
-  check_cpu(op, "packed", packed);
-  LOWBIT_CHECK(packed.is_contiguous(), ErrorCode::kValue, op,
-               ": packed must be contiguous; pass the tensor as quantize() made it");
-  LOWBIT_CHECK(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&
-                   packed.size(1) == layout.tile_bytes,
-               ErrorCode::kValue, op, ": packed must be [", matrices * layout.tiles, ", ",
-               layout.tile_bytes, "] for ", matrices, " matrix(es) of ", layout.n, " x ", layout.k,
-               " in ", format_info(layout.format).name, " with group size ", layout.group_size,
-               ", got ", shape_text(packed),
-               "; are n, k, format and group_size those it was packed with?");
-  void* data = packed.data_ptr();
-  LOWBIT_CHECK(reinterpret_cast<std::uintptr_t>(data) % kUnitBytes == 0, ErrorCode::kValue, op,
-               ": packed must start at a multiple of ", kUnitBytes, " bytes; clone() aligns it");
-  return static_cast<std::byte*>(data);
-}
-
 // An uninitialized contiguous CPU tensor. The C shim rather than torch::stable::empty: that one
 // looks the operator up by its name at every call.
 inline Tensor empty_cpu(const std::int64_t* sizes, std::int64_t dim, ScalarType type) {
@@ -228,6 +208,54 @@ inline Tensor empty_cpu(const std::int64_t* sizes, std::int64_t dim, ScalarType 
          " elements; free memory, or use a smaller model or batch");
   }
   return Tensor(handle);
+}
+
+inline void check_packed(const char* op, const Tensor& packed, const Layout& layout,
+                         std::int64_t matrices) {
+  LOWBIT_CHECK(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
+               ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
+  check_cpu(op, "packed", packed);
+  LOWBIT_CHECK(packed.is_contiguous(), ErrorCode::kValue, op,
+               ": packed must be contiguous; pass the tensor as quantize() made it");
+  LOWBIT_CHECK(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&
+                   packed.size(1) == layout.tile_bytes,
+               ErrorCode::kValue, op, ": packed must be [", matrices * layout.tiles, ", ",
+               layout.tile_bytes, "] for ", matrices, " matrix(es) of ", layout.n, " x ", layout.k,
+               " in ", format_info(layout.format).name, " with group size ", layout.group_size,
+               ", got ", shape_text(packed),
+               "; are n, k, format and group_size those it was packed with?");
+}
+
+inline bool aligned(const void* data) {
+  return reinterpret_cast<std::uintptr_t>(data) % kUnitBytes == 0;
+}
+
+// The packed bytes of `matrices` matrices of one layout: uint8 [matrices * tiles, tile_bytes],
+// contiguous, 64-byte aligned. Returns their address.
+inline std::byte* checked_packed(const char* op, const Tensor& packed, const Layout& layout,
+                                 std::int64_t matrices = 1) {
+  check_packed(op, packed, layout, matrices);
+  void* data = packed.data_ptr();
+  LOWBIT_CHECK(aligned(data), ErrorCode::kValue, op, ": packed must start at a multiple of ",
+               kUnitBytes, " bytes; clone() aligns it");
+  return static_cast<std::byte*>(data);
+}
+
+// The same for the length of one call. torch's own allocations are aligned and used in place;
+// bytes that are not (an AOTInductor package keeps its constants in malloc's memory) are copied,
+// and `holder` keeps the copy alive.
+inline const std::byte* aligned_packed(const char* op, const Tensor& packed, const Layout& layout,
+                                       std::optional<Tensor>& holder, std::int64_t matrices = 1) {
+  check_packed(op, packed, layout, matrices);
+  const auto* data = static_cast<const std::byte*>(packed.data_ptr());
+  if (aligned(data)) [[likely]] {
+    return data;
+  }
+  const std::int64_t sizes[] = {packed.size(0), packed.size(1)};
+  holder = empty_cpu(sizes, 2, ScalarType::Byte);
+  auto* copy = static_cast<std::byte*>(holder->data_ptr());
+  std::memcpy(copy, data, static_cast<std::size_t>(sizes[0] * sizes[1]));
+  return copy;
 }
 
 }  // namespace lowbit::binding

@@ -57,7 +57,8 @@ Tensor linear(const Tensor& x_given, const Tensor& packed, const std::optional<T
   check_cpu("linear", "x", x_given);
   const Layout layout = make_layout(checked_format("linear", format), n, k,
                                     checked_int("linear", "group_size", group_size));
-  const std::byte* weight = checked_packed("linear", packed, layout);
+  std::optional<Tensor> holder;
+  const std::byte* weight = aligned_packed("linear", packed, layout, holder);
 
   const std::int64_t dim = x_given.dim();
   LOWBIT_CHECK(dim >= 1 && x_given.size(dim - 1) == k, ErrorCode::kValue,
@@ -173,7 +174,8 @@ Tensor dequantize(const Tensor& packed, const std::vector<std::int64_t>& shape, 
       stack_of("dequantize", "shape", shape.data(), static_cast<std::int64_t>(shape.size()));
   const Layout layout = make_layout(checked_format("dequantize", format), stack.n, stack.k,
                                     checked_int("dequantize", "group_size", group_size));
-  const std::byte* source = checked_packed("dequantize", packed, layout, stack.matrices);
+  std::optional<Tensor> holder;
+  const std::byte* source = aligned_packed("dequantize", packed, layout, holder, stack.matrices);
   const int e = checked_int("dequantize", "exponent", exponent);
   Tensor out = empty_cpu(shape.data(), static_cast<std::int64_t>(shape.size()), dtype);
   auto* target = static_cast<std::byte*>(out.data_ptr());
@@ -199,7 +201,8 @@ Tensor embedding(const Tensor& packed, const Tensor& ids_given, std::int64_t n, 
   check_cpu("embedding", "ids", ids_given);
   const Layout layout = make_layout(checked_format("embedding", format), n, k,
                                     checked_int("embedding", "group_size", group_size));
-  const std::byte* source = checked_packed("embedding", packed, layout);
+  std::optional<Tensor> holder;
+  const std::byte* source = aligned_packed("embedding", packed, layout, holder);
   const Tensor ids = torch::stable::contiguous(ids_given);
 
   const std::int64_t dim = ids.dim();

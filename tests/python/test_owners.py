@@ -383,12 +383,14 @@ def test_parametrizations():
 
 
 def test_weight_norm_of_a_low_bit_weight():
-    """Its parametrization takes the weight apart into float tensors, which then train."""
+    """Its parametrization makes a float magnitude, and keeps the low-bit weight for direction."""
     layer = convert(nn.Linear(64, 48))
     x = torch.randn(2, 64)
     expected = layer(x).detach()
     torch.nn.utils.parametrizations.weight_norm(layer)
     close(layer(x), expected)
+    # The magnitude is as frozen as what it was made of, and trainable when asked.
+    layer.parametrizations.weight.original0.requires_grad_(True)
     layer(x).sum().backward()
     assert layer.parametrizations.weight.original0.grad is not None
 
