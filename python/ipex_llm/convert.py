@@ -203,7 +203,8 @@ def check_progress(who: str, model: nn.Module, plan, pending) -> None:
 def check_strict(who: str, plan) -> None:
     if plan.options.strict is None:
         return
-    left = [e for e in plan.left_float(plan.options.strict) if not e.excluded]
+    left = plan.left_float(plan.options.strict)
+    left = [e for e in left if len(e.shape) > 1 and not e.excluded]
     if left:
         lines = "".join(
             f"\n  {e.name} {list(e.shape)}: {e.bytes_before / plan.bytes_before:.1%} of the "

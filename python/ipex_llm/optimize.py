@@ -47,7 +47,7 @@ def optimize_model(
         group_size: 32, 64 (the default), 128 or 256 weights per scale; not for fp8, fp16, bf16.
         embedding_qtype: a low_bit name for embedding tables, which otherwise stay float. A table
             tied to a linear head is packed with the head in any case, in this type if given.
-        strict: True, or a share of the parameter bytes: raise if one weight above it (True: 1 %)
+        strict: True, or a share of the parameter bytes: raise if one matrix above it (True: 1 %)
             would stay float.
         progress: show a progress bar on standard error.
         disable_optimize_pre: never merge projections into one weight. This version merges none.

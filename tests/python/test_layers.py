@@ -148,6 +148,23 @@ def test_embeddings(monkeypatch):
     assert layer.weight.low_bit == "nf4"
 
 
+class ReadsItsTable(nn.Module):
+    """openai-whisper's decoder: the head is the table itself, taken out of the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(60, 48)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return (x @ torch.transpose(self.table.weight.to(x.dtype), 0, 1)).float()
+
+
+def test_a_head_that_reads_the_table(monkeypatch):
+    ids = torch.arange(12).reshape(3, 4)
+    check(ReadsItsTable(), ids, packed={"table.weight"}, monkeypatch=monkeypatch)
+
+
 def test_a_table_that_renormalises_itself_stays_float():
     check(nn.Embedding(50, 40, max_norm=1.0), torch.arange(4), embedding_qtype="nf4", packed=set())
 
