@@ -43,7 +43,7 @@ def given_nothing(request, directory):
     """The one-liner at the top of the README is about any model."""
     import ipex_llm
 
-    return {"model": torch.nn.Linear(64, 64), "ipex_llm": ipex_llm}
+    return {"model": torch.nn.Linear(512, 512), "ipex_llm": ipex_llm}
 
 
 def given_whisper(request, directory):
