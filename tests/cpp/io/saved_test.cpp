@@ -335,6 +335,51 @@ TEST(Manifest, ATensorThatIsNotListedIsRefused) {
   EXPECT_NE(std::string(error.what()).find("the manifest lists"), std::string::npos);
 }
 
+TEST(Saved, APackedTensorThatIsNotAlignedIsRefused) {
+  TemporaryDirectory directory;
+  SavedTensor odd, packed;
+  odd.name = "odd";
+  odd.dtype = FileDType::kU8;
+  odd.shape = {3};
+  packed.name = "packed";
+  packed.shape = {16, 32};
+  packed.format = Format::kSymInt8;
+  packed.group_size = 64;
+  PackedShape shape = packed_shape(packed);
+  std::vector<FileTensor> entries{
+      {"odd", FileDType::kU8, {3}, 0, 3},
+      {"packed", FileDType::kU8, {shape.rows(), shape.layout.tile_bytes}, 0, shape.bytes()}};
+  std::string header = make_file_header(entries), data(3 + shape.bytes(), 'x');
+  auto digest_of = [](std::string_view text) { return digest(std::as_bytes(std::span(text))); };
+  odd.digest = digest_of(std::string_view(data).substr(0, 3));
+  packed.digest = digest_of(std::string_view(data).substr(3));
+  Manifest manifest;
+  manifest.tensors = {odd, packed};
+  manifest.files = {{"low_bit-00000000000000000000000000000000.safetensors",
+                     header.size() + data.size(), digest_of(header)}};
+  write_file(directory / manifest.files[0].name, header + data);
+  write_file(directory / "ipex_llm.json", write_manifest(manifest));
+  Error error = caught([&] { open_saved(directory.path()); });
+  EXPECT_NE(std::string(error.what()).find("a multiple of 64"), std::string::npos) << error.what();
+}
+
+TEST(Saved, AHugeManifestIsNotRead) {
+  TemporaryDirectory directory;
+  write_file(directory / "ipex_llm.json", "{");
+  std::filesystem::resize_file(directory / "ipex_llm.json", std::uintmax_t{1} << 40);  // sparse
+  Error error = caught([&] { open_saved(directory.path()); });
+  EXPECT_NE(std::string(error.what()).find("expected at most"), std::string::npos) << error.what();
+}
+
+TEST(Saved, AFileThatShrinksWhileItIsReadIsCorrupt) {
+  TemporaryDirectory directory;
+  write_file(directory / "f", std::string(1000, 'x'));
+  os::ReadFile file(directory / "f");
+  std::filesystem::resize_file(directory / "f", 500);
+  std::vector<std::byte> bytes(1000);
+  EXPECT_EQ(caught([&] { file.read(0, bytes); }).code(), ErrorCode::kCorrupt);
+}
+
 TEST(Saved, BooleansAreZeroOrOne) {
   TemporaryDirectory directory;
   SaveRequest request = small_request(directory.path());

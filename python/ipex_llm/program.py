@@ -1,0 +1,26 @@
+"""`lowbit`, the program of the C++ core, as the wheel's script. It needs neither torch nor Python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).parent / "lib" / ("lowbit.exe" if os.name == "nt" else "lowbit")
+
+
+def main() -> None:
+    if not PROGRAM.exists():
+        sys.exit(
+            f"lowbit: {PROGRAM} does not exist: this installation was built without it "
+            f"(LOWBIT_PROGRAM=ON)"
+        )
+    arguments = [str(PROGRAM), *sys.argv[1:]]
+    if os.name == "nt":
+        sys.exit(subprocess.run(arguments, check=False).returncode)
+    os.execv(PROGRAM, arguments)
+
+
+if __name__ == "__main__":
+    main()
