@@ -174,14 +174,15 @@ void run_int(const RowBlock& rows, const Activations& a, std::int64_t first_toke
              std::int64_t token_end, std::int64_t, std::byte*) {
   const Operand<F> operand;
   const GroupWalk<Grouped<F>::kMinimum> walk(rows.layout);
-  const IntBlock sizes(a, kPlanes, kTokensMax);
+  const std::int64_t per_block = block_tokens(a.m, kTokensMax);
+  const IntBlock sizes(a, kPlanes, per_block);
   const Epilogue epilogue(rows, Grouped<F>::kValueScale);
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
-    for (std::int64_t t = token_begin; t < token_end; t += kTokensMax) {
-      const std::byte* block = a.data + t / kTokensMax * sizes.stride;
+    for (std::int64_t t = token_begin; t < token_end; t += per_block) {
+      const std::byte* block = a.data + t / per_block * sizes.stride;
       const std::int64_t left = token_end - t;
-      const int nt = left < kTokensMax ? static_cast<int>(left) : kTokensMax;
+      const std::int64_t nt = left < per_block ? left : per_block;
       unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
         if (nt == i + 1) {
           tile_int<F, kPlanes, kTokensMax, i + 1>(operand, bytes, walk, block, sizes, epilogue,
@@ -198,15 +199,16 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
               std::int64_t token_end, std::int64_t, std::byte*) {
   const ByteTables& tables = byte_tables<F>();
   const GroupWalk<false> walk(rows.layout);
-  const IntBlock sizes(a, 2, kTokensMax);
+  const std::int64_t per_block = block_tokens(a.m, kTokensMax);
+  const IntBlock sizes(a, 2, per_block);
   // The dot product of the three planes comes out in units of 2^-23 (almost) times 1/256.
   const Epilogue epilogue(rows, static_cast<float>(256.0 / kWideScale));
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
-    for (std::int64_t t = token_begin; t < token_end; t += kTokensMax) {
-      const std::byte* block = a.data + t / kTokensMax * sizes.stride;
+    for (std::int64_t t = token_begin; t < token_end; t += per_block) {
+      const std::byte* block = a.data + t / per_block * sizes.stride;
       const std::int64_t left = token_end - t;
-      const int nt = left < kTokensMax ? static_cast<int>(left) : kTokensMax;
+      const std::int64_t nt = left < per_block ? left : per_block;
       unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
         if (nt == i + 1) {
           tile_wide<F, kTokensMax, i + 1>(tables, bytes, walk, block, sizes, epilogue,
@@ -223,15 +225,16 @@ constexpr int kTokens2 = 4;  // two planes: 8 and 4
 template <Format F, int kPlanes>
 constexpr Path int_path(const char* name, const char* activations) {
   constexpr int kTokens = kPlanes == 1 ? kTokens1 : kTokens2;
-  using Facts = Grouped<F>;
+  constexpr Init2 kInit2 = Grouped<F>::kMinimum ? Init2::kSum : Init2::kNone;
   return {name,
           activations,
           int_activation_bytes<kPlanes, kTokens>,
-          prepare_int < kPlanes,
-          kTokens,
-          Facts::kZero,
-          Facts::kMinimum ? Init2::kSum : Init2::kNone >
-          , no_scratch, run_int<F, kPlanes, kTokens>, 1, kTokens, false};
+          prepare_int<kPlanes, kTokens, Grouped<F>::kZero, kInit2>,
+          no_scratch,
+          run_int<F, kPlanes, kTokens>,
+          1,
+          1,
+          false};
 }
 
 template <Format F>
@@ -243,7 +246,7 @@ constexpr Path wide_path(const char* name) {
           no_scratch,
           run_wide<F, kTokens2>,
           1,
-          kTokens2,
+          1,
           false};
 }
 

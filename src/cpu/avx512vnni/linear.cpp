@@ -5,19 +5,17 @@
 namespace lowbit::cpu {
 
 const Path* select_linear_avx512vnni(const Layout& layout, Precision precision, std::int64_t m) {
-  // From here on expanding a panel costs less than unpacking the codes for every few tokens again.
-  constexpr std::int64_t kPanelFrom = 9;
   const Format format = layout.format;
   precision = resolve_precision(format, precision, m);
-  const bool few = m < kPanelFrom;
   if (!format_info(format).grouped()) {
-    return few ? avx512::decode_f32(format) : avx512::panel_f32(format);
+    constexpr std::int64_t kPanelFrom = 9;
+    return m < kPanelFrom ? avx512::decode_f32(format) : avx512::panel_f32(format);
   }
   if (precision == Precision::kInt8) {
-    return few ? avx512::decode_int8(format) : avx512::panel_int8(format);
+    return m < avx512::kPanelFromOne ? avx512::decode_int8(format) : avx512::panel_int8(format);
   }
   // Without bf16 instructions two int8 planes are the faster way to at least that precision.
-  if (few) return avx512::decode_int8x2(format);
+  if (m < avx512::kPanelFromTwo) return avx512::decode_int8x2(format);
   const Path* planes = avx512::panel_int8x2(format);
   return planes != nullptr ? planes : avx512::panel_f32(format);
 }

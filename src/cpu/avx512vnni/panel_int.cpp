@@ -190,10 +190,12 @@ void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_to
   const Operand<F> operand;
   const Layout& layout = rows.layout;
   const GroupWalk<Grouped<F>::kMinimum> walk(layout);
-  const IntBlock sizes(a, kPlanes, kTokens);
+  // kTokens wherever the driver splits the tokens of a panel: there are at least eight blocks then.
+  const std::int64_t per_block = block_tokens(a.m, kTokens);
+  const IntBlock sizes(a, kPlanes, per_block);
   const Epilogue epilogue(rows, Grouped<F>::kValueScale);
   const Panel panel = make_panel(scratch, layout);
-  const std::int64_t token_blocks = (token_end - token_begin + kTokens - 1) / kTokens;
+  const std::int64_t token_blocks = (token_end - token_begin + per_block - 1) / per_block;
   for (std::int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
     const bool second = tile + 1 < layout.tiles;
     const std::byte* bytes = rows.packed + tile * layout.tile_bytes;
@@ -208,11 +210,11 @@ void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_to
       const std::int64_t steps = token_blocks * layout.groups;
       ahead.lines = static_cast<int>((tiles * layout.tile_bytes / 64 + steps - 1) / steps);
     }
-    for (std::int64_t t = token_begin; t < token_end; t += kTokens) {
-      const std::byte* block = a.data + t / kTokens * sizes.stride;
-      const std::int64_t left = token_end - t;
+    for (std::int64_t t = token_begin; t < token_end; t += per_block) {
+      const std::byte* block = a.data + t / per_block * sizes.stride;
+      const std::int64_t left = token_end - t < per_block ? token_end - t : per_block;
       unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
-        if (left == i + 1 || (i + 1 == kTokens && left > kTokens)) {
+        if (left == i + 1) {
           block_int<kPlanes, Grouped<F>::kMinimum, i + 1>(panel, layout.groups, layout.group_size,
                                                           layout.k_padded, block, sizes, epilogue,
                                                           first_token + t, tile, second, ahead);
@@ -224,15 +226,16 @@ void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_to
 
 template <Format F, int kPlanes>
 constexpr Path panel_path(const char* name, const char* activations) {
-  using Facts = Grouped<F>;
+  constexpr Init2 kInit2 = Grouped<F>::kMinimum ? Init2::kSum : Init2::kNone;
   return {name,
           activations,
           int_activation_bytes<kPlanes, kTokens>,
-          prepare_int < kPlanes,
+          prepare_int<kPlanes, kTokens, Grouped<F>::kZero, kInit2>,
+          scratch_bytes,
+          run_panel<F, kPlanes>,
+          kTiles,
           kTokens,
-          Facts::kZero,
-          Facts::kMinimum ? Init2::kSum : Init2::kNone >
-          , scratch_bytes, run_panel<F, kPlanes>, kTiles, kTokens, true};
+          true};
 }
 
 #define LOWBIT_NAME(kind, format) "avx512vnni." kind ".panel." format

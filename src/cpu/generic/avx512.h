@@ -37,6 +37,13 @@ LOWBIT_INLINE std::int64_t align64(std::int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
+// Tokens per block when m tokens are cut into as few blocks of at most `most` as will do, all but
+// the last equally large: nine tokens are better done as 5 + 4 than as 8 + 1.
+LOWBIT_INLINE std::int64_t block_tokens(std::int64_t m, std::int64_t most) {
+  const std::int64_t blocks = (m + most - 1) / most;
+  return (m + blocks - 1) / blocks;
+}
+
 // Elements i .. i + 15 of which the first `count` exist; the others read as zero.
 LOWBIT_INLINE __m512 load16(const void* data, DType dtype, std::int64_t i, std::int64_t count) {
   const __mmask16 mask = mask16(count);

@@ -25,7 +25,7 @@ enum class Init2 {
 struct IntBlock {
   std::int64_t plane_bytes, meta_bytes, stride;
 
-  LOWBIT_INLINE IntBlock(const Activations& a, int planes, int tokens)
+  LOWBIT_INLINE IntBlock(const Activations& a, std::int64_t planes, std::int64_t tokens)
       : plane_bytes(a.k_padded * tokens),
         meta_bytes(align64(a.groups * tokens * 4)),
         stride(planes * align64(a.k_padded * tokens) + 3 * meta_bytes) {
@@ -35,7 +35,8 @@ struct IntBlock {
 
 template <int kPlanes, int kTokens>
 std::int64_t int_activation_bytes(const Activations& a) {
-  return (a.m + kTokens - 1) / kTokens * IntBlock(a, kPlanes, kTokens).stride;
+  const std::int64_t tokens = block_tokens(a.m, kTokens);
+  return (a.m + tokens - 1) / tokens * IntBlock(a, kPlanes, tokens).stride;
 }
 
 template <int kPlanes, int kTokens, int kZero, Init2 kInit2>
@@ -43,12 +44,14 @@ void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin,
   constexpr float kLevels = kPlanes == 1 ? 127.0f : 127.0f * 256.0f;
   // Below this the reciprocal of the step would overflow; such a group counts as zero.
   constexpr float kTiny = 0x1p-100f;
-  const IntBlock sizes(a, kPlanes, kTokens);
+  const std::int64_t per_block = block_tokens(a.m, kTokens);
+  const IntBlock sizes(a, kPlanes, per_block);
   const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
   for (std::int64_t t = begin; t < end; ++t) {
-    const std::int64_t block = t / kTokens;
-    const std::int64_t nt = a.m - block * kTokens < kTokens ? a.m - block * kTokens : kTokens;
-    const std::int64_t slot = t - block * kTokens;
+    const std::int64_t block = t / per_block;
+    const std::int64_t left = a.m - block * per_block;
+    const std::int64_t nt = left < per_block ? left : per_block;
+    const std::int64_t slot = t - block * per_block;
     std::byte* base = a.data + block * sizes.stride;
     std::byte* meta = base + kPlanes * sizes.plane_bytes;
     float* scales = reinterpret_cast<float*>(meta);
