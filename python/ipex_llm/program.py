@@ -1,4 +1,4 @@
-"""`lowbit`, the program of the C++ core, as the wheel's script. It needs neither torch nor Python."""
+"""`lowbit`, the program of the C++ core, as a wheel's script. It needs no torch."""
 
 from __future__ import annotations
 
