@@ -13,6 +13,7 @@ from .tensor import LowBitTensor
 
 if TYPE_CHECKING:
     from .convert import dequantize, merge_adapters
+    from .fuse import optimization_report
     from .optimize import load_low_bit, low_memory_init, optimize_model
     from .planning import plan
 
@@ -25,6 +26,7 @@ _LAZY = {
     "plan": ".planning",
     "dequantize": ".convert",
     "merge_adapters": ".convert",
+    "optimization_report": ".fuse",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "load_low_bit",
     "low_memory_init",
     "merge_adapters",
+    "optimization_report",
     "optimize_model",
     "plan",
     "set_activation_precision",

@@ -88,7 +88,8 @@ def finish(model: nn.Module, options: Options | dict) -> nn.Module:
     """
     from ipex_llm.optimize import give_methods
 
-    if isinstance(options, dict):
+    loaded = isinstance(options, dict)
+    if loaded:
         options = Options.from_dict(options)
     if options.torch_dtype is not None:
         cast_floats(model, options.torch_dtype)
@@ -99,6 +100,10 @@ def finish(model: nn.Module, options: Options | dict) -> nn.Module:
     for root in dict.fromkeys((model, unwrap(model))):
         give_methods(root)
         root.__dict__[_STATE] = {**options.to_dict(), "complete": True}
+    if loaded and options.optimize_llm and options.low_bit is not None:
+        from ipex_llm.fuse import fuse_later
+
+        fuse_later(model)
     return model
 
 

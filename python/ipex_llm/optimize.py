@@ -34,8 +34,10 @@ def optimize_model(
         low_bit: 'sym_int4', 'asym_int4', 'sym_int5', 'asym_int5', 'sym_int8', 'nf3', 'nf4', 'fp4',
             'fp8', 'fp8_e4m3', 'fp8_e5m2', 'fp16' or 'bf16' ('fp8' is another name of 'fp8_e5m2');
             None packs nothing and applies the other options only.
-        optimize_llm: whether to optimize language models further, beyond their weights. This
-            version has no such step yet: True and False give the same model.
+        optimize_llm: whether to replace decoder blocks, found by their structure, by fused
+            operators with a key/value cache that grows in place. Each is kept only if it agrees
+            with the original (`ipex_llm.optimization_report(model)`); weights and saves do not
+            depend on it.
         modules_to_not_convert: list of modules to leave as they are. An entry names whole segments
             of a dotted name ('lm_head', 'layers.0.mlp') or is a glob ('layers.*.router'), and
             covers everything below; one that matches nothing warns.
@@ -81,7 +83,11 @@ def optimize_model(
 
 
 def _optimize_language_model(model: torch.nn.Module, options: Options) -> None:
-    """Where whole decoder blocks will be replaced by fused operators (`optimize_llm`)."""
+    """Replaces decoder blocks by fused operators, each after proof (`optimize_llm`)."""
+    if options.optimize_llm and options.low_bit is not None:
+        from ipex_llm.fuse import fuse_model
+
+        fuse_model(model)
 
 
 def give_methods(model: torch.nn.Module) -> None:

@@ -1,0 +1,153 @@
+"""optimize_llm: decoder blocks found by their structure, replaced by operators, proved one by one.
+
+observe    how the model calls its modules
+recognise  what a module computes, from the tensors that flow through it
+prove      the fused form against the original
+forward    the class swap, and when a call goes to the original
+cache      keys and values that grow in place
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipex_llm.fuse import forward, prove
+from ipex_llm.fuse.describe import Description
+from ipex_llm.fuse.observe import Unobservable, observe
+from ipex_llm.fuse.recognise import (
+    Unrecognised,
+    find_attention_module,
+    find_block,
+    find_mlp_module,
+    linears,
+)
+from ipex_llm.fuse.report import Report, optimization_report
+from ipex_llm.fuse.trace import converted, record, shadow, undisturbed
+from ipex_llm.tensor import LowBitTensor, swap_class
+
+__all__ = ["Report", "fuse_later", "fuse_model", "optimization_report"]
+
+_REPORT = "_ipex_llm_fusion"
+_log = logging.getLogger(__name__)
+
+
+def fuse_model(model: nn.Module) -> nn.Module:
+    """Replaces what can be proved; never raises for a model that cannot be fused."""
+    report: dict[str, Any] = {"reason": "", "entries": []}
+    model.__dict__[_REPORT] = report
+    try:
+        with torch.inference_mode(False):
+            _fuse(model, report["entries"])
+    except Unobservable as error:
+        report["reason"] = str(error)
+    except Exception as error:
+        # A model may do anything in its forward. It keeps running as it was.
+        _log.debug("fusion gave up", exc_info=True)
+        report["reason"] = f"{type(error).__name__}: {error}"
+    return model
+
+
+def fuse_later(model: nn.Module) -> nn.Module:
+    """Fuses at the first call without gradients."""
+    model.__dict__[forward.PENDING] = True
+    model.__dict__[_REPORT] = {"reason": "done at the first call without gradients", "entries": []}
+    return swap_class(model, forward.FusesAtFirstCall)
+
+
+def _fuse(model: nn.Module, entries: list[dict[str, Any]]) -> None:
+    if not any(isinstance(p, LowBitTensor) for p in model.parameters()):
+        raise Unobservable("no low-bit weights")
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        raise Unobservable("not on the CPU")
+    seen = observe(model)
+    config = model.config.get_text_config()
+    known: list[Description] = []
+    done: list[str] = []
+    for name, module in model.named_modules():
+        if name not in seen or any(name.startswith(d + ".") for d in done):
+            continue
+        if isinstance(module, nn.ModuleList):
+            continue
+        if not _takes_hidden(module, seen[name]):
+            continue
+        entry = {"name": name, "module": type(module).__name__, "fused": "", "reason": ""}
+        try:
+            description, proof = _accept(module, seen[name], config, known)
+        except Unrecognised as error:
+            entry["reason"] = str(error)
+        except Exception as error:
+            _log.debug("fusing %s", name, exc_info=True)
+            entry["reason"] = f"{type(error).__name__}: {error}"
+        else:
+            swap_class(module, forward.Fused)
+            module.__dict__[forward.STATE] = forward.State(description)
+            entry["fused"] = description.parts()
+            entry["agreement"] = proof.agreement
+            entry["error_ratio"] = proof.error_ratio
+            done.append(name)
+        entries.append(entry)
+
+
+def _takes_hidden(module: nn.Module, scenarios) -> bool:
+    try:
+        prove.hidden_name(prove.named(module, scenarios[0][0]))
+    except Unrecognised:
+        return False
+    # Something that runs a list of blocks is a model, not a block.
+    return not any(isinstance(m, nn.ModuleList) and len(m) > 0 for m in module.children())
+
+
+def _accept(module, scenarios, config, known: list[Description]):
+    dtype = _dtype_of(module, scenarios)
+    lengths = {len(steps) for steps in scenarios}
+    if not lengths:
+        raise Unrecognised("never called")
+    # A sibling of a module that was proved: the same description, a short proof.
+    for description in known:
+        copied = Description.from_dict(description.to_dict())
+        try:
+            proof = prove.prove(module, copied, scenarios[:1], config, dtype)
+        except Exception:
+            continue
+        return copied, proof
+    description = _recognise(module, scenarios, config)
+    proof = prove.prove(module, description, scenarios, config, dtype)
+    known.insert(0, description)
+    return description, proof
+
+
+def _recognise(module, scenarios, config) -> Description:
+    with undisturbed():
+        copied = shadow(module)
+        arguments = converted(prove.named(copied, scenarios[0][0]), torch.float32)
+        name = prove.hidden_name(arguments)
+        for key in forward._CACHE & arguments.keys():
+            arguments[key] = prove.fresh_cache(arguments[key], config)
+        x = prove.random_hidden(arguments[name].shape, 7)
+        arguments[name] = x
+        seen = record(copied, (), arguments)
+        prove.count_of(seen.result)
+        if len(linears(seen)) < 2:
+            raise Unrecognised("fewer than two low-bit products")
+        tables = prove.tables_of(arguments)
+        reasons = []
+        for find in (find_block, find_attention_module, find_mlp_module):
+            try:
+                description = find(seen, x) if find is find_mlp_module else find(seen, x, tables)
+            except Unrecognised as error:
+                reasons.append(str(error))
+                continue
+            if seen.attention and arguments[name].shape[1] > 1:
+                call = seen.attention[0]
+                description.causal = call.causal if call.mask is None else None
+            return description
+    raise Unrecognised(reasons[0] if seen.attention else reasons[-1])
+
+
+def _dtype_of(module: nn.Module, scenarios) -> torch.dtype:
+    arguments = prove.named(module, scenarios[0][0])
+    return arguments[prove.hidden_name(arguments)].dtype

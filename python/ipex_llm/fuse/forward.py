@@ -1,0 +1,267 @@
+"""Fused modules at run time: a class swap whose forward runs the operators, or the original.
+
+Whatever a call asks for beyond what was proved goes to the original forward with the same
+arguments, so the worst that can happen is the speed of the unfused model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.utils.hooks import RemovableHandle
+
+from ipex_llm.errors import translate
+from ipex_llm.fuse import cache as caches
+from ipex_llm.fuse.describe import Description, Handle, Unfit
+from ipex_llm.layers import Mixin
+from ipex_llm.ops import _ops, _state
+from ipex_llm.owners import original_class
+
+_blocks = _ops.fused_blocks.default
+_project = _ops.fused_project.default
+_attend = _ops.fused_attend.default
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+STATE = "_lowbit_fused"
+
+# Arguments by the role that transformers' names give them.
+_HIDDEN = frozenset(("hidden_states", "x", "inputs", "input", "hidden_state"))
+_MASK = frozenset(("attention_mask",))
+_CACHE = frozenset(("past_key_values", "past_key_value", "layer_past", "cache"))
+_ROPE = frozenset(("position_embeddings", "rotary_pos_emb"))
+# Without effect on what is computed here: positions are in the rotation tables, and a cache that is
+# there is used.
+_IGNORED = frozenset(("position_ids", "cache_position", "use_cache"))
+
+
+class Call:
+    """The arguments of one call, by role; `refused` names the first that is not understood."""
+
+    __slots__ = ("cos", "hidden", "mask", "past", "refused", "sin")
+
+    def __init__(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
+        self.hidden = self.mask = self.past = self.cos = self.sin = None
+        self.refused: str | None = None
+        if len(args) > len(names):
+            self.refused = "more positional arguments than parameters"
+            return
+        for name, value in zip(names, args, strict=False):
+            self._take(name, value)
+        for name, value in kwargs.items():
+            self._take(name, value)
+        if self.hidden is None:
+            self.refused = self.refused or "no hidden states"
+
+    def _take(self, name: str, value: Any) -> None:
+        if value is None or name in _IGNORED:
+            return
+        if name in _HIDDEN:
+            self.hidden = value
+        elif name in _MASK:
+            self.mask = value
+        elif name in _CACHE:
+            self.past = value
+        elif name in _ROPE:
+            if not isinstance(value, tuple) or len(value) != 2:
+                self.refused = name
+            else:
+                self.cos, self.sin = value
+        elif value is not False:
+            self.refused = name
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional parameters of the module's own forward."""
+    forward = original_class(module).forward
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+class State:
+    """The description of a fused module, and what it is bound to in this process."""
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+        self.required = False  # while proving: a call that is not served is an error
+        self.forget()
+
+    def forget(self) -> None:
+        """Binds anew at the next call."""
+        self.handle: Handle | None = None
+        self.names: tuple[str, ...] = ()
+        self.modules: list[nn.Module] = []
+        self.hook_id = -1
+
+    def __getstate__(self):
+        return self.description.to_dict()
+
+    def __setstate__(self, data):
+        self.__init__(Description.from_dict(data))
+
+    def __deepcopy__(self, memo):
+        return State(Description.from_dict(self.description.to_dict()))
+
+    def ready(self, module: nn.Module) -> bool:
+        """Whether the operators may run in place of the module as it is now."""
+        handle = self.handle
+        if handle is None or not handle.is_current():
+            self.names = parameter_names(module)
+            self.modules = [m for m in module.modules() if m is not module]
+            self.hook_id = -1
+            handle = self.handle = Handle(module, self.description)
+        if handle.number is None:
+            return False
+        # Hooks inside may read or replace what is fused away. Every registration of a hook anywhere
+        # takes a new id, so an unchanged id means that nothing was added since the last look.
+        if self.hook_id != RemovableHandle.next_id:
+            if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+                return False
+            for inner in self.modules:
+                if inner._forward_hooks or inner._forward_pre_hooks:
+                    return False
+            self.hook_id = RemovableHandle.next_id
+        return True
+
+
+class Fused(Mixin):
+    """Mixin of modules whose forward the operators serve."""
+
+    def forward(self, *args, **kwargs):
+        state = self.__dict__.get(STATE)
+        if state is None or self.training or _is_grad_enabled() or _is_compiling():
+            return super().forward(*args, **kwargs)
+        out = run(self, state, args, kwargs)
+        if out is None:
+            if state.required:
+                unfit = state.handle.unfit if state.handle is not None else None
+                raise Unfit(f"a call is not served: {unfit or 'its arguments are unusual'}")
+            return super().forward(*args, **kwargs)
+        return out
+
+    def _apply(self, fn, recurse=True):
+        result = super()._apply(fn, recurse)
+        state = self.__dict__.get(STATE)
+        if state is not None:
+            state.forget()
+        return result
+
+
+def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
+    """What the module's forward returns, or None if the original has to be asked."""
+    if not state.ready(module):
+        return None
+    call = Call(state.names, args, kwargs)
+    x = call.hidden
+    if call.refused is not None or x.dim() != 3 or x.dtype not in _FLOATS or not x.is_cpu:
+        return None
+    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+        return None
+    description = state.description
+    attention = description.attention
+    number = state.handle.number
+    precision = _state.precision
+    try:
+        if attention is None:
+            if call.past is not None or call.mask is not None or call.cos is not None:
+                return None
+            out = _blocks(x, [number], None, None, [], [], 0, None, False, precision)
+        else:
+            out = _run_attention(description, call, number, precision)
+            if out is None:
+                return None
+    except RuntimeError as error:
+        raise translate(error) from None
+    count = description.returns
+    return out if count == 0 else (out, *(None,) * (count - 1))
+
+
+def _run_attention(description: Description, call: Call, number: int, precision: int):
+    a = description.attention
+    x, mask, past = call.hidden, call.mask, call.past
+    batch, tokens, _ = x.shape
+    cos, sin = call.cos, call.sin
+    if a.rope != "none":
+        if cos is None or cos.dim() not in (2, 3) or cos.shape[-2] != tokens:
+            return None
+    else:
+        cos = sin = None
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            return None
+        if mask.dtype is not torch.bool and mask.dtype not in _FLOATS:
+            return None
+        if mask.stride(3) != 1:
+            mask = mask.contiguous()
+    causal = False
+    if mask is None and tokens > 1:
+        if description.causal is None:
+            return None
+        causal = description.causal
+
+    if past is None:
+        if a.layer_idx >= 0 and mask is not None and mask.shape[3] != tokens:
+            return None
+        shape = (batch, a.kv_heads, tokens, a.head_dim)
+        keys = torch.empty(shape, dtype=x.dtype)
+        values = torch.empty(shape, dtype=x.dtype)
+        return _blocks(x, [number], cos, sin, [keys], [values], 0, mask, causal, precision)
+    if a.layer_idx < 0 or not caches.is_cache(past) or getattr(past, "layers", None) is None:
+        return None
+    layer = caches.layer_of(past, a.layer_idx)
+    if layer is not None:
+        room = layer.room(batch, a.kv_heads, tokens, a.head_dim, x.dtype)
+        if room is None:
+            return None
+        key_buffer, value_buffer, held = room
+        if causal and held:
+            return None  # a mask is due here; the original knows what its absence means
+        if mask is not None and mask.shape[3] != held + tokens:
+            return None
+        out = _blocks(
+            x, [number], cos, sin, [key_buffer], [value_buffer], held, mask, causal, precision
+        )
+        layer.advance(tokens)
+        return out
+    if causal and past.get_seq_length(a.layer_idx):
+        return None
+    # Any other cache keeps its own way of storing: it is handed the new keys and values.
+    q, k, v = _project(x, number, cos, sin, precision)
+    keys, values = past.update(k, v, a.layer_idx)
+    if mask is not None and mask.shape[3] != keys.shape[2]:
+        mask = mask[..., : keys.shape[2]]
+    if keys.dtype != x.dtype or values.dtype != x.dtype:
+        keys, values = keys.to(x.dtype), values.to(x.dtype)
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        keys, values = keys.contiguous(), values.contiguous()
+    if causal and keys.shape[2] != tokens:  # room that the cache holds already
+        keys, values = keys[:, :, :tokens], values[:, :, :tokens]
+    return _attend(x, number, q, keys, values, mask, causal, precision)
+
+
+class FusesAtFirstCall(Mixin):
+    """Mixin of a loaded model: it is fused when it is called for the first time.
+
+    Loading stays instant that way. `__call__` rather than `forward`, whose signature transformers
+    reads.
+    """
+
+    def __call__(self, *args, **kwargs):
+        if PENDING in self.__dict__ and not _is_compiling() and not _is_grad_enabled():
+            del self.__dict__[PENDING]
+            from ipex_llm.fuse import fuse_model
+
+            fuse_model(self)
+        return super().__call__(*args, **kwargs)
+
+
+PENDING = "_lowbit_fuse_at_first_call"

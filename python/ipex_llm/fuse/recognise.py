@@ -1,0 +1,570 @@
+"""Finds out what a module computes from the tensors that flow through it.
+
+Names of classes and attributes play no part: which linear made the queries is found by comparing
+numbers. What comes out is a guess, and prove.py decides; so everything here may give up early, and
+nothing needs to be complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ipex_llm.fuse.describe import Attention, Description, Heads, Mlp, Norm
+from ipex_llm.fuse.trace import Attended, Record, Seen
+from ipex_llm.tensor import LowBitTensor
+
+# Relative to the largest value: float32 sums in another order, and products with activations
+# rounded to 15 bits.
+_TOLERANCE = 2e-4
+
+
+class Unrecognised(Exception):
+    """Why a module is left as it is; the text ends up in the report."""
+
+
+def equal(a: torch.Tensor, b: torch.Tensor, tolerance: float = _TOLERANCE) -> bool:
+    if a.shape != b.shape or a.numel() == 0:
+        return False
+    a, b = a.float(), b.float()
+    limit = tolerance * max(float(b.abs().max()), 1e-6)
+    return bool((a - b).abs().max() <= limit)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """One tensor, perhaps under two views, or equal numbers."""
+    if a is b:
+        return True
+    if a.numel() != b.numel() or a.shape[-1] != b.shape[-1]:
+        return False
+    return equal(a.reshape(b.shape), b, 1e-6)
+
+
+def linears(record: Record) -> list[Seen]:
+    return [
+        call
+        for call in record.calls
+        if isinstance(call.module._parameters.get("weight"), LowBitTensor)
+        and len(call.module._parameters["weight"].stored_shape) == 2
+        and call.input.shape[-1] == call.module._parameters["weight"].stored_shape[1]
+        and call.output.shape[-1] == call.module._parameters["weight"].stored_shape[0]
+        and not isinstance(call.module, nn.Embedding)
+    ]
+
+
+# ---- norms ---------------------------------------------------------------------------------------
+
+
+def norm_of(call: Seen, width: int) -> Norm | None:
+    """The norm that a module is, found by trying; None if it is none of them."""
+    module = call.module
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias")
+    for p in (weight, bias):
+        if p is not None and (isinstance(p, LowBitTensor) or tuple(p.shape) != (width,)):
+            return None
+    if any(p is not None for n, p in module._parameters.items() if n not in ("weight", "bias")):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((4, width), generator=generator)
+    # Small rows, where eps decides, a large one, and one far from zero mean.
+    x = x * torch.tensor([[1.0], [1e-3], [50.0], [1.0]]) + torch.tensor([[0.0], [0], [0], [3.0]])
+    x = x.reshape(1, 4, width)
+    try:
+        expected = module(x)
+    except Exception:
+        return None
+    if not isinstance(expected, torch.Tensor) or expected.shape != x.shape:
+        return None
+    guesses = [
+        float(value)
+        for value in module.__dict__.values()
+        if isinstance(value, float) and 0 <= value < 0.1
+    ]
+    for eps in dict.fromkeys((*guesses, 1e-6, 1e-5, 1e-12, 1e-8, torch.finfo(torch.float32).eps)):
+        for kind in ("rms", "layer"):
+            centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+            base = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+            for offset in (0.0, 1.0) if weight is not None else (0.0,):
+                value = base if weight is None else base * (weight + offset)
+                value = value if bias is None else value + bias
+                # Row by row: the large row must not excuse the small one.
+                if all(equal(value[0, i], expected[0, i], 2e-5) for i in range(4)):
+                    return Norm(kind, call.name, eps, offset)
+    return None
+
+
+def find_norm(record: Record, output: torch.Tensor) -> tuple[Norm, torch.Tensor] | None:
+    """The norm whose output `output` is, with its input."""
+    for call in record.calls:
+        if call.is_leaf and call.output.shape[-1] == call.input.shape[-1]:
+            if call.output is output or same(call.output, output):
+                norm = norm_of(call, call.input.shape[-1])
+                if norm is not None:
+                    return norm, call.input
+    return None
+
+
+def find_norm_after(record: Record, source: torch.Tensor) -> tuple[Norm, torch.Tensor] | None:
+    """The norm whose input is `source`, with its output."""
+    for call in record.calls:
+        if call.is_leaf and call.input.shape == source.shape and same(call.input, source):
+            norm = norm_of(call, source.shape[-1])
+            if norm is not None:
+                return norm, call.output
+    return None
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def find_attention(
+    record: Record,
+    source: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[Attention, Seen]:
+    """The attention that reads `source` (perhaps through a norm), and the call of its last linear.
+
+    Row 0 of the probe is at position 0, where a rotation does nothing: there queries and keys can
+    be found in the outputs of the linears as they are.
+    """
+    if len(record.attention) != 1:
+        raise Unrecognised(
+            "attention that is not one call of scaled_dot_product_attention"
+            if not record.attention
+            else f"{len(record.attention)} attention calls"
+        )
+    call = record.attention[0]
+    if call.query.dim() != 4 or call.query.shape[0] != source.shape[0]:
+        raise Unrecognised("attention over other than [batch, heads, tokens, size]")
+    heads, head_dim = call.query.shape[1], call.query.shape[3]
+    if call.value.shape[3] != head_dim or call.key.shape[3] != head_dim:
+        raise Unrecognised("keys and values of different sizes")
+    if call.key.shape[2] != source.shape[1]:
+        raise Unrecognised("attention over something else than its own input")
+
+    groups, norm, _normed = _projections(record, source)
+    outputs = torch.cat([c.output.reshape(*source.shape[:2], -1) for c in groups], dim=-1)
+
+    value = call.value
+    kv_heads = _distinct_heads(value)
+    repeat = value.shape[1] // kv_heads
+    v_at = [_column(outputs, value[0, h * repeat]) for h in range(kv_heads)]
+    if any(at is None for at in v_at):
+        raise Unrecognised("values that are not columns of a projection")
+
+    key_heads = call.key[:, ::repeat] if repeat > 1 else call.key
+    if key_heads.shape[1] != kv_heads:
+        raise Unrecognised("keys and values with different numbers of heads")
+    rope = _Rope(tables)
+    k_norm, k_over, k_at = _heads_of(record, outputs, key_heads, rope)
+    q_norm, q_over, q_at = _heads_of(record, outputs, call.query, rope)
+    if q_over != k_over and "none" not in (q_norm.kind, k_norm.kind):
+        raise Unrecognised("norms of queries and keys over different widths")
+
+    # The last linear: the one that reads the attention's output.
+    mixed = call.output.transpose(1, 2).reshape(*source.shape[:2], heads * head_dim)
+    last = next((c for c in linears(record) if same(c.input, mixed)), None)
+    if last is None:
+        raise Unrecognised("nothing reads the attention's output as it is")
+
+    per_group = heads // kv_heads
+    used = _used(groups, q_at + k_at + v_at, head_dim)
+    q_at, k_at, v_at = (_moved(groups, used, at) for at in (q_at, k_at, v_at))
+    return (
+        Attention(
+            inputs=[c.name for c in used],
+            output=last.name,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            q=_map(q_at, per_group),
+            k=_map(k_at, 1),
+            v=_map(v_at, 1),
+            scale=call.scale,
+            norm=norm,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            norm_over_heads=q_over or k_over,
+            rope=rope.kind,
+            rope_begin=rope.begin,
+            rope_width=rope.width,
+            rope_step=rope.step,
+        ),
+        last,
+    )
+
+
+def _projections(record: Record, source: torch.Tensor) -> tuple[list[Seen], Norm, torch.Tensor]:
+    """The linears that read `source` or a norm of it."""
+    candidates: list[tuple[Norm, torch.Tensor]] = [(Norm(), source)]
+    for call in record.calls:
+        if call.is_leaf and call.input.shape == source.shape and same(call.input, source):
+            norm = norm_of(call, source.shape[-1])
+            if norm is not None:
+                candidates.append((norm, call.output))
+    attention = record.attention[0] if record.attention else None
+    for norm, tensor in candidates:
+        found = [c for c in linears(record) if same(c.input, tensor)]
+        if attention is not None:
+            found = [c for c in found if _feeds(c, attention)]
+        if found:
+            return found, norm, tensor
+    raise Unrecognised("no projection reads the module's input, or a known norm of it")
+
+
+def _feeds(call: Seen, attention: Attended) -> bool:
+    """Whether values, or at position 0 queries or keys, may come from this linear: by its width."""
+    return call.output.dim() == 3 and call.output.shape[-1] >= attention.query.shape[-1]
+
+
+def _distinct_heads(tensor: torch.Tensor) -> int:
+    """Heads that differ: repeated ones (grouped queries expanded) count once."""
+    heads = tensor.shape[1]
+    repeat = 1
+    while repeat < heads and torch.equal(tensor[0, repeat], tensor[0, 0]):
+        repeat += 1
+    return heads // repeat if heads % repeat == 0 else heads
+
+
+def _column(outputs: torch.Tensor, head: torch.Tensor) -> int | None:
+    """Where [tokens, size] appears in [1, tokens, columns]."""
+    tokens, size = head.shape
+    row = outputs[0, :tokens]
+    limit = _TOLERANCE * max(float(head.abs().max()), 1e-6)
+    near = ((row - head[:, :1]).abs() <= limit).all(0).nonzero().flatten().tolist()
+    for at in near:
+        if at + size <= row.shape[1] and bool(
+            ((row[:, at : at + size] - head).abs() <= limit).all()
+        ):
+            return at
+    return None
+
+
+def _heads_of(
+    record: Record, outputs: torch.Tensor, heads: torch.Tensor, rope: _Rope
+) -> tuple[Norm, bool, list[int]]:
+    """norm, whether it is over all heads at once, and the column of every head."""
+    first = heads[0, :, :1]  # [heads, 1, size] at position 0
+    columns = [_column(outputs[:, :1], head) for head in first]
+    if all(c is not None for c in columns):
+        plain = [outputs[0, :, c : c + heads.shape[3]] for c in columns]
+        if rope.fits(torch.stack(plain), heads[0]):
+            return Norm(), False, columns
+    # Through a norm per head, or over all heads.
+    for call in record.calls:
+        if not call.is_leaf or call.input.shape != call.output.shape:
+            continue
+        size = call.input.shape[-1]
+        tokens = outputs.shape[1]
+        if call.input.numel() != heads.numel():
+            continue
+        if size == heads.shape[3]:
+            layouts = [call.output, call.output.transpose(1, 2)] if call.output.dim() == 4 else []
+            sources = [call.input, call.input.transpose(1, 2)] if call.output.dim() == 4 else []
+        elif size == heads.shape[1] * heads.shape[3]:
+            split = (1, tokens, heads.shape[1], heads.shape[3])
+            layouts = [call.output.reshape(split).transpose(1, 2)]
+            sources = [call.input.reshape(split).transpose(1, 2)]
+        else:
+            continue
+        for layout, source in zip(layouts, sources, strict=True):
+            if layout.shape != heads.shape:
+                continue
+            if not equal(layout[0, :, 0], heads[0, :, 0]) or not rope.fits(layout[0], heads[0]):
+                continue
+            norm = norm_of(call, size)
+            columns = [_column(outputs, head) for head in source[0]]
+            if norm is not None and all(c is not None for c in columns):
+                return norm, size != heads.shape[3], columns
+    raise Unrecognised("queries or keys that are not projected, normed and rotated as usual")
+
+
+class _Rope:
+    """The rotation, unknown until the first tensor that is rotated; then it must be the same."""
+
+    def __init__(self, tables) -> None:
+        self.tables = tables
+        self.kind, self.begin, self.width, self.step = "none", 0, 0, 1
+        self.known = False
+
+    def fits(self, before: torch.Tensor, after: torch.Tensor) -> bool:
+        """Whether [heads, tokens, size] becomes `after`."""
+        if self.known:
+            return equal(self._turn(before, self.kind, self.begin, self.width, self.step), after)
+        if equal(before, after):
+            self.known = True
+            return True
+        if self.tables is None:
+            return False
+        cos = self.tables[0]
+        size = before.shape[-1]
+        for width in dict.fromkeys((cos.shape[-1], 2 * cos.shape[-1])):
+            if width > size or width % 2:
+                continue
+            for begin in dict.fromkeys((0, size - width)):
+                for kind, step in (("halves", 1), ("interleaved", 2), ("interleaved", 1)):
+                    if (width // 2 - 1) * step + 1 > cos.shape[-1]:
+                        continue
+                    if equal(self._turn(before, kind, begin, width, step), after):
+                        self.kind, self.begin, self.width, self.step = kind, begin, width, step
+                        self.known = True
+                        return True
+        return False
+
+    def _turn(self, x, kind, begin, width, step) -> torch.Tensor:
+        if kind == "none":
+            return x
+        half = width // 2
+        cos, sin = (t.reshape(-1, t.shape[-1])[-x.shape[1] :, : half * step : step].float()
+                    for t in self.tables)  # fmt: skip
+        part = x[..., begin : begin + width]
+        a, b = (
+            (part[..., :half], part[..., half:])
+            if kind == "halves"
+            else (part[..., 0::2], part[..., 1::2])
+        )
+        c, d = a * cos - b * sin, b * cos + a * sin
+        turned = torch.cat((c, d), -1) if kind == "halves" else torch.stack((c, d), -1).flatten(-2)
+        return torch.cat((x[..., :begin], turned, x[..., begin + width :]), -1)
+
+
+def _spans(groups: list[Seen]) -> list[tuple[int, int, Seen]]:
+    spans, column = [], 0
+    for call in groups:
+        spans.append((column, column + call.output.shape[-1], call))
+        column += call.output.shape[-1]
+    return spans
+
+
+def _used(groups: list[Seen], columns: list[int], size: int) -> list[Seen]:
+    return [
+        call
+        for begin, end, call in _spans(groups)
+        if any(begin <= c and c + size <= end for c in columns)
+    ]
+
+
+def _moved(groups: list[Seen], used: list[Seen], columns: list[int]) -> list[int]:
+    """Columns counted over the used linears only."""
+    starts, position = {}, 0
+    for call in used:
+        starts[id(call)] = position
+        position += call.output.shape[-1]
+    result = []
+    for column in columns:
+        for begin, end, call in _spans(groups):
+            if begin <= column < end:
+                result.append(column - begin + starts[id(call)])
+    return result
+
+
+def _map(columns: list[int], per_group: int) -> Heads:
+    groups = len(columns) // per_group
+    head_stride = columns[1] - columns[0] if per_group > 1 else 0
+    group_stride = columns[per_group] - columns[0] if groups > 1 else 0
+    if group_stride < 0 or head_stride < 0:
+        raise Unrecognised("heads in an unusual order")
+    for i, column in enumerate(columns):
+        group, head = divmod(i, per_group)
+        if column != columns[0] + group * group_stride + head * head_stride:
+            raise Unrecognised("heads at irregular places")
+    return Heads(columns[0], group_stride, head_stride)
+
+
+# ---- MLP -----------------------------------------------------------------------------------------
+
+
+def _relu2(x):
+    return F.relu(x).square()
+
+
+ACTIVATION_FUNCTIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": _relu2,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+def find_mlp(record: Record, source: torch.Tensor, others: Iterable[str] = ()) -> tuple[Mlp, Seen]:
+    """The MLP that reads `source` or a norm of it, and the call of its last linear."""
+    others = set(others)
+    calls = [c for c in linears(record) if c.name not in others]
+    candidates = [(Norm(), source)]
+    for call in record.calls:
+        if call.is_leaf and call.input.shape == source.shape and same(call.input, source):
+            norm = norm_of(call, source.shape[-1])
+            if norm is not None:
+                candidates.append((norm, call.output))
+    reason = "no linear of the MLP reads the module's input, or a known norm of it"
+    for norm, tensor in candidates:
+        first = [c for c in calls if same(c.input, tensor)]
+        if not first:
+            continue
+        for last in calls:
+            if last in first:
+                continue
+            found = _gate_and_up(first, last)
+            if found is None:
+                reason = "an MLP with an unknown activation or gate"
+                continue
+            used, gate, up, activation = found
+            return (
+                Mlp(
+                    inputs=[c.name for c in used],
+                    output=last.name,
+                    width=last.input.shape[-1],
+                    gate=gate,
+                    up=up,
+                    activation=activation,
+                    norm=norm,
+                ),
+                last,
+            )
+    raise Unrecognised(reason)
+
+
+def _gate_and_up(first: list[Seen], last: Seen):
+    """Which of the linears `first` give last.input as act(gate) * up or act(gate)."""
+    inner = last.input.reshape(-1, last.input.shape[-1])
+    width = inner.shape[-1]
+    wide = [c for c in first if c.output.numel() // c.output.shape[-1] == inner.shape[0]]
+    parts = []  # (calls, column, [rows, width])
+    for call in wide:
+        out = call.output.reshape(inner.shape[0], -1)
+        for column in dict.fromkeys((0, out.shape[1] - width)):
+            if column >= 0:
+                parts.append((call, column, out[:, column : column + width]))
+    for name, function in ACTIVATION_FUNCTIONS.items():
+        for call, column, gate in parts:
+            active = function(gate)
+            if call.output.shape[-1] == width and equal(active, inner):
+                return [call], 0, -1, name
+            for other, other_column, up in parts:
+                if (other is call and other_column == column) or not equal(active * up, inner):
+                    continue
+                if other is call:
+                    return [call], column, other_column, name
+                if call.output.shape[-1] != width or other.output.shape[-1] != width:
+                    continue
+                return [call, other], 0, width, name
+    return None
+
+
+# ---- whole modules -------------------------------------------------------------------------------
+
+
+def _factor(total: torch.Tensor, base: torch.Tensor, update: torch.Tensor) -> float | None:
+    """a in total = base + a * update, or None."""
+    difference = (total - base).double().flatten()
+    direction = update.double().flatten()
+    square = float(direction @ direction)
+    if square == 0:
+        return None
+    a = float(direction @ difference) / square
+    if abs(a - 1) < 1e-4:
+        a = 1.0
+    # Relative to what is added: the residual stream may be much larger.
+    limit = 1e-3 * max(float((a * update).abs().max()), 1e-6) + 1e-6 * float(total.abs().max())
+    if float((base + a * update - total).abs().max()) > limit:
+        return None
+    return a
+
+
+def _after(record: Record, update: torch.Tensor) -> list[tuple[Norm, torch.Tensor]]:
+    """The update as it is, and through the norm that reads it."""
+    ways = [(Norm(), update)]
+    found = find_norm_after(record, update)
+    if found is not None:
+        ways.append(found)
+    return ways
+
+
+def find_block(record: Record, x: torch.Tensor, tables) -> Description:
+    """Both halves with their residuals: a decoder block."""
+    out = first_result(record)
+    if out.shape != x.shape:
+        raise Unrecognised("the result has another shape than the hidden states")
+    attention, last = find_attention(record, x, tables)
+    others = {*attention.inputs, attention.output}
+    reason = ""
+    for out_norm, update in _after(record, last.output.reshape(x.shape)):
+        attention.out_norm = out_norm
+        # One after the other: something reads x + a * update.
+        for base, a in _sums(record, x, update):
+            try:
+                mlp, mlp_last = find_mlp(record, base, others)
+            except Unrecognised as error:
+                reason = str(error)
+                continue
+            for mlp_norm, mlp_update in _after(record, mlp_last.output.reshape(x.shape)):
+                b = _factor(out, base, mlp_update)
+                if b is not None:
+                    attention.multiplier, mlp.multiplier, mlp.out_norm = a, b, mlp_norm
+                    return Description(attention, mlp)
+        # Side by side: the MLP reads x, or the norm that the attention reads.
+        try:
+            mlp, mlp_last = find_mlp(record, x, others)
+        except Unrecognised as error:
+            reason = reason or str(error)
+            continue
+        total = update + mlp_last.output.reshape(x.shape)
+        a = _factor(out, x, total)
+        if a is not None:
+            attention.multiplier = mlp.multiplier = a
+            return Description(attention, mlp, parallel=True)
+    raise Unrecognised(reason or "the halves do not add up to the result")
+
+
+def _sums(record: Record, x: torch.Tensor, update: torch.Tensor):
+    """Tensors of the record that are x + a * update, each once."""
+    seen: list[torch.Tensor] = []
+    for call in record.calls:
+        tensor = call.input
+        if tensor.shape != x.shape or any(tensor is s for s in seen) or tensor is x:
+            continue
+        seen.append(tensor)
+        a = _factor(tensor, x, update)
+        if a is not None and a != 0:
+            yield tensor, a
+
+
+def find_attention_module(record: Record, x: torch.Tensor, tables) -> Description:
+    """A module that is attention alone: its result is that of its last linear."""
+    attention, last = find_attention(record, x, tables)
+    out = first_result(record)
+    if not same(out, last.output.reshape(out.shape)):
+        raise Unrecognised("the attention's result is changed after its last linear")
+    attention.residual = False
+    return Description(attention=attention)
+
+
+def find_mlp_module(record: Record, x: torch.Tensor) -> Description:
+    mlp, last = find_mlp(record, x)
+    out = first_result(record)
+    if out.shape != x.shape or record.attention:
+        raise Unrecognised("not an MLP")
+    a = _factor(out, torch.zeros_like(out), last.output.reshape(out.shape))
+    if a is None:
+        raise Unrecognised("the MLP's result is changed after its last linear")
+    mlp.multiplier = a
+    mlp.residual = False
+    return Description(mlp=mlp)
+
+
+def first_result(record: Record) -> torch.Tensor:
+    result = record.result
+    while isinstance(result, (tuple, list)) and result:
+        result = result[0]
+    if not isinstance(result, torch.Tensor):
+        raise Unrecognised("the module returns no tensor")
+    return result

@@ -1,0 +1,199 @@
+"""What flows through a module: a float32 shadow of it, run once with everything recorded.
+
+A shadow shares packed bytes and settings with the module but has its own parameters (in float32),
+hooks and flags, so that a probe changes nothing. Float32 because in bfloat16 a rotation that is off
+by one position hides in the rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ipex_llm.ops import PRECISIONS, _state
+from ipex_llm.tensor import LowBitTensor
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_HOOK_FLAGS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def shadow(module: nn.Module, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    """A copy of the module tree in `dtype` (None: as it is) and in eval mode; bytes are shared."""
+    return _shadow(module, dtype, {})
+
+
+def _shadow(module: nn.Module, dtype: torch.dtype | None, memo: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in memo:
+        return memo[id(module)]
+    copied = module.__class__.__new__(module.__class__)
+    memo[id(module)] = copied
+    copied.__dict__.update(module.__dict__)
+    for name in (*_HOOKS, *_HOOK_FLAGS):
+        if name in copied.__dict__:
+            copied.__dict__[name] = OrderedDict()
+    copied.__dict__["training"] = False
+    copied.__dict__["_parameters"] = {
+        name: None if p is None else _cast(p, dtype) for name, p in module._parameters.items()
+    }
+    copied.__dict__["_buffers"] = {
+        name: None if b is None else _cast(b, dtype) for name, b in module._buffers.items()
+    }
+    copied.__dict__["_modules"] = {
+        name: None if m is None else _shadow(m, dtype, memo) for name, m in module._modules.items()
+    }
+    return copied
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if isinstance(tensor, LowBitTensor):
+        result = tensor._like(tensor.packed, dtype=dtype or tensor.dtype)
+        result._is_param = True
+        return result
+    value = tensor.detach()
+    if dtype is not None and value.is_floating_point():
+        value = value.to(dtype)
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+
+@contextlib.contextmanager
+def undisturbed(precision: str | None = "fp32"):
+    """Inside, no gradients, exact products, and the random state of before comes back after."""
+    rng = torch.get_rng_state()
+    before = _state.precision
+    if precision is not None:
+        _state.precision = PRECISIONS.index(precision)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        _state.precision = before
+        torch.set_rng_state(rng)
+
+
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    """Float tensors inside tuples and dicts in `dtype`; caches and the like stay."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(converted(v, dtype) for v in value)
+    if type(value) is dict:
+        return {k: converted(v, dtype) for k, v in value.items()}
+    return value
+
+
+@dataclass
+class Seen:
+    """One call of a module: its first tensor argument and its first tensor result."""
+
+    name: str
+    module: nn.Module
+    input: torch.Tensor
+    output: torch.Tensor
+    is_leaf: bool
+
+
+@dataclass
+class Attended:
+    """One call of scaled_dot_product_attention."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool
+    scale: float
+    output: torch.Tensor
+
+
+@dataclass
+class Record:
+    calls: list[Seen] = field(default_factory=list)
+    attention: list[Attended] = field(default_factory=list)
+    result: Any = None
+
+    def of(self, name: str) -> list[Seen]:
+        return [call for call in self.calls if call.name == name]
+
+
+class _AttentionMode(TorchFunctionMode):
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self._note(result, *args, **kwargs)
+        return result
+
+    def _note(
+        self,
+        output,
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
+        self.record.attention.append(
+            Attended(query, key, value, attn_mask, is_causal, float(scale), output)
+        )
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, (tuple, list)) and value:
+        return first_tensor(value[0])
+    return None
+
+
+def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Record:
+    """Runs a shadow with its modules and attention calls recorded."""
+    seen = Record()
+    handles = []
+
+    def note(name: str):
+        def hook(inner, inputs, inner_kwargs, output):
+            tensor = first_tensor(inputs)
+            if tensor is None:
+                floats = (first_tensor(v) for v in inner_kwargs.values())
+                tensor = next((t for t in floats if t is not None and t.is_floating_point()), None)
+            result = first_tensor(output)
+            if tensor is not None and result is not None:
+                leaf = not inner._modules
+                seen.calls.append(Seen(name, inner, tensor, result, leaf))
+
+        return hook
+
+    try:
+        for name, inner in module.named_modules():
+            handles.append(inner.register_forward_hook(note(name), with_kwargs=True))
+        with _AttentionMode(seen):
+            seen.result = module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,345 @@
+"""Fused decoder blocks: the same results as the original, or the original itself."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import ipex_llm
+from ipex_llm import fuse
+from ipex_llm.fuse import forward
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 300
+
+
+@pytest.fixture(autouse=True)
+def exact_activations():
+    """`auto` rounds activations to int8 from a few tokens on: an ulp before it becomes 1/127."""
+    with ipex_llm.set_activation_precision("fp32"):
+        yield
+
+
+def build(kind="llama", dtype=torch.float32, layers=2, **more):
+    """A tiny random model whose norms and biases are random too: ones and zeros would hide bugs."""
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": 0,
+        **more,
+    }
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0, 0.3)
+    return model.to(dtype)
+
+
+def pair(*args, low_bit="sym_int4", **kwargs):
+    """The same low-bit model unfused and fused."""
+    plain = ipex_llm.optimize_model(build(*args, **kwargs), low_bit, optimize_llm=False)
+    fused = ipex_llm.optimize_model(build(*args, **kwargs), low_bit)
+    return plain, fused
+
+
+def fused_modules(model):
+    return [m for m in model.modules() if forward.STATE in m.__dict__]
+
+
+def close(a, b, tolerance=2e-3):
+    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+def ids(batch=2, tokens=11, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCABULARY - 1, (batch, tokens), generator=generator)
+
+
+class Calls:
+    """Counts calls that the operators serve and calls that go to the original."""
+
+    def __init__(self, monkeypatch):
+        self.served = self.refused = 0
+        run = forward.run
+
+        def counted(*args):
+            out = run(*args)
+            if out is None:
+                self.refused += 1
+            else:
+                self.served += 1
+            return out
+
+        monkeypatch.setattr(forward, "run", counted)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi3"])
+def test_blocks_of_common_models_are_fused_whole(kind, monkeypatch):
+    plain, fused = pair(kind)
+    report = ipex_llm.optimization_report(fused)
+    assert [entry["fused"] for entry in report.fused] == ["attention and MLP"] * 2, str(report)
+    calls = Calls(monkeypatch)
+    mask = torch.ones((2, 11), dtype=torch.long)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        want = plain(ids(), attention_mask=mask).logits[mask.bool()]
+        have = fused(ids(), attention_mask=mask).logits[mask.bool()]
+    assert close(have, want)
+    assert (calls.served, calls.refused) == (2, 0)
+
+
+@pytest.mark.parametrize("low_bit", ["asym_int4", "nf3", "sym_int8", "fp8", "bf16"])
+def test_every_kind_of_weight(low_bit):
+    plain, fused = pair(low_bit=low_bit)
+    assert len(fused_modules(fused)) == 2
+    with torch.no_grad():
+        assert close(fused(ids()).logits, plain(ids()).logits)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_generate_gives_the_same_tokens(how):
+    plain, fused = pair()
+    batch = 1 if "prompt_lookup_num_tokens" in how else 2
+    prompt = ids(batch)
+    mask = torch.ones_like(prompt)
+    if batch > 1:
+        mask[1, :4] = 0
+    more = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **how}
+    assert torch.equal(plain.generate(prompt, **more), fused.generate(prompt, **more))
+
+
+def test_a_chat_goes_on_with_the_cache_of_before():
+    plain, fused = pair()
+    results = []
+    for model in (plain, fused):
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids(1, 9), past_key_values=cache)
+            copied = copy.deepcopy(cache)
+            cache.crop(-2)
+            first = model(ids(1, 4, seed=1), past_key_values=cache).logits
+            second = model(ids(1, 300, seed=2), past_key_values=copied).logits  # buffers grow
+            third = model(ids(1, 1, seed=3), past_key_values=copied).logits
+            revived = pickle.loads(pickle.dumps(cache))
+            fourth = model(ids(1, 1, seed=4), past_key_values=revived).logits
+        assert (cache.get_seq_length(), copied.get_seq_length()) == (11, 310)
+        results.append((first, second, third, fourth))
+    for want, have in zip(*results, strict=True):
+        assert close(have, want)
+
+
+def test_sliding_windows_longer_than_the_window():
+    plain, fused = pair("mistral", sliding_window=8)
+    assert len(fused_modules(fused)) == 2
+    more = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(plain.generate(ids(), **more), fused.generate(ids(), **more))
+
+
+def test_long_prompts_cross_chunks_and_long_caches_split():
+    plain, fused = pair(layers=1)
+    with torch.no_grad():
+        for model in (plain, fused):
+            model.cache = transformers.DynamicCache(config=model.config)
+        prompt = ids(1, 1100)
+        want = plain(prompt, past_key_values=plain.cache).logits
+        have = fused(prompt, past_key_values=fused.cache).logits
+        assert close(have, want)
+        want = plain(prompt[:, :1], past_key_values=plain.cache).logits
+        have = fused(prompt[:, :1], past_key_values=fused.cache).logits
+        assert close(have, want)
+
+
+def test_bfloat16_is_no_worse_than_the_original():
+    _, fused = pair(dtype=torch.bfloat16)
+    for entry in ipex_llm.optimization_report(fused).fused:
+        assert entry["error_ratio"] <= 1.5
+
+
+# ---- calls that go to the original ---------------------------------------------------------------
+
+
+def test_hooks_inside_a_block_see_and_replace_what_they_always_did(monkeypatch):
+    plain, fused = pair()
+    calls = Calls(monkeypatch)
+    for model in (plain, fused):
+        projection = model.model.layers[0].self_attn.v_proj
+        model.handle = projection.register_forward_hook(lambda m, i, out: out * 2)
+    with torch.no_grad():
+        assert close(fused(ids()).logits, plain(ids()).logits)
+        assert (calls.served, calls.refused) == (1, 1)
+        plain.handle.remove()
+        fused.handle.remove()
+        assert close(fused(ids()).logits, plain(ids()).logits)
+    assert (calls.served, calls.refused) == (3, 1)
+
+
+def test_gradients_hidden_states_and_attentions(monkeypatch):
+    plain, fused = pair()
+    embeds = torch.randn(1, 5, 64)
+    grads = []
+    for model in (plain, fused):
+        x = embeds.clone().requires_grad_()
+        model(inputs_embeds=x).logits.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+    with torch.no_grad():
+        want, have = (m(ids(), output_hidden_states=True) for m in (plain, fused))
+        assert len(have.hidden_states) == len(want.hidden_states) == 3
+        for a, b in zip(have.hidden_states, want.hidden_states, strict=True):
+            assert close(a, b)
+    for model in (plain, fused):
+        model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want, have = (m(ids(), output_attentions=True) for m in (plain, fused))
+    for a, b in zip(have.attentions, want.attentions, strict=True):
+        assert close(a, b)
+
+
+def test_a_replaced_projection_is_used():
+    plain, fused = pair()
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        model.model.layers[1].mlp.up_proj = nn.Linear(64, 160, bias=False)
+    with torch.no_grad():
+        assert close(fused(ids()).logits, plain(ids()).logits)
+        for model in (plain, fused):
+            model.model.layers[0].input_layernorm.weight.data = torch.full((64,), 0.5)
+        assert close(fused(ids()).logits, plain(ids()).logits)
+        for model in (plain, fused):
+            model.model.layers[0].input_layernorm.weight.mul_(3)
+        assert close(fused(ids()).logits, plain(ids()).logits)
+
+
+# ---- what must not change ------------------------------------------------------------------------
+
+
+def test_names_copies_pickles_and_dtypes():
+    plain, fused = pair()
+    block, original = fused.model.layers[0], plain.model.layers[0]
+    for name in ("__name__", "__qualname__", "__module__"):
+        assert getattr(type(block), name) == getattr(type(original), name)
+    assert isinstance(block, type(original))
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        want = fused(ids()).logits
+        for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            assert len(fused_modules(twin)) == 2
+            assert torch.equal(twin(ids()).logits, want)
+        twin.to(torch.bfloat16)
+        assert close(twin(ids()).logits.float(), want, 0.1)
+        assert torch.equal(fused(ids()).logits, want)
+
+
+def test_saves_do_not_depend_on_fusion(tmp_path):
+    plain, fused = pair()
+    for name, model in (("plain", plain), ("fused", fused)):
+        model.save_low_bit(tmp_path / name)
+    files = [
+        {p.name: p.read_bytes() for p in (tmp_path / name).glob("*.safetensors")}
+        for name in ("plain", "fused")
+    ]
+    assert files[0] == files[1]
+    loaded = ipex_llm.load_low_bit(build(), tmp_path / "fused")
+    assert fused_modules(loaded) == []
+    with torch.no_grad():
+        assert close(loaded(ids()).logits, plain(ids()).logits)
+    assert len(fused_modules(loaded)) == 2
+    unfused = ipex_llm.load_low_bit(build(), tmp_path / "plain")
+    with torch.no_grad():
+        unfused(ids())
+    assert fused_modules(unfused) == []
+
+
+def test_optimize_llm_false_leaves_every_module():
+    plain, _ = pair()
+    assert fused_modules(plain) == []
+    assert "not looked" in str(ipex_llm.optimization_report(plain))
+
+
+def test_probes_leave_no_state_behind():
+    model = build().train()
+    before = torch.get_rng_state()
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    ipex_llm.optimize_model(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# ---- models that cannot be fused -----------------------------------------------------------------
+
+
+def test_a_block_that_raises_is_left_and_reported():
+    model = build()
+
+    class Refuses(type(model.model.layers[1])):
+        def forward(self, hidden_states, *args, **kwargs):
+            if hidden_states.abs().max() > 20:
+                raise ValueError("too large for me")
+            return super().forward(hidden_states, *args, **kwargs)
+
+    model.model.layers[1].__class__ = Refuses
+    ipex_llm.optimize_model(model)
+    report = ipex_llm.optimization_report(model)
+    reasons = {e["name"]: e["reason"] for e in report.left}
+    assert "too large for me" in reasons["model.layers.1"]
+    assert any(e["name"] == "model.layers.0" for e in report.fused)
+    with torch.no_grad():
+        assert model(ids()).logits.isfinite().all()
+
+
+def test_a_model_that_is_not_a_language_model():
+    model = ipex_llm.optimize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    assert "not a transformers model" in str(ipex_llm.optimization_report(model))
+
+
+def test_a_block_with_one_thing_different_is_not_fused_wrongly():
+    """Each of these changes what the block computes in a way that a description cannot hold."""
+
+    def clamp(block):
+        forward_of = type(block).forward
+
+        class Clamped(type(block)):
+            def forward(self, *args, **kwargs):
+                return forward_of(self, *args, **kwargs).clamp(-2, 2)
+
+        block.__class__ = Clamped
+
+    model = build()
+    clamp(model.model.layers[0])
+    ipex_llm.optimize_model(model)
+    plain = build()
+    clamp(plain.model.layers[0])
+    ipex_llm.optimize_model(plain, optimize_llm=False)
+    assert forward.STATE not in model.model.layers[0].__dict__
+    with torch.no_grad():
+        assert close(model(ids()).logits, plain(ids()).logits)
+
+
+def test_the_report_reads_well():
+    _, fused = pair(layers=3)
+    text = str(fuse.optimization_report(fused))
+    assert text.splitlines()[0] == "optimize_llm: 3 modules fused"
+    assert "model.layers.0 ... (3) (LlamaDecoderLayer): attention and MLP" in text
