@@ -61,9 +61,12 @@ void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin,
     for (std::int64_t g = 0; g < a.groups; ++g) {
       const std::int64_t k0 = g * a.group;
       const std::int64_t k1 = k0 + a.group < a.k_padded ? k0 + a.group : a.k_padded;
+      alignas(64) float held[256];  // the largest group
       __m512i largest = _mm512_setzero_si512();
       for (std::int64_t k = k0; k < k1; k += 16) {
-        const __m512i bits = _mm512_castps_si512(load16(tokens.x, tokens.dtype, row + k, a.k - k));
+        const __m512 x = load16(tokens.x, tokens.dtype, row + k, a.k - k);
+        _mm512_store_ps(held + (k - k0), x);
+        const __m512i bits = _mm512_castps_si512(x);
         largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude_bits));
       }
       const std::uint32_t top = _mm512_reduce_max_epu32(largest);
@@ -76,7 +79,7 @@ void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin,
       const __mmask16 keep = zero ? 0 : 0xffff;
       __m512i sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
       for (std::int64_t k = k0; k < k1; k += 16) {
-        const __m512 x = load16(tokens.x, tokens.dtype, row + k, a.k - k);
+        const __m512 x = _mm512_load_ps(held + (k - k0));
         const __m512i q = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(x, inverse));
         __m512i part[2];
         if constexpr (kPlanes == 1) {

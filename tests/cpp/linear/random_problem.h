@@ -248,17 +248,19 @@ inline double error_bound(const std::vector<double>& x, const Weights& w, const 
   double bound = (static_cast<double>(k) / 2 + 32) * unit24 * size;
   // Half a step of the activations' grid, absmax / 32512; and 2^-23 for the step's own rounding.
   const double fp32 = activation * (0.5 / 32512 + 2 * unit24) + codebook * 4 * unit24;
+  // Both factors rounded to 8 bits: 2^-8 each, and their product's 2^-16.
+  const double bf16 = size * (std::ldexp(1.0, -7) + std::ldexp(1.0, -16));
   const bool table = info.format == Format::kNf3 || info.format == Format::kNf4;
   switch (precision) {
     case Precision::kAuto:
     case Precision::kInt8:
-      bound += std::max(activation * 0.5 / 127 * (1 + 8 * unit24) +
-                            (table ? codebook * 0.5 / 127 * (1 + 1.0 / 127) : 0.0),
-                        size * std::ldexp(1.0, -7));
+      // The float formats have no int8 kernels: bf16 is what int8 means for them.
+      bound += info.grouped() ? activation * 0.5 / 127 * (1 + 8 * unit24) +
+                                    (table ? codebook * 0.5 / 127 * (1 + 1.0 / 127) : 0.0)
+                              : std::max(bf16, fp32);
       break;
     case Precision::kBf16:
-      // Both factors rounded to 8 bits: 2^-8 each, and their product's 2^-16.
-      bound += size * (std::ldexp(1.0, -7) + std::ldexp(1.0, -16)) + fp32;
+      bound += std::max(bf16, fp32);  // a kernel may be as precise as fp32 instead
       break;
     case Precision::kFp32:
       bound += fp32;
