@@ -731,17 +731,19 @@ def _fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     if (mutates and args and _contains_lowbit(args[0])) or _contains_lowbit(kwargs.get("out")):
         raise RuntimeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
 
-    copies: list[Tensor] = []
+    copies: list[tuple[Tensor, int]] = []
 
     def dense(w: LowBitTensor) -> Tensor:
         with torch.inference_mode(False):  # an inference tensor counts no versions
-            copies.append(w.dequantize())
-        return copies[-1]
+            copy = w.dequantize()
+        # Not 0 where the plain-torch path has filled it piece by piece.
+        copies.append((copy, copy._version))
+        return copy
 
     args, kwargs = tree_map_only(LowBitTensor, dense, (args, kwargs))
     out = func(*args, **kwargs)
     # Names do not say everything (relu(w, inplace=True)); the version counter does.
-    if not _is_compiling() and any(copy._version for copy in copies):
+    if not _is_compiling() and any(copy._version != made for copy, made in copies):
         raise RuntimeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
     return out
 
