@@ -299,7 +299,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
 }
 
 // linear() by a named path and launch shape: what benchmarks sweep and tests force.
-// variant = {path, ...}: qmv tiles_per_warp, warps_n, warps_k, splits, early; qmm tokens, splits, early.
+// variant = {path, ...}: qmv tiles_per_warp, warps_n, warps_k, splits, early; qmm rows, tokens,
+// splits, early.
 Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                       std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
                       std::int64_t exponent, const std::vector<std::int64_t>& variant) {
@@ -311,15 +312,16 @@ Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional
   const auto path = static_cast<cuda::Path>(variant[0]);
   const auto field = [&](std::size_t i) { return static_cast<int>(variant.at(i)); };
   if (path == cuda::Path::kQmv || path == cuda::Path::kQmm) {
-    LOWBIT_CHECK(variant.size() == (path == cuda::Path::kQmv ? 6u : 4u), ErrorCode::kValue,
-                 "linear_variant: qmv takes 6 numbers, qmm 4, got ", variant.size());
+    LOWBIT_CHECK(variant.size() == (path == cuda::Path::kQmv ? 6u : 5u), ErrorCode::kValue,
+                 "linear_variant: qmv takes 6 numbers, qmm 5, got ", variant.size());
     Tensor out = empty_out(call);
     const cuda::FusedArgs args = fused_args(call, out);
     check_launch("linear_variant",
                  path == cuda::Path::kQmv
                      ? cuda::qmv(args, {field(1), field(2), field(3), field(4), field(5) != 0},
                                  call.stream)
-                     : cuda::qmm(args, {field(1), field(2), field(3) != 0}, call.stream));
+                     : cuda::qmm(args, {field(1), field(2), field(3), field(4) != 0},
+                                 call.stream));
     return out;
   }
   return through_cublas(call, path);
@@ -343,7 +345,7 @@ std::string linear_choice(const Tensor& x, const Tensor& packed, std::int64_t n,
     text << ' ' << choice.qmv.tiles_per_warp << ' ' << choice.qmv.warps_n << ' '
          << choice.qmv.warps_k << ' ' << choice.qmv.splits;
   } else if (choice.path == cuda::Path::kQmm) {
-    text << ' ' << choice.qmm.tokens << ' ' << choice.qmm.splits;
+    text << ' ' << choice.qmm.rows << ' ' << choice.qmm.tokens << ' ' << choice.qmm.splits;
   }
   text << ": " << choice.reason;
   return text.str();

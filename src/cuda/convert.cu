@@ -279,15 +279,10 @@ template <>
 __device__ __nv_bfloat16 to_out<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
+// Through fp32, as the reference defines it.
 template <typename Out>
 __device__ Out to_out(double value) {
-  if constexpr (sizeof(Out) == 4) {
-    return static_cast<float>(value);
-  } else if constexpr (std::is_same_v<Out, __half>) {
-    return __double2half(value);
-  } else {
-    return __double2bfloat16(value);
-  }
+  return to_out<Out>(static_cast<float>(value));
 }
 
 // The value of a code before its scale; exact in fp32 for every format. `table`: shared memory.
@@ -348,10 +343,12 @@ __global__ void __launch_bounds__(kDequantWarps * 32)
   const int blocks = (geometry.k_padded + kBlockInputs - 1) / kBlockInputs;
   const std::int64_t tiles = (rows + 15) / 16;
   const float zero = 8388608.0f + zero_point(geometry.format);
-  for (std::int64_t item = std::int64_t{blockIdx.x} * kDequantWarps + warp; item < tiles * blocks;
-       item += std::int64_t{gridDim.x} * kDequantWarps) {
-    const std::int64_t tile = item / blocks;
-    const int b = static_cast<int>(item - tile * blocks);
+  const int group_shift = geometry.group_size ? 31 - __clz(geometry.group_size) : 0;
+  const auto items = static_cast<std::uint32_t>(tiles * blocks);  // 1024 weights each
+  for (std::uint32_t item = blockIdx.x * kDequantWarps + warp; item < items;
+       item += gridDim.x * kDequantWarps) {
+    const std::int64_t tile = item / static_cast<std::uint32_t>(blocks);
+    const int b = static_cast<int>(item % static_cast<std::uint32_t>(blocks));
     const std::uint8_t* base = packed + (first_tile + tile) * geometry.tile_bytes;
     const std::uint8_t* block = base + block_offset(geometry, b);
     const bool whole = block_steps(geometry, b) == 4;
@@ -382,8 +379,8 @@ __global__ void __launch_bounds__(kDequantWarps * 32)
       for (int upper = 0; upper < 2; ++upper) {
         const int row = lane / 4 + 8 * upper;
         if (geometry.group_size) {
-          const int group = min((b * kBlockInputs + part * 32) / geometry.group_size,
-                                geometry.groups - 1);
+          const int group =
+              min((b * kBlockInputs + part * 32) >> group_shift, geometry.groups - 1);
           scale[part][upper] = half_at(base + device_scale(geometry, group, row, 0)) * factor;
           minimum[part][upper] =
               geometry.group_scale_bytes == 64
@@ -512,7 +509,9 @@ int dequantize_kind(const DequantizeArgs& args, Stream stream) {
   const std::int64_t blocks = (args.geometry.k_padded + kBlockInputs - 1) / kBlockInputs;
   const std::int64_t items = (args.rows + 15) / 16 * blocks;
   const std::int64_t grid = (items + kDequantWarps - 1) / kDequantWarps;
-  const unsigned launch = static_cast<unsigned>(grid > kMostBlocks ? kMostBlocks : grid);
+  // About 16 thread blocks on each of 132 SMs: starting one per few blocks of weights took longer
+  // than the copying (76 us instead of 50 for 14336 x 4096).
+  const unsigned launch = static_cast<unsigned>(grid > 2112 ? 2112 : grid);
   const auto* packed = static_cast<const std::uint8_t*>(args.packed);
   auto* out = static_cast<Out*>(args.out);
   const bool vectors = reinterpret_cast<std::uintptr_t>(args.out) % 16 == 0 &&

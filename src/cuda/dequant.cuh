@@ -16,31 +16,22 @@
 #include "cuda/codebooks.cuh"
 #include "cuda/device_layout.h"
 #include "cuda/ptx.cuh"
+#include "cuda/qmv_shape.h"
 
 namespace lowbit::cuda {
 
 constexpr int kLanes = 32;
 
-LOWBIT_HD constexpr bool is_table(Kind kind) {
-  return kind == Kind::kLut4 || kind == Kind::kLut3;
-}
-LOWBIT_HD constexpr bool has_row_scale(Kind kind) {
-  return kind == Kind::kE4M3 || kind == Kind::kE5M2;
-}
-LOWBIT_HD constexpr int table_bytes(Kind kind) {
-  return kind == Kind::kLut4 ? 256 * kLanes * 4 : kind == Kind::kLut3 ? 64 * kLanes * 4 : 0;
-}
-
 // Two 16-bit floats {low, high} of the type the tensor core takes.
 template <bool kBf16>
 __device__ __forceinline__ std::uint32_t float_pair(float low, float high) {
+  std::uint32_t d;
   if constexpr (kBf16) {
-    return static_cast<std::uint32_t>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16 |
-           __bfloat16_as_ushort(__float2bfloat16_rn(low));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   } else {
-    return static_cast<std::uint32_t>(__half_as_ushort(__float2half_rn(high))) << 16 |
-           __half_as_ushort(__float2half_rn(low));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   }
+  return d;
 }
 
 // Fills the table of pairs; all threads of the block take part, a barrier must follow.
@@ -49,10 +40,13 @@ __device__ void fill_table(std::uint8_t* table, Format format, int threads) {
   if constexpr (is_table(kKind)) {
     constexpr int kBits = kind_bits(kKind);
     constexpr int kEntries = 1 << (2 * kBits);
+    constexpr int kCodes = 1 << kBits;
     const int lane = threadIdx.x % kLanes;
+    // One lane per code, then the entries by shuffles: looking a codebook up per entry took 40 us.
+    const float mine = codebook_entry(format, lane % kCodes);
     for (int entry = threadIdx.x / kLanes; entry < kEntries; entry += threads / kLanes) {
-      const float low = codebook_entry(format, entry & ((1 << kBits) - 1));
-      const float high = codebook_entry(format, entry >> kBits);
+      const float low = __shfl_sync(0xffffffffu, mine, entry % kCodes);
+      const float high = __shfl_sync(0xffffffffu, mine, entry / kCodes);
       reinterpret_cast<std::uint32_t*>(table)[entry * kLanes + lane] =
           float_pair<kBf16>(low, high);
     }

@@ -70,7 +70,8 @@ inline constexpr int kQmvTokens = 32;
 int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream);
 
 struct QmmShape {
-  int tokens;  // token tile: 32, 64, 128 or 256
+  int rows;    // outputs of a thread block: 128 or 256
+  int tokens;  // its token tile: 32, 64, 128; with 128 outputs also 256
   int splits;  // as above
   bool early;
 };

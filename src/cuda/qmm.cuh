@@ -1,11 +1,15 @@
 // Medium batches on sm_90: out[m][n] = sum_k x[m][k] W[n][k] with wgmma, weights dequantized on
 // the way from shared memory to the registers of the A operand, activations as B in shared memory.
 //
-// A thread block multiplies 128 outputs x kTokens tokens: two warpgroups of 64 outputs, a row tile of
-// 16 per warp. Each step takes 64 inputs. All copies are cp.async, kStages deep; a warp copies the
-// codes and scales of its own row tile, all threads together the activations (swizzled by hand to
-// what the tensor core reads). While the tensor core multiplies one step, the warps dequantize the
-// next into the other half of their A registers.
+// A thread block multiplies 128 or 256 outputs x kTokens tokens: two or four warpgroups of 64 outputs,
+// a row tile of 16 per warp. Each step takes 64 inputs, kStages of them in flight; a warp copies the codes and
+// scales of its own row tile with cp.async, one thread the activations through a tensor map (rows past
+// M read as zeros). While the tensor core multiplies one step, the warps dequantize the next into the
+// other half of their A registers. The warpgroups are coupled only through the activations' stages,
+// and may drift apart by a step, so that one uses the tensor cores while the other prepares.
+//
+// (Activations by cp.async need a proxy fence at every step, which compiles to a MEMBAR that waits for
+// all copies in flight: 800 ns per step. Copies by the tensor map need none.)
 //
 // Weights are multiplied by their scales before the product and rounded once to the dtype of x, as
 // a dequantized weight would be: for bf16, whose 8 bits cannot hold an fp16 scale, by two factors
@@ -14,6 +18,8 @@
 //
 // Thread blocks of a cluster along K are summed in order through distributed shared memory.
 #pragma once
+
+#include <cuda.h>
 
 #include "cuda/qmv.cuh"
 #include "cuda/wgmma.cuh"
@@ -38,17 +44,20 @@ struct QmmParams {
   bool minima, half_groups;
 };
 
-constexpr int kQmmThreads = 256;
-constexpr int kQmmTiles = 8;  // row tiles of a thread block
-LOWBIT_HD constexpr int qmm_stages(int tokens) { return tokens == 256 ? 5 : 8; }
+// Stages that fit beside the table of pairs (32 KB) with 8-bit codes, at most 8.
+LOWBIT_HD constexpr int qmm_stages(Kind kind, int tokens, int tiles) {
+  const int stage = tokens * 128 + tiles * (2 * kBlockInputs * kind_bits(kind) + 128);
+  const int stages = (226 * 1024 - 2048 - table_bytes(kind)) / stage;
+  return stages > 8 ? 8 : stages;
+}
 // Floats between the tokens of the block's sums: lanes of one store fall into different banks.
-constexpr int kQmmRun = kQmmTiles * 16 + 4;
+LOWBIT_HD constexpr int qmm_run(int tiles) { return tiles * 16 + 4; }
 
-LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, int tokens, int scale_bytes) {
-  const int ring = qmm_stages(tokens) *
-                   (tokens * 128 + kQmmTiles * (2 * kBlockInputs * kind_bits(kind) + scale_bytes));
-  const int sums = tokens * kQmmRun * 4;
-  return 1024 + table_bytes(kind) + (ring > sums ? ring : sums);
+LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, int tokens, int tiles, int scale_bytes) {
+  const int ring = qmm_stages(kind, tokens, tiles) *
+                   (tokens * 128 + tiles * (2 * kBlockInputs * kind_bits(kind) + scale_bytes));
+  const int sums = tokens * qmm_run(tiles) * 4;
+  return 1024 + table_bytes(kind) + 128 + (ring > sums ? ring : sums);
 }
 
 // A group's scale (and minimum) of one row, ready to multiply pairs of weights.
@@ -63,9 +72,9 @@ struct PairScale {
         scale = s;
         minimum = m;
       } else {
-        const float upper = __bfloat162float(__float2bfloat16_rn(s));
-        high = float_pair<true>(upper, upper);
-        low = float_pair<true>(s - upper, s - upper);
+        high = float_pair<true>(s, s);
+        const float rest = s - __uint_as_float(high & 0xffff0000u);
+        low = float_pair<true>(rest, rest);
       }
     } else {
       high = float_pair<false>(s, s);
@@ -80,20 +89,20 @@ struct PairScale {
     } else if constexpr (kMinima) {
       const float first = fmaf(__uint_as_float(pair << 16), scale, minimum);
       const float second = fmaf(__uint_as_float(pair & 0xffff0000u), scale, minimum);
-      std::uint32_t d;
-      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(second), "f"(first));
-      return d;
+      return float_pair<true>(first, second);
     } else {
       return fma_pair<true>(pair, high, fma_pair<true>(pair, low, 0x80008000u));
     }
   }
 };
 
-template <Kind kKind, bool kBf16, int kTokens>
-__global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
-    qmm_kernel(const __grid_constant__ QmmParams p) {
+// kPlain: neither minima nor groups of 32.
+template <Kind kKind, bool kBf16, int kTokens, int kTiles, bool kPlain>
+__global__ void __launch_bounds__(kTiles * kLanes, kTokens <= 64 && kTiles == 8 ? 2 : 1)
+    qmm_kernel(const __grid_constant__ QmmParams p, const __grid_constant__ CUtensorMap x_map) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);
-  constexpr int kStages = qmm_stages(kTokens);
+  constexpr int kStages = qmm_stages(kKind, kTokens, kTiles);
+  constexpr int kThreads = kTiles * kLanes;
   constexpr int kActBytes = kTokens * 128;
   extern __shared__ __align__(1024) std::uint8_t smem_raw[];
   // The swizzle works on absolute addresses: the activations start at a multiple of 1024.
@@ -105,14 +114,17 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
   std::uint8_t* const ring = acts + kStages * kActBytes + warp * (kStages * slot_bytes);
   // The table is last, but sums of the epilogue may overlap it: it is not needed by then.
   std::uint8_t* const table_base =
-      acts + kStages * (kActBytes + kQmmTiles * slot_bytes);
+      acts + kStages * (kActBytes + kTiles * slot_bytes);
+  const std::uint32_t barriers = shared_address(table_base) + table_bytes(kKind);
+  const auto full = [&](int stage) { return barriers + stage * 8; };
+  const auto empty = [&](int stage) { return barriers + (kStages + stage) * 8; };
   const std::uint32_t acts_at = shared_address(acts);
   const std::uint32_t ring_at = shared_address(ring);
 
   const int split = blockIdx.x;
   const int first_token = blockIdx.y * kTokens;
   const int row_group = blockIdx.z;
-  const int tile = min(row_group * kQmmTiles + warp, p.tiles - 1);
+  const int tile = min(row_group * kTiles + warp, p.tiles - 1);
   const int kb_begin = p.blocks * split / p.splits;
   const int steps = p.blocks * (split + 1) / p.splits - kb_begin;
 
@@ -120,10 +132,12 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
   const std::uint64_t policy = evict_first_policy();
   const std::uint8_t* const tile_base = p.w + tile * p.tile_bytes + lane * 16;
 
-  const auto issue_weights = [&](int step) {
-    const int kb = kb_begin + step;
-    const std::uint32_t to = ring_at + step % kStages * slot_bytes + lane * 16;
-    const std::uint8_t* from = tile_base + p.codes_at + static_cast<std::int64_t>(kb) * kBlockBytes;
+  const std::uint8_t* const codes_base =
+      tile_base + p.codes_at + static_cast<std::int64_t>(kb_begin) * kBlockBytes;
+  const std::uint8_t* const scales_base = tile_base + p.scales_at;
+  const auto issue_weights = [&](int step, int stage) {
+    const std::uint32_t to = ring_at + stage * slot_bytes + lane * 16;
+    const std::uint8_t* from = codes_base + step * kBlockBytes;
 #pragma unroll
     for (int at = 0; at < kBlockBytes; at += 512) {
       if (at + 512 <= kBlockBytes || lane * 16 + at < kBlockBytes) {
@@ -132,38 +146,35 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
     }
     if constexpr (!has_row_scale(kKind)) {
       if (lane * 16 < p.scale_bytes) {
-        const int group = kb * kBlockInputs >> p.group_shift;
-        cp_async_weights(to + kBlockBytes, tile_base + p.scales_at + group * p.group_bytes, policy);
+        const int group = (kb_begin + step) * kBlockInputs >> p.group_shift;
+        cp_async_weights(to + kBlockBytes, scales_base + group * p.group_bytes, policy);
       }
     }
   };
-  const int act_row = threadIdx.x / 8;
-  const int act_chunk = threadIdx.x % 8;
-  const std::uint8_t* const act_from =
-      p.x + (first_token + act_row) * p.x_stride_bytes + act_chunk * 16;
-  const std::uint32_t act_to =
-      acts_at + act_row * 128 + ((act_chunk ^ (act_row & 7)) << 4);
-  const auto issue_activations = [&](int step) {
-    const std::uint32_t to = act_to + step % kStages * kActBytes;
-    const std::uint8_t* from = act_from + (kb_begin + step) * 128;
-#pragma unroll
-    for (int i = 0; i < kTokens / 32; ++i) {
-      const bool valid = first_token + act_row + 32 * i < p.m;
-      cp_async_or_zero(to + i * 4096, valid ? from + i * 32 * p.x_stride_bytes : p.x, valid);
-    }
+  const auto issue_activations = [&](int step, int stage) {
+    barrier_expect(full(stage), kActBytes);
+    tensor_load(acts_at + stage * kActBytes, &x_map, (kb_begin + step) * kBlockInputs, first_token,
+                full(stage));
   };
 
-  // ---- fill the pipeline
-#pragma unroll
+  // ---- fill the pipeline: weights do not depend on the previous kernel, activations do
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < steps) issue_weights(i);
+    if (i < steps) issue_weights(i, i);
+    cp_async_commit();
   }
-  fill_table<kKind, kBf16>(table_base, p.format, kQmmThreads);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), kTiles);
+    }
+    barrier_init_fence();
+  }
+  fill_table<kKind, kBf16>(table_base, p.format, kThreads);
+  __syncthreads();
   wait_for_previous_kernel();
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < steps) issue_activations(i);
-    cp_async_commit();  // the first group also holds all the weights
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages - 2 && i < steps; ++i) issue_activations(i, i);
   }
   const std::uint8_t* const table = table_base + lane * 4;
 
@@ -172,8 +183,8 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
   for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0;
 
   // The A operand of a step from the warp's own codes in shared memory.
-  const auto dequantize_step = [&](int step, std::uint32_t (&a)[16]) {
-    const std::uint8_t* unit = ring + step % kStages * slot_bytes;
+  const auto dequantize_stage = [&](int stage, std::uint32_t (&a)[16]) {
+    const std::uint8_t* unit = ring + stage * slot_bytes;
     LaneCodes<kKind> codes;
     codes.load(unit, lane);
     if constexpr (has_row_scale(kKind)) {
@@ -181,56 +192,69 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
       for (int c = 0; c < 16; ++c) a[c] = codes.template pair<kBf16>(c, p.zero_pair, table);
     } else {
       const auto* scales = reinterpret_cast<const __half2*>(unit + kBlockBytes);
-      const int words = p.minima ? 2 : 1;
-      const int second = p.half_groups ? 8 * words : 0;  // groups of 32: two scales per step
+      const bool with_minima = !kPlain && p.minima;
+      const int words = with_minima ? 2 : 1;
       PairScale<kBf16> scale[2];                         // rows g, g + 8
       const auto load_scales = [&](int from) {
         const float2 s = __half22float2(scales[from + lane / 4 * words]);
         float2 m = {0, 0};
-        if (p.minima) m = __half22float2(scales[from + lane / 4 * 2 + 1]);
-        scale[0].set(s.x, m.x, p.minima);
-        scale[1].set(s.y, m.y, p.minima);
+        if (with_minima) m = __half22float2(scales[from + lane / 4 * 2 + 1]);
+        scale[0].set(s.x, m.x, with_minima);
+        scale[1].set(s.y, m.y, with_minima);
       };
       const auto fill = [&](auto minima) {
         load_scales(0);
 #pragma unroll
         for (int c = 0; c < 16; ++c) {
-          if (c == 8) load_scales(second);
+          if (!kPlain && c == 8 && p.half_groups) load_scales(8 * words);
           a[c] = scale[c & 1].template apply<decltype(minima)::value>(
               codes.template pair<kBf16>(c, p.zero_pair, table));
         }
       };
-      if (kBf16 && p.minima) {
+      if constexpr (kPlain) {
+        fill(std::false_type{});
+      } else if (kBf16 && p.minima) {
         fill(std::true_type{});
       } else {
         fill(std::false_type{});
       }
     }
   };
-  // Multiplies one step while the next is dequantized. The two warpgroups take turns at the tensor
-  // cores by themselves: what one leaves idle between its steps the other uses.
+  // Multiplies one step while the next is dequantized. `stage` is step mod kStages, `parity` that of
+  // step / kStages, kept as counters: the divisions took a quarter of the instructions.
+  int stage = 0;
+  std::uint32_t parity = 0;
   const auto step_with = [&](int step, std::uint32_t (&a)[16], std::uint32_t (&a_next)[16]) {
+    const int before = stage == 0 ? kStages - 1 : stage - 1;    // of step - 1 and step + kStages - 1
+    const int earlier = before == 0 ? kStages - 1 : before - 1;  // of step - 2 and step + kStages - 2
+    const int next = stage + 1 == kStages ? 0 : stage + 1;
     cp_async_wait<kStages - 3>();
-    fence_for_tensor_cores();
-    __syncthreads();  // this step's activations are here; the previous step's stage is free
-    if (step + kStages - 1 < steps) {
-      issue_weights(step + kStages - 1);
-      issue_activations(step + kStages - 1);
-    }
+    __syncwarp();  // the next step's weights are here; every lane has left the slot issued below
+    if (step + kStages - 1 < steps) issue_weights(step + kStages - 1, before);
     cp_async_commit();
+    if (threadIdx.x == 0 && step + kStages - 2 < steps) {
+      // Into the stage of two steps ago, so that waiting for its readers rarely takes time.
+      if (step >= 2) barrier_wait(empty(earlier), stage >= 2 ? parity : parity ^ 1);
+      issue_activations(step + kStages - 2, earlier);
+    }
+    __syncwarp();
+    barrier_wait(full(stage), parity);
 
-    const std::uint64_t b = wgmma_descriptor(acts_at + step % kStages * kActBytes);
+    const std::uint64_t b = wgmma_descriptor(acts_at + stage * kActBytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) Wgmma<kBf16, kTokens>::run(acc, a + 4 * i, b + 2 * i);
     wgmma_commit();
-    dequantize_step(min(step + 1, steps - 1), a_next);
+    if (step + 1 < steps) dequantize_stage(next, a_next);
     wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(empty(stage));
+    if (next == 0) parity ^= 1;
+    stage = next;
   };
   std::uint32_t a_even[16], a_odd[16];
   cp_async_wait<kStages - 2>();
-  __syncthreads();  // the first step's weights; the table
-  dequantize_step(0, a_even);
+  __syncwarp();  // the first step's weights
+  dequantize_stage(0, a_even);
 #pragma unroll 1
   for (int step = 0; step < steps; step += 2) {
     step_with(step, a_even, a_odd);
@@ -247,7 +271,7 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
     for (int i = 0; i < 4; ++i) {
       const int token = t * 8 + lane % 4 * 2 + i % 2;
       const int row = warp * 16 + lane / 4 + i / 2 * 8;
-      sums[token * kQmmRun + row] = acc[4 * t + i];
+      sums[token * qmm_run(kTiles) + row] = acc[4 * t + i];
     }
   }
   if (p.splits > 1) {
@@ -255,7 +279,7 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
   } else {
     __syncthreads();
   }
-  constexpr int kRows = kQmmTiles * 16;
+  constexpr int kRows = kTiles * 16;
   const int row = threadIdx.x % kRows;
   const std::int64_t n = std::int64_t{row_group} * kRows + row;
   float row_scale = p.factor;
@@ -270,13 +294,13 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
   const std::uint32_t sums_at = shared_address(sums);
   // The blocks of a cluster share the tokens.
   for (int token = split + threadIdx.x / kRows * p.splits; token < tokens;
-       token += kQmmThreads / kRows * p.splits) {
+       token += kThreads / kRows * p.splits) {
     float value = 0;
     if (p.splits == 1) {
-      value = sums[token * kQmmRun + row];
+      value = sums[token * qmm_run(kTiles) + row];
     } else {
       for (int rank = 0; rank < p.splits; ++rank) {
-        value += load_from_cluster(sums_at + 4 * (token * kQmmRun + row), rank);
+        value += load_from_cluster(sums_at + 4 * (token * qmm_run(kTiles) + row), rank);
       }
     }
     if (n < p.n) {
@@ -287,34 +311,54 @@ __global__ void __launch_bounds__(kQmmThreads, kTokens <= 64 ? 2 : 1)
 }
 
 template <Kind kKind>
-int launch_qmm(const QmmParams& params, bool bf16, const QmmShape& shape, Stream stream);
+int launch_qmm(const QmmParams& params, const CUtensorMap& x_map, bool bf16, const QmmShape& shape,
+               Stream stream);
 
-template <Kind kKind, bool kBf16, int kTokens>
-int launch_qmm_kernel(const QmmParams& p, const QmmShape& shape, Stream stream) {
+template <Kind kKind, bool kBf16, int kTokens, int kTiles, bool kPlain>
+int launch_qmm_kernel(const QmmParams& p, const CUtensorMap& map, const QmmShape& shape,
+                      Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.splits),
                   static_cast<unsigned>((p.m + kTokens - 1) / kTokens),
-                  static_cast<unsigned>((p.tiles + kQmmTiles - 1) / kQmmTiles));
-  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens>, grid, kQmmThreads,
-                        qmm_shared_bytes(kKind, kTokens, p.scale_bytes), p.splits, shape.early,
-                        stream, &p);
+                  static_cast<unsigned>((p.tiles + kTiles - 1) / kTiles));
+  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kTiles, kPlain>, grid, kTiles * kLanes,
+                        qmm_shared_bytes(kKind, kTokens, kTiles, p.scale_bytes), p.splits, shape.early,
+                        stream, {&p, &map});
 }
 
 #define LOWBIT_DEFINE_QMM(kind)                                                                   \
   template <>                                                                                     \
-  int launch_qmm<kind>(const QmmParams& p, bool bf16, const QmmShape& shape, Stream stream) {      \
+  int launch_qmm<kind>(const QmmParams& p, const CUtensorMap& map, bool bf16,                      \
+                       const QmmShape& shape, Stream stream) {                                     \
+    const auto launch = [&](auto tokens, auto tiles) {                                            \
+      constexpr int kTokens = decltype(tokens)::value;                                            \
+      constexpr int kTiles = decltype(tiles)::value;                                              \
+      if constexpr (!has_row_scale(kind)) {                                                       \
+        if (p.minima || p.half_groups) {                                                          \
+          return bf16                                                                             \
+                     ? launch_qmm_kernel<kind, true, kTokens, kTiles, false>(p, map, shape, stream) \
+                     : launch_qmm_kernel<kind, false, kTokens, kTiles, false>(p, map, shape,      \
+                                                                              stream);            \
+        }                                                                                         \
+      }                                                                                           \
+      return bf16 ? launch_qmm_kernel<kind, true, kTokens, kTiles, true>(p, map, shape, stream)   \
+                  : launch_qmm_kernel<kind, false, kTokens, kTiles, true>(p, map, shape, stream); \
+    };                                                                                            \
+    using std::integral_constant;                                                                 \
+    const integral_constant<int, 8> t8;                                                           \
+    const integral_constant<int, 16> t16;                                                         \
+    const bool wide = shape.rows == 256;                                                          \
     switch (shape.tokens) {                                                                       \
       case 32:                                                                                    \
-        return bf16 ? launch_qmm_kernel<kind, true, 32>(p, shape, stream)                         \
-                    : launch_qmm_kernel<kind, false, 32>(p, shape, stream);                       \
+        return wide ? launch(integral_constant<int, 32>{}, t16)                                   \
+                    : launch(integral_constant<int, 32>{}, t8);                                   \
       case 64:                                                                                    \
-        return bf16 ? launch_qmm_kernel<kind, true, 64>(p, shape, stream)                         \
-                    : launch_qmm_kernel<kind, false, 64>(p, shape, stream);                       \
+        return wide ? launch(integral_constant<int, 64>{}, t16)                                   \
+                    : launch(integral_constant<int, 64>{}, t8);                                   \
       case 128:                                                                                   \
-        return bf16 ? launch_qmm_kernel<kind, true, 128>(p, shape, stream)                        \
-                    : launch_qmm_kernel<kind, false, 128>(p, shape, stream);                      \
+        return wide ? launch(integral_constant<int, 128>{}, t16)                                  \
+                    : launch(integral_constant<int, 128>{}, t8);                                  \
       default:                                                                                    \
-        return bf16 ? launch_qmm_kernel<kind, true, 256>(p, shape, stream)                        \
-                    : launch_qmm_kernel<kind, false, 256>(p, shape, stream);                      \
+        return launch(integral_constant<int, 256>{}, t8);                                         \
     }                                                                                             \
   }
 

@@ -7,7 +7,7 @@ int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
   const Geometry& geometry = args.geometry;
   const bool bf16 = args.dtype == DType::kBFloat16;
   const int warps = shape.warps_n * shape.warps_k;
-  const int token_tiles = args.m <= 8 ? 1 : args.m <= 16 ? 2 : 4;
+  const int token_tiles = qmv_token_tiles(args.m);
   const bool valid = geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
                      geometry.k % kBlockInputs == 0 && args.m >= 1 && args.m <= kQmvTokens &&
                      (bf16 || args.dtype == DType::kFloat16) && shape.tiles_per_warp >= 1 &&
@@ -37,15 +37,16 @@ int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
     p.group_bytes = geometry.group_scale_bytes;
     p.half_groups = geometry.group_size == 32;
     p.minima = geometry.group_scale_bytes == 64;
-    p.scale_bytes = p.group_bytes * (p.half_groups ? 2 : 1);
+    p.scale_bytes = qmv_scale_bytes(geometry, token_tiles);
   }
   p.tiles_per_warp = shape.tiles_per_warp;
   p.warps_n = shape.warps_n;
   p.warps_k = shape.warps_k;
   p.splits = shape.splits;
-  // The newest block issued while block i is in use is i + (r - 1 + slots - 1) / r.
-  const int slots = kind_bits(geometry.kind) == 8 ? kRingSlots<Kind::kInt8> : kRingSlots<Kind::kInt4>;
-  p.act_slots = (shape.tiles_per_warp - 1 + slots - 1) / shape.tiles_per_warp + 1;
+  p.act_slots = qmv_act_slots(geometry.kind, token_tiles, p.tiles_per_warp, p.warps_k, p.splits,
+                              qmv_chunks(geometry.kind, token_tiles, geometry.k_padded));
+  p.shared_bytes = qmv_shared_bytes(geometry, p.m, p.tiles_per_warp, p.warps_n, p.warps_k, p.splits);
+  if (p.shared_bytes > kMostSharedBytes) return static_cast<int>(cudaErrorInvalidValue);
   p.zero_pair = zero_pair_of(geometry.format, bf16);
   p.factor = 1;
   for (int i = 0; i < args.exponent; ++i) p.factor *= 2;

@@ -5,10 +5,12 @@
 // multiplied by its scale (kernels.md: 4 FMAs per 32 weights and lane instead of 16), minima by the
 // sum of the activations, which one more multiplication by ones yields.
 //
-// Every warp is a stream of its own. It owns `tiles_per_warp` row tiles and every warps_k-th block of
-// 64 inputs of its thread block's share of K, and copies what it needs, codes, scales and
-// activations, into a private ring with cp.async: no barrier of the whole thread block until the
-// end. There the warps along K, then the thread blocks of the cluster along K, are summed in a fixed
+// Every warp is a stream of its own. It owns `tiles_per_warp` row tiles and every warps_k-th chunk of
+// 2 or 4 blocks of 64 inputs of its thread block's share of K, and copies what it needs, codes,
+// scales and activations, into a private ring with cp.async: no barrier of the whole thread block
+// until the end. A chunk of one row tile is a unit: its copies, waits and addresses are paid once for
+// up to 4 blocks (one block per unit took 150 instructions per block, of which 60 multiply), and its
+// blocks are independent chains of multiplications. At the end the warps along K, then the thread blocks of the cluster along K, are summed in a fixed
 // order through (distributed) shared memory: deterministic, and no workspace.
 //
 // Preconditions: K a multiple of 64, rows of x 16-byte aligned, M <= 8 kT.
@@ -16,6 +18,7 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "cuda/dequant.cuh"
@@ -32,24 +35,16 @@ struct QmvParams {
   std::int64_t x_stride_bytes;
   std::int64_t out_stride;  // elements
   std::int32_t m, n, tiles, blocks;
-  std::int32_t codes_at, scales_at, group_shift, group_bytes, scale_bytes;
+  std::int32_t codes_at, scales_at, group_shift, group_bytes;
+  std::int32_t scale_bytes;  // of a unit
   std::int32_t tiles_per_warp, warps_n, warps_k, splits, act_slots;
   std::uint32_t zero_pair;
   float factor;  // 2^exponent
   DType bias_dtype;
   Format format;
   bool minima, half_groups;  // half_groups: group size 32, two scales per block
+  std::size_t shared_bytes;
 };
-
-// Ring slots per warp, of which all but one are in flight: 16 warps x 9 x 544 B = 78 KB per SM for
-// 4-bit types; the latency of HBM times its bandwidth is about 20 KB per SM.
-template <Kind kKind>
-constexpr int kRingSlots = kind_bits(kKind) == 8 ? 6 : 10;
-
-// At most this many threads: 128 registers each for M <= 8; M <= 16 needs about 160.
-LOWBIT_HD constexpr int qmv_threads(int token_tiles) { return token_tiles == 1 ? 512 : 384; }
-// Row tiles a warp can hold accumulators for.
-LOWBIT_HD constexpr int qmv_tiles(int token_tiles) { return token_tiles == 4 ? 4 : 8; }
 
 __device__ __forceinline__ float bias_at(const void* bias, DType dtype, std::int64_t i) {
   if (bias == nullptr) return 0.0f;
@@ -67,10 +62,13 @@ __device__ __forceinline__ void store_out(std::uint8_t* out, std::int64_t i, flo
   }
 }
 
-template <Kind kKind, bool kBf16, int kT>
+// kPlain: neither minima nor groups of 32. Both are uniform branches otherwise, which keep the
+// compiler from interleaving the blocks of a unit.
+template <Kind kKind, bool kBf16, int kT, bool kPlain>
 __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_constant__ QmvParams p) {
-  constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);  // one unit: 16 rows x 64 k
-  constexpr int kSlots = kRingSlots<kKind>;
+  constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);  // 16 rows x 64 k
+  constexpr int kChunk = chunk_blocks(kKind, kT);
+  constexpr int kSlots = ring_slots(kKind, kT);
   constexpr int kTiles = qmv_tiles(kT);
   extern __shared__ __align__(128) std::uint8_t smem[];
 
@@ -82,47 +80,59 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
   const int split = blockIdx.x % p.splits;
   const int row_group = blockIdx.x / p.splits;
   const int first_tile = (row_group * p.warps_n + warp_n) * p.tiles_per_warp;
-  const int kb_begin = p.blocks * split / p.splits;
-  const int kb_end = p.blocks * (split + 1) / p.splits;
+  const int chunks = (p.blocks + kChunk - 1) / kChunk;
+  const int chunk_begin = chunks * split / p.splits + warp_k;
+  const int chunk_end = chunks * (split + 1) / p.splits;
 
   // [table][16 zero bytes, padded][rings][activations]
   std::uint8_t* const zeros = smem + table_bytes(kKind);
   std::uint8_t* const rings = zeros + 128;
-  const int slot_bytes = kBlockBytes + p.scale_bytes;
-  const int act_bytes = p.m * 128;  // 64 inputs of each token, 16-byte chunks xor-ed with the row
+  const int slot_bytes = kChunk * kBlockBytes + p.scale_bytes;
+  // 64 inputs of each token per block, 16-byte pieces xor-ed with the token.
+  const int act_block_bytes = p.m * 128;
   std::uint8_t* const ring = rings + warp * (kSlots * slot_bytes);
   const std::uint32_t ring_at = shared_address(ring);
   const std::uint32_t acts_at = shared_address(rings + warps * (kSlots * slot_bytes)) +
-                                warp * (p.act_slots * act_bytes);
+                                warp * (p.act_slots * kChunk * act_block_bytes);
 
   allow_next_kernel();
 
-  // ---- what is issued next: tile issue_tile of block issue_kb into slot issue_slot
+  // ---- what is issued next: tile issue_tile of chunk issue_chunk into slot issue_slot
   const std::uint64_t policy = evict_first_policy();
   const std::uint8_t* const tile_base =
       p.w + min(first_tile, p.tiles - 1) * p.tile_bytes + lane * 16;
   const std::uint8_t* issue_base = tile_base;
   int issue_tile = 0;
-  int issue_kb = kb_begin + warp_k;
+  int issue_chunk = chunk_begin;
   int issue_slot = 0;
   int issue_act = 0;
 
   const auto issue_weights = [&] {
-    if (issue_kb < kb_end) {
+    if (issue_chunk < chunk_end) {
       const std::uint32_t to = ring_at + issue_slot * slot_bytes + lane * 16;
-      const std::uint8_t* from =
-          issue_base + p.codes_at + static_cast<std::int64_t>(issue_kb) * kBlockBytes;
+      const std::uint8_t* from = issue_base + p.codes_at +
+                                 static_cast<std::int64_t>(issue_chunk) * (kChunk * kBlockBytes);
+      const int blocks = p.blocks - issue_chunk * kChunk;
+      if (blocks >= kChunk) {
 #pragma unroll
-      for (int at = 0; at < kBlockBytes; at += 512) {
-        if (at + 512 <= kBlockBytes || lane * 16 + at < kBlockBytes) {
+        for (int at = 0; at < kChunk * kBlockBytes; at += 512) {
+          if (at + 512 <= kChunk * kBlockBytes || at + lane * 16 < kChunk * kBlockBytes) {
+            cp_async_weights(to + at, from + at, policy);
+          }
+        }
+      } else {  // the last chunk may have fewer blocks
+        for (int at = 0; at + lane * 16 < blocks * kBlockBytes; at += 512) {
           cp_async_weights(to + at, from + at, policy);
         }
       }
       if constexpr (!has_row_scale(kKind)) {
-        if (lane * 16 < p.scale_bytes) {
-          const int group = issue_kb * kBlockInputs >> p.group_shift;
-          cp_async_weights(to + kBlockBytes, issue_base + p.scales_at + group * p.group_bytes,
-                           policy);
+        const int inputs = issue_chunk * (kChunk * kBlockInputs);
+        const int group = inputs >> p.group_shift;
+        const int groups_end =
+            (min(p.blocks * kBlockInputs, inputs + kChunk * kBlockInputs) - 1 >> p.group_shift) + 1;
+        if (lane * 16 < (groups_end - group) * p.group_bytes) {
+          cp_async_weights(to + kChunk * kBlockBytes,
+                           issue_base + p.scales_at + group * p.group_bytes, policy);
         }
       }
     }
@@ -130,19 +140,23 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
     if (++issue_tile == p.tiles_per_warp) {
       issue_tile = 0;
       issue_base = tile_base;
-      issue_kb += p.warps_k;
+      issue_chunk += p.warps_k;
     } else if (first_tile + issue_tile < p.tiles) {  // past the end: the last tile again, unused
       issue_base += p.tile_bytes;
     }
   };
-  const auto issue_activations = [&](int kb) {
-    if (kb < kb_end) {
-      const std::uint32_t to = acts_at + issue_act * act_bytes;
-      for (int i = lane; i < p.m * 8; i += kLanes) {
-        const int row = i / 8;
-        const int chunk = i % 8;
-        cp_async_shared_use(to + row * 128 + ((chunk ^ (row & 7)) << 4),
-                            p.x + row * p.x_stride_bytes + kb * 128 + chunk * 16);
+  const auto issue_activations = [&](int chunk) {
+    if (chunk < chunk_end) {
+      const std::uint32_t to = acts_at + issue_act * (kChunk * act_block_bytes);
+      const int pieces = min(kChunk, p.blocks - chunk * kChunk) * 8;  // of 16 bytes, per token
+      const std::uint8_t* from = p.x + chunk * (kChunk * 128) + lane * 16;
+      if (lane < pieces) {
+        const std::uint32_t at = to + lane / 8 * act_block_bytes;
+#pragma unroll 1
+        for (int row = 0; row < p.m; ++row) {
+          cp_async_shared_use(at + row * 128 + ((lane % 8 ^ (row & 7)) << 4), from);
+          from += p.x_stride_bytes;
+        }
       }
     }
     issue_act = issue_act + 1 == p.act_slots ? 0 : issue_act + 1;
@@ -155,10 +169,8 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
   fill_table<kKind, kBf16>(smem, p.format, blockDim.x);
   wait_for_previous_kernel();
   {
-    const int blocks_ahead = (kSlots - 1 + p.tiles_per_warp - 1) / p.tiles_per_warp;
-    for (int i = 0; i < blocks_ahead; ++i) {
-      issue_activations(kb_begin + warp_k + i * p.warps_k);
-    }
+    const int chunks_ahead = (kSlots - 1 + p.tiles_per_warp - 1) / p.tiles_per_warp;
+    for (int i = 0; i < chunks_ahead; ++i) issue_activations(chunk_begin + i * p.warps_k);
   }
   cp_async_commit();
 #pragma unroll
@@ -167,122 +179,117 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
 
   const std::uint8_t* const table = smem + lane * 4;
   const std::uint32_t zeros_at = shared_address(zeros);
+  // This lane's row of the activation matrices, or zeros beyond the last token.
+  std::uint32_t act_row[kT];
+  bool act_valid[kT];
+#pragma unroll
+  for (int t = 0; t < kT; ++t) {
+    const int row = t * 8 + lane % 8;
+    act_valid[t] = row < p.m;
+    act_row[t] = row * 128;
+  }
 
   float acc[kTiles][kT][4] = {};
   int slot = 0;
   int act = 0;
-  for (int kb = kb_begin + warp_k; kb < kb_end; kb += p.warps_k) {
-    std::uint32_t b[kT][2][4];  // [token tile][32 inputs]: k-step 2i in [0..1], 2i + 1 in [2..3]
-    float sum[kT][2][2];        // minima: sums of the activations of the lane's two tokens
+  for (int chunk = chunk_begin; chunk < chunk_end; chunk += p.warps_k) {
+    const std::uint32_t act_from = acts_at + act * (kChunk * act_block_bytes);
+    act = act + 1 == p.act_slots ? 0 : act + 1;
+    const int blocks = min(kChunk, p.blocks - chunk * kChunk);
+    const int first_group = chunk * (kChunk * kBlockInputs) >> p.group_shift;
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
       if (r >= p.tiles_per_warp) break;
       cp_async_wait<kSlots - 2>();
       __syncwarp();  // every lane's copies are here; every lane has left the slot issued below
-      if (r == 0) {
-        const std::uint32_t from = acts_at + act * act_bytes;
-        act = act + 1 == p.act_slots ? 0 : act + 1;
+      if (issue_tile == 0) issue_activations(issue_chunk);
+      issue_weights();
+      cp_async_commit();
+      const std::uint8_t* const unit = ring + slot * slot_bytes;
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+
+      // Two blocks at a time are independent chains of multiplications; with 16 tokens there are two
+      // chains anyway, and no registers for more. Four would overflow the instruction cache.
+#pragma unroll(kPlain && kT == 1 ? 2 : 1)
+      for (int block = 0; block < blocks; ++block) {
+        // B: k-step 2i in b[t][i][0..1], 2i + 1 in b[t][i][2..3].
+        std::uint32_t b[kT][2][4];
 #pragma unroll
         for (int t = 0; t < kT; ++t) {
-          const int row = t * 8 + lane % 8;
 #pragma unroll
           for (int part = 0; part < 2; ++part) {
-            const int chunk = part * 4 + lane / 8;
-            const std::uint32_t at = from + row * 128 + ((chunk ^ (row & 7)) << 4);
-            ldmatrix_x4(b[t][part], row < p.m ? at : zeros_at);
+            const int piece = part * 4 + lane / 8;
+            const std::uint32_t at = act_from + block * act_block_bytes + act_row[t] +
+                                     ((piece ^ (lane & 7)) << 4);
+            ldmatrix_x4(b[t][part], act_valid[t] ? at : zeros_at);
           }
         }
-        if (p.minima) {
-          const std::uint32_t ones[4] = {kBf16 ? 0x3f803f80u : 0x3c003c00u,
-                                         kBf16 ? 0x3f803f80u : 0x3c003c00u,
-                                         kBf16 ? 0x3f803f80u : 0x3c003c00u,
-                                         kBf16 ? 0x3f803f80u : 0x3c003c00u};
+        LaneCodes<kKind> codes;
+        codes.load(unit + block * kBlockBytes, lane);
+        if constexpr (has_row_scale(kKind)) {
 #pragma unroll
-          for (int t = 0; t < kT; ++t) {
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-              float s[4] = {};
-              mma_m16n8k16<kBf16>(s, ones, b[t][part][0], b[t][part][1]);
-              mma_m16n8k16<kBf16>(s, ones, b[t][part][2], b[t][part][3]);
-              sum[t][part][0] = s[0];
-              sum[t][part][1] = s[1];
-            }
-          }
-        }
-      }
-
-      const std::uint8_t* unit = ring + slot * slot_bytes;
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
-      LaneCodes<kKind> codes;
-      codes.load(unit, lane);
-      if constexpr (has_row_scale(kKind)) {
-        if (issue_tile == 0) issue_activations(issue_kb);
-        issue_weights();
-        cp_async_commit();
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          std::uint32_t a[4];
-          codes.template operand<kBf16>(a, step, p.zero_pair, table);
-#pragma unroll
-          for (int t = 0; t < kT; ++t) {
-            mma_m16n8k16<kBf16>(acc[r][t], a, b[t][step / 2][step % 2 * 2],
-                                b[t][step / 2][step % 2 * 2 + 1]);
-          }
-        }
-      } else {
-        // Words {scale of row g, of row g + 8}, with minima then {minimum g, g + 8}.
-        const auto* scales = reinterpret_cast<const __half2*>(unit + kBlockBytes);
-        const int words = p.minima ? 2 : 1;
-        float2 scale[2];
-        float2 minimum[2] = {};
-        scale[0] = scale[1] = __half22float2(scales[lane / 4 * words]);
-        if (p.half_groups) scale[1] = __half22float2(scales[8 * words + lane / 4 * words]);
-        if (p.minima) {
-          minimum[0] = minimum[1] = __half22float2(scales[lane / 4 * 2 + 1]);
-          if (p.half_groups) minimum[1] = __half22float2(scales[16 + lane / 4 * 2 + 1]);
-        }
-        if (issue_tile == 0) issue_activations(issue_kb);
-        issue_weights();
-        cp_async_commit();
-
-        float group[kT][4] = {};
-        const auto scale_into = [&](const float2& s) {
-#pragma unroll
-          for (int t = 0; t < kT; ++t) {
-            acc[r][t][0] = fmaf(s.x, group[t][0], acc[r][t][0]);
-            acc[r][t][1] = fmaf(s.x, group[t][1], acc[r][t][1]);
-            acc[r][t][2] = fmaf(s.y, group[t][2], acc[r][t][2]);
-            acc[r][t][3] = fmaf(s.y, group[t][3], acc[r][t][3]);
-          }
-        };
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          std::uint32_t a[4];
-          codes.template operand<kBf16>(a, step, p.zero_pair, table);
-#pragma unroll
-          for (int t = 0; t < kT; ++t) {
-            mma_m16n8k16<kBf16>(group[t], a, b[t][step / 2][step % 2 * 2],
-                                b[t][step / 2][step % 2 * 2 + 1]);
-          }
-          if (step == 1 && p.half_groups) {
-            scale_into(scale[0]);
+          for (int step = 0; step < 4; ++step) {
+            std::uint32_t a[4];
+            codes.template operand<kBf16>(a, step, p.zero_pair, table);
 #pragma unroll
             for (int t = 0; t < kT; ++t) {
-              group[t][0] = group[t][1] = group[t][2] = group[t][3] = 0;
+              mma_m16n8k16<kBf16>(acc[r][t], a, b[t][step / 2][step % 2 * 2],
+                                  b[t][step / 2][step % 2 * 2 + 1]);
             }
           }
-        }
-        scale_into(scale[1]);
-        if (p.minima) {
+        } else {
+          // Words {scale of row g, of row g + 8}, with minima then {minimum g, g + 8}.
+          const int group =
+              ((chunk * kChunk + block) * kBlockInputs >> p.group_shift) - first_group;
+          const std::uint8_t* const scales =
+              unit + kChunk * kBlockBytes + group * p.group_bytes + lane / 4 * (!kPlain && p.minima ? 8 : 4);
+          float sums[kT][4] = {};
+          const auto scale_into = [&](float2 s) {
 #pragma unroll
-          for (int t = 0; t < kT; ++t) {
+            for (int t = 0; t < kT; ++t) {
+              acc[r][t][0] = fmaf(s.x, sums[t][0], acc[r][t][0]);
+              acc[r][t][1] = fmaf(s.x, sums[t][1], acc[r][t][1]);
+              acc[r][t][2] = fmaf(s.y, sums[t][2], acc[r][t][2]);
+              acc[r][t][3] = fmaf(s.y, sums[t][3], acc[r][t][3]);
+            }
+          };
+          const auto scale_at = [&](int bytes) {
+            return __half22float2(*reinterpret_cast<const __half2*>(scales + bytes));
+          };
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            std::uint32_t a[4];
+            codes.template operand<kBf16>(a, step, p.zero_pair, table);
+#pragma unroll
+            for (int t = 0; t < kT; ++t) {
+              mma_m16n8k16<kBf16>(sums[t], a, b[t][step / 2][step % 2 * 2],
+                                  b[t][step / 2][step % 2 * 2 + 1]);
+            }
+            if (!kPlain && step == 1 && p.half_groups) {
+              scale_into(scale_at(0));
+#pragma unroll
+              for (int t = 0; t < kT; ++t) {
+                sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0;
+              }
+            }
+          }
+          scale_into(scale_at(!kPlain && p.half_groups ? p.group_bytes : 0));
+          if (!kPlain && p.minima) {  // minimum x sum of the activations: one more product, by ones
+            constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
+            const std::uint32_t ones[4] = {kOne, kOne, kOne, kOne};
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-              acc[r][t][0] = fmaf(minimum[part].x, sum[t][part][0], acc[r][t][0]);
-              acc[r][t][1] = fmaf(minimum[part].x, sum[t][part][1], acc[r][t][1]);
-              acc[r][t][2] = fmaf(minimum[part].y, sum[t][part][0], acc[r][t][2]);
-              acc[r][t][3] = fmaf(minimum[part].y, sum[t][part][1], acc[r][t][3]);
+#pragma unroll
+              for (int t = 0; t < kT; ++t) {
+                if (part == 0 || p.half_groups) {
+                  sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0;
+                }
+                mma_m16n8k16<kBf16>(sums[t], ones, b[t][part][0], b[t][part][1]);
+                mma_m16n8k16<kBf16>(sums[t], ones, b[t][part][2], b[t][part][3]);
+              }
+              if (part == 0 && p.half_groups) scale_into(scale_at(4));
             }
+            scale_into(scale_at(4 + (p.half_groups ? p.group_bytes : 0)));
           }
         }
       }
@@ -357,12 +364,16 @@ int launch_qmv(const QmvParams& params, bool bf16, const QmvShape& shape, Stream
 
 template <typename Kernel>
 int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t shared_bytes,
-                   int cluster, bool early, Stream stream, const void* params) {
+                   int cluster, bool early, Stream stream,
+                   std::initializer_list<const void*> params) {
   cudaError_t error =
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                            cudaFuncAttributeMaxDynamicSharedMemorySize,
                            static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return static_cast<int>(error);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // reported once, by us
+    return static_cast<int>(error);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -382,20 +393,12 @@ int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t share
     attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     ++config.numAttrs;
   }
-  void* arguments[] = {const_cast<void*>(params)};
-  return static_cast<int>(
-      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments));
-}
-
-inline std::size_t qmv_shared_bytes(Kind kind, const QmvParams& p) {
-  const int slots = kind_bits(kind) == 8 ? 6 : 10;
-  const std::size_t warps = static_cast<std::size_t>(p.warps_n) * p.warps_k;
-  const std::size_t unit = 2 * kBlockInputs * kind_bits(kind) + p.scale_bytes;
-  const std::size_t rings = warps * (slots * unit + std::size_t(p.act_slots) * p.m * 128);
-  const std::size_t rows = static_cast<std::size_t>(p.tiles_per_warp) * 16;
-  const std::size_t sums = warps * p.m * (rows + 4) * 4 +
-                           (p.splits > 1 ? std::size_t(p.m) * p.warps_n * rows * 4 : 0);
-  return table_bytes(kind) + 128 + (rings > sums ? rings : sums);
+  void* arguments[4] = {};
+  int count = 0;
+  for (const void* param : params) arguments[count++] = const_cast<void*>(param);
+  error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  if (error != cudaSuccess) cudaGetLastError();
+  return static_cast<int>(error);
 }
 
 #define LOWBIT_DEFINE_QMV(kind)                                                                   \
@@ -405,18 +408,26 @@ inline std::size_t qmv_shared_bytes(Kind kind, const QmvParams& p) {
     const auto grid =                                                                             \
         static_cast<unsigned>((params.tiles + rows - 1) / rows * params.splits);                  \
     const auto threads = static_cast<unsigned>(params.warps_n * params.warps_k * kLanes);         \
-    const std::size_t bytes = qmv_shared_bytes(kind, params);                                     \
+    const std::size_t bytes = params.shared_bytes;                                                \
     const auto launch = [&](auto kernel) {                                                        \
       return launch_cluster(kernel, grid, threads, bytes, params.splits, shape.early, stream,     \
-                            &params);                                                             \
+                            {&params});                                                           \
     };                                                                                            \
-    if (params.m <= 8) {                                                                          \
-      return bf16 ? launch(qmv_kernel<kind, true, 1>) : launch(qmv_kernel<kind, false, 1>);       \
+    const auto tokens = [&](auto bf16_c, auto plain_c) {                                          \
+      constexpr bool kB = decltype(bf16_c)::value;                                                \
+      constexpr bool kP = decltype(plain_c)::value;                                               \
+      return params.m <= 8    ? launch(qmv_kernel<kind, kB, 1, kP>)                               \
+             : params.m <= 16 ? launch(qmv_kernel<kind, kB, 2, kP>)                               \
+                              : launch(qmv_kernel<kind, kB, 4, kP>);                              \
+    };                                                                                            \
+    if constexpr (!has_row_scale(kind)) {                                                         \
+      if (params.minima || params.half_groups) {                                                  \
+        return bf16 ? tokens(std::true_type{}, std::false_type{})                                 \
+                    : tokens(std::false_type{}, std::false_type{});                               \
+      }                                                                                           \
     }                                                                                             \
-    if (params.m <= 16) {                                                                         \
-      return bf16 ? launch(qmv_kernel<kind, true, 2>) : launch(qmv_kernel<kind, false, 2>);       \
-    }                                                                                             \
-    return bf16 ? launch(qmv_kernel<kind, true, 4>) : launch(qmv_kernel<kind, false, 4>);         \
+    return bf16 ? tokens(std::true_type{}, std::true_type{})                                      \
+                : tokens(std::false_type{}, std::true_type{});                                    \
   }
 
 }  // namespace lowbit::cuda

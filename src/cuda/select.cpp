@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cuda/qmv_shape.h"
+
 namespace lowbit::cuda {
 namespace {
 
@@ -13,39 +15,56 @@ bool is_codebook(Kind kind) { return kind == Kind::kLut3 || kind == Kind::kLut4;
 }  // namespace
 
 QmvShape select_qmv(const Problem& problem) {
-  const std::int64_t tiles = problem.geometry.tiles;
-  const std::int64_t blocks = problem.geometry.k_padded / kBlockInputs;
-  const int token_tiles = problem.m <= 8 ? 1 : problem.m <= 16 ? 2 : 4;
-  const int most_tiles = token_tiles == 4 ? 4 : 8;
-  const int most_warps = token_tiles == 1 ? 16 : 12;
-  const int most_splits = problem.sm >= 90 ? 8 : 1;
+  const Geometry& geometry = problem.geometry;
+  const Kind kind = geometry.kind;
+  const int m = static_cast<int>(problem.m);
+  const int token_tiles = qmv_token_tiles(m);
+  const int chunk = chunk_blocks(kind, token_tiles);
+  const int chunks = qmv_chunks(kind, token_tiles, geometry.k_padded);
+  const bool hopper = problem.sm >= 90;
+  // sm_80 has no clusters and, on its smaller parts, 99 KiB of shared memory.
+  const int most_splits = hopper ? 8 : 1;
+  const std::size_t most_bytes = hopper ? kMostSharedBytes : 99 * 1024;
 
-  // Time of the busiest SM in units of one 16 x 64 block, over all ways to cut the matrix: the
-  // units it streams, the activations it fetches, and a price for the sums at the end.
-  const double unit_bytes = 2.0 * kBlockInputs * kind_bits(problem.geometry.kind);
-  const double activation_units = static_cast<double>(problem.m) * 128 / unit_bytes * 0.5;
-  QmvShape best{1, 1, std::min<int>(most_warps, static_cast<int>(std::max<std::int64_t>(blocks, 1))),
-                1, problem.sm >= 90};
+  // A model of the busiest SM, in cycles, minimized over all ways to cut the matrix. Its constants
+  // are fitted to sweeps on an H100 (bench/gpu_sweep.py): an SM's share of HBM is 13 bytes a cycle;
+  // a warp takes so long for one 16 x 64 block when nothing else limits it; 16 warps fit an SM.
+  const double cycles_per_block =
+      token_tiles == 1 ? 430 + 20 * m : token_tiles == 2 ? 520 : 980;
+  const double block_bytes = 2.0 * kBlockInputs * kind_bits(kind) +
+                             static_cast<double>(qmv_scale_bytes(geometry, token_tiles)) / chunk;
+  QmvShape best{1, 1, 1, 1, hopper};
   double best_cost = 1e300;
-  for (int tiles_per_warp = 1; tiles_per_warp <= most_tiles; ++tiles_per_warp) {
+  for (int tiles_per_warp = 1; tiles_per_warp <= qmv_tiles(token_tiles); ++tiles_per_warp) {
     for (int warps_n = 1; warps_n <= 2; ++warps_n) {
-      for (int splits = 1; splits <= most_splits; splits *= 2) {
-        if (splits > blocks) break;
-        const std::int64_t rows = std::int64_t{tiles_per_warp} * warps_n;
-        const std::int64_t thread_blocks = (tiles + rows - 1) / rows * splits;
-        const std::int64_t per_sm = (thread_blocks + problem.sm_count - 1) / problem.sm_count;
-        const std::int64_t share = (blocks + splits - 1) / splits;
-        const int warps_k = static_cast<int>(std::min<std::int64_t>(most_warps / warps_n, share));
-        const std::int64_t rounds = (share + warps_k - 1) / warps_k * warps_k;
-        const double stream = static_cast<double>(per_sm) * rounds *
-                              (static_cast<double>(rows) + activation_units * warps_n);
-        const double sums = static_cast<double>(per_sm) *
-                            (12.0 + 0.25 * static_cast<double>(rows) * problem.m / 8.0 * warps_k / 8 +
-                             (splits > 1 ? 12.0 : 0.0));
-        const double cost = stream + sums;
-        if (cost < best_cost) {
-          best_cost = cost;
-          best = {tiles_per_warp, warps_n, warps_k, splits, problem.sm >= 90};
+      for (int splits = 1; splits <= most_splits && splits <= chunks; splits *= 2) {
+        const int share = (chunks + splits - 1) / splits;
+        for (int warps_k : {1, 2, 4, 6, 8, 12, 16}) {
+          const int warps = warps_n * warps_k;
+          if (warps * 32 > qmv_threads(token_tiles) || warps_k > share) continue;
+          const std::size_t bytes =
+              qmv_shared_bytes(geometry, m, tiles_per_warp, warps_n, warps_k, splits);
+          if (bytes > most_bytes) continue;
+          const std::int64_t rows = std::int64_t{tiles_per_warp} * warps_n;
+          const std::int64_t thread_blocks = (geometry.tiles + rows - 1) / rows * splits;
+          const std::int64_t per_sm = (thread_blocks + problem.sm_count - 1) / problem.sm_count;
+          const std::int64_t fit = std::min<std::int64_t>(
+              {per_sm, std::max(1, 16 / warps),
+               std::max<std::int64_t>(1, static_cast<std::int64_t>(most_bytes / bytes))});
+          const auto waves = static_cast<double>((per_sm + fit - 1) / fit);
+          const double blocks = static_cast<double>(share) * chunk;
+          const double stream =
+              static_cast<double>(per_sm) * blocks *
+              (static_cast<double>(rows) * block_bytes + 0.15 * m * 128.0 * warps_n) / 13.0;
+          const double chain = waves * tiles_per_warp * cycles_per_block *
+                               ((share + warps_k - 1) / warps_k) * chunk;
+          const double end = waves * (1200.0 + static_cast<double>(rows) * m * warps_k +
+                                      (splits > 1 ? 5000.0 : 0.0));
+          const double cost = std::max(stream, chain) + 0.25 * std::min(stream, chain) + end;
+          if (cost < best_cost) {
+            best_cost = cost;
+            best = {tiles_per_warp, warps_n, warps_k, splits, hopper};
+          }
         }
       }
     }
@@ -54,16 +73,19 @@ QmvShape select_qmv(const Problem& problem) {
 }
 
 QmmShape select_qmm(const Problem& problem) {
+  const std::int64_t tiles = problem.geometry.tiles;
+  const std::int64_t blocks = problem.geometry.k_padded / kBlockInputs;
   const int tokens = problem.m <= 32 ? 32 : problem.m <= 64 ? 64 : problem.m <= 128 ? 128 : 256;
-  const std::int64_t row_groups = (problem.geometry.tiles + 7) / 8;
-  const std::int64_t token_groups = (problem.m + tokens - 1) / tokens;
+  const int rows = tokens == 256 ? 128 : 256;
+  const std::int64_t thread_blocks =
+      (tiles * 16 + rows - 1) / rows * ((problem.m + tokens - 1) / tokens);
   int splits = 1;
-  // A thread block of 128 outputs per SM; more along K while SMs would stay empty.
-  while (splits < 4 && row_groups * token_groups * splits * 2 <= problem.sm_count &&
-         problem.geometry.k_padded / kBlockInputs >= splits * 2 * 4) {
+  // One thread block per SM; more along K while SMs would stay empty.
+  while (splits < 8 && thread_blocks * splits * 2 <= problem.sm_count &&
+         blocks >= splits * 2 * 4) {
     splits *= 2;
   }
-  return {tokens, splits, true};
+  return {rows, tokens, splits, true};
 }
 
 Choice select(const Problem& problem) {

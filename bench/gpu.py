@@ -1,0 +1,148 @@
+"""The GPU benchmark: every format, real shapes, batch sizes from 1 to 4096, against bf16 cuBLAS.
+
+PYTHONPATH=python python bench/gpu.py OUT.json [--quick]
+
+Each result is verified against float64 first; times are those of CUDA graphs over a ring of weights
+larger than the L2, so neither launches nor caches flatter anyone. `floor` is the time in which the
+copy bandwidth measured in this run moves the packed bytes once.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ipex_llm import ops
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_timing import copy_bandwidth, ring_length, time_calls
+
+lowbit = torch.ops.lowbit
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (8192, 28672)]
+TOKENS = [1, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
+QUICK_TOKENS = [1, 16, 64, 256, 1024]
+
+
+def commit() -> str:
+    try:
+        run = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        return run.stdout.strip()
+    except OSError:
+        return ""
+
+
+def bench_dense(weight, inputs):
+    ring = [weight.clone() for _ in range(ring_length(weight.numel() * 2))]
+    times = {}
+    for m, x in inputs.items():
+        times[m] = time_calls([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in ring])
+    return times
+
+
+def bench_format(fmt, weight, inputs, bandwidth, dense, rows):
+    n, k = weight.shape
+    group = 64 if fmt.scale_kind < 2 else 0
+    numbers = (n, k, fmt.number, group)
+    packed, exponent = lowbit.quantize(weight, fmt.number, group)
+    e = int(exponent)
+    exact = lowbit.dequantize(packed, [n, k], fmt.number, group, e, torch.float32)
+    rounded = exact.to(torch.bfloat16)
+    ring = [packed.clone() for _ in range(ring_length(packed.numel()))]
+    floor = packed.numel() / bandwidth * 1e6
+    for m, x in inputs.items():
+        sample = x[: min(m, 64)]  # float64 products of 4096 tokens would take longer than the rest
+        expected = sample.double() @ exact.double().T
+        got = lowbit.linear(x, packed, None, *numbers, e, 0)[: sample.shape[0]]
+        error = float((got.double() - expected).norm() / expected.norm())
+        cublas = torch.nn.functional.linear(sample, rounded)
+        cublas_error = float((cublas.double() - expected).norm() / expected.norm())
+        assert error < 0.006, (fmt.name, n, k, m, error)
+        took = time_calls(
+            [lambda p=p, x=x: lowbit.linear(x, p, None, *numbers, e, 0) for p in ring]
+        )
+        path = lowbit.linear_choice(x, packed, *numbers, e, 0).split(":")[0]
+        rows.append(
+            {
+                "format": fmt.name,
+                "n": n,
+                "k": k,
+                "m": m,
+                "microseconds": took,
+                "floor": floor,
+                "cublas": dense[m],
+                "error": error,
+                "cublas_error": cublas_error,
+                "path": path,
+            }
+        )
+        print(
+            f"{fmt.name:10} {n}x{k} M={m}: {took:.1f} us, {took / floor:.2f} x floor, "
+            f"{dense[m] / took:.2f} x cuBLAS ({dense[m]:.1f}), error {error:.5f} "
+            f"(cuBLAS {cublas_error:.5f}), {path}",
+            flush=True,
+        )
+
+
+def table(results) -> str:
+    """Microseconds and, in brackets, the speed-up over bf16 cuBLAS: one table per shape."""
+    lines = []
+    rows = results["rows"]
+    for n, k in dict.fromkeys((r["n"], r["k"]) for r in rows):
+        here = [r for r in rows if (r["n"], r["k"]) == (n, k)]
+        tokens = list(dict.fromkeys(r["m"] for r in here))
+        lines += [
+            f"\n{n} x {k}\n",
+            "| type | floor | " + " | ".join(f"M = {m}" for m in tokens) + " |",
+        ]
+        lines.append("|---" * (len(tokens) + 2) + "|")
+        dense = {r["m"]: r["cublas"] for r in here}
+        lines.append("| bf16 cuBLAS | | " + " | ".join(f"{dense[m]:.1f}" for m in tokens) + " |")
+        for name in dict.fromkeys(r["format"] for r in here):
+            cells = {r["m"]: r for r in here if r["format"] == name}
+            floor = next(iter(cells.values()))["floor"]
+            text = " | ".join(
+                f"{cells[m]['microseconds']:.1f} ({cells[m]['cublas'] / cells[m]['microseconds']:.2f})"
+                for m in tokens
+            )
+            lines.append(f"| {name} | {floor:.1f} | {text} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out")
+    parser.add_argument("--quick", action="store_true", help="two shapes, five batch sizes")
+    parser.add_argument("--formats", nargs="+", default=list(ops.FORMATS))
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or not ops._CUDA_KERNELS:
+        sys.exit("bench/gpu.py needs a CUDA device and liblowbit_ops_cuda.so (-DLOWBIT_CUDA=ON)")
+    bandwidth = copy_bandwidth()
+    results = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "copy_bandwidth": bandwidth,
+        "rows": [],
+    }
+    print(f"{results['device']}, copy {bandwidth / 1e9:.0f} GB/s")
+    for n, k in SHAPES[1:3] if args.quick else SHAPES:
+        weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") * 0.02
+        inputs = {
+            m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+            for m in (QUICK_TOKENS if args.quick else TOKENS)
+        }
+        dense = bench_dense(weight, inputs)
+        for name in args.formats:
+            bench_format(ops.FORMATS[name], weight, inputs, bandwidth, dense, results["rows"])
+            Path(args.out).write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+main()

@@ -1,0 +1,79 @@
+// The decode kernel's cut of shared memory, needed by its launch and by select(). Plain C++.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/device_layout.h"
+
+namespace lowbit::cuda {
+
+LOWBIT_HD constexpr bool is_table(Kind kind) {
+  return kind == Kind::kLut4 || kind == Kind::kLut3;
+}
+LOWBIT_HD constexpr bool has_row_scale(Kind kind) {
+  return kind == Kind::kE4M3 || kind == Kind::kE5M2;
+}
+// Tables of pairs: one 4-byte entry per pair of codes and lane.
+LOWBIT_HD constexpr int table_bytes(Kind kind) {
+  return kind == Kind::kLut4 ? 256 * 32 * 4 : kind == Kind::kLut3 ? 64 * 32 * 4 : 0;
+}
+
+// Tokens in steps of 8, the n of the multiplication.
+LOWBIT_HD constexpr int qmv_token_tiles(std::int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
+// Threads: 128 registers each up to 16 tokens, then about 165.
+LOWBIT_HD constexpr int qmv_threads(int token_tiles) { return token_tiles <= 2 ? 512 : 384; }
+// Row tiles a warp can hold accumulators for.
+LOWBIT_HD constexpr int qmv_tiles(int token_tiles) { return token_tiles == 4 ? 4 : 8; }
+// Blocks of 64 inputs in a unit: about 2 KB of codes, half of it where activations need the room.
+LOWBIT_HD constexpr int chunk_blocks(Kind kind, int token_tiles) {
+  return kind_bits(kind) == 8 || token_tiles >= 2 ? 2 : 4;
+}
+// Ring slots per warp, of which all but one are in flight: 16 warps x 2 x 2176 B = 70 KB per SM for
+// 4-bit types; the latency of HBM times its bandwidth is about 20 KB per SM.
+LOWBIT_HD constexpr int ring_slots(Kind kind, int token_tiles) {
+  return chunk_blocks(kind, token_tiles) == 2 && kind_bits(kind) < 8 ? 4 : 3;
+}
+
+inline int qmv_chunks(Kind kind, int token_tiles, std::int64_t k_padded) {
+  const std::int64_t inputs = std::int64_t{chunk_blocks(kind, token_tiles)} * kBlockInputs;
+  return static_cast<int>((k_padded + inputs - 1) / inputs);
+}
+
+// Slots for activations per warp. The newest chunk issued while chunk i is in use is
+// i + (r - 1 + slots - 1) / r; no more than the warp has in all.
+inline int qmv_act_slots(Kind kind, int token_tiles, int tiles_per_warp, int warps_k, int splits,
+                         int chunks) {
+  const int share = (chunks + splits - 1) / splits;
+  const int rounds = (share + warps_k - 1) / warps_k;
+  const int ahead = (tiles_per_warp - 1 + ring_slots(kind, token_tiles) - 1) / tiles_per_warp + 1;
+  return ahead < rounds ? ahead : rounds;
+}
+
+// Bytes of scales that belong to a unit.
+inline int qmv_scale_bytes(const Geometry& geometry, int token_tiles) {
+  if (geometry.group_size == 0) return 0;
+  const int groups =
+      chunk_blocks(geometry.kind, token_tiles) * kBlockInputs / geometry.group_size;
+  return geometry.group_scale_bytes * (groups > 1 ? groups : 1);
+}
+
+inline std::size_t qmv_shared_bytes(const Geometry& geometry, int m, int tiles_per_warp,
+                                    int warps_n, int warps_k, int splits) {
+  const Kind kind = geometry.kind;
+  const int token_tiles = qmv_token_tiles(m);
+  const int chunk = chunk_blocks(kind, token_tiles);
+  const int act_slots = qmv_act_slots(kind, token_tiles, tiles_per_warp, warps_k, splits,
+                                      qmv_chunks(kind, token_tiles, geometry.k_padded));
+  const std::size_t warps = static_cast<std::size_t>(warps_n) * warps_k;
+  const std::size_t unit = std::size_t(chunk) * 2 * kBlockInputs * kind_bits(kind) +
+                           qmv_scale_bytes(geometry, token_tiles);
+  const std::size_t rings =
+      warps * (ring_slots(kind, token_tiles) * unit + std::size_t(act_slots) * chunk * m * 128);
+  const std::size_t rows = static_cast<std::size_t>(tiles_per_warp) * 16;
+  const std::size_t sums =
+      warps * m * (rows + 4) * 4 + (splits > 1 ? std::size_t(m) * warps_n * rows * 4 : 0);
+  return table_bytes(kind) + 128 + (rings > sums ? rings : sums);
+}
+inline constexpr std::size_t kMostSharedBytes = 227 * 1024;  // of a thread block on sm_90
+
+}  // namespace lowbit::cuda

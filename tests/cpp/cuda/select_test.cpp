@@ -1,0 +1,85 @@
+// Which CUDA path serves which problem, as a table.
+#include "cuda/select.h"
+
+#include <gtest/gtest.h>
+
+namespace lowbit::cuda {
+namespace {
+
+Problem problem(Format format, std::int64_t m, std::int64_t n, std::int64_t k) {
+  Problem p{};
+  p.m = m;
+  p.n = n;
+  p.k = k;
+  p.geometry = make_geometry(make_layout(format, n, k));
+  p.x_dtype = DType::kBFloat16;
+  p.x_aligned = true;
+  p.sm = 90;
+  p.sm_count = 132;
+  return p;
+}
+
+TEST(Select, FewTokensTakeTheDecodeKernel) {
+  for (const FormatInfo& info : formats()) {
+    if (info.scale_kind == ScaleKind::kNone) continue;
+    EXPECT_EQ(select(problem(info.format, 1, 4096, 4096)).path, Path::kQmv) << info.name;
+    EXPECT_EQ(select(problem(info.format, 16, 14336, 4096)).path, Path::kQmv) << info.name;
+    EXPECT_EQ(select(problem(info.format, 64, 14336, 4096)).path, Path::kQmm) << info.name;
+    EXPECT_EQ(select(problem(info.format, 100000, 4096, 4096)).path, Path::kScratch) << info.name;
+  }
+}
+
+TEST(Select, SixteenBitWeightsGoToCublas) {
+  EXPECT_EQ(select(problem(Format::kBf16, 1, 4096, 4096)).path, Path::kDirect);
+  EXPECT_EQ(select(problem(Format::kFp16, 1, 4096, 4096)).path, Path::kExact);
+}
+
+TEST(Select, WhatNoKernelTakesIsDequantized) {
+  Problem p = problem(Format::kSymInt4, 1, 100, 100);  // K not a multiple of 64
+  EXPECT_EQ(select(p).path, Path::kScratch);
+  p = problem(Format::kSymInt4, 64, 4096, 4096);
+  p.sm = 80;  // no wgmma
+  EXPECT_EQ(select(p).path, Path::kScratch);
+  p.sm = 120;  // other instructions again
+  EXPECT_EQ(select(p).path, Path::kScratch);
+  p = problem(Format::kSymInt4, 4, 4096, 4096);
+  p.sm = 80;
+  EXPECT_EQ(select(p).path, Path::kQmv);
+  EXPECT_EQ(select(p).qmv.splits, 1);  // clusters need sm_90
+  EXPECT_FALSE(select(p).qmv.early);
+  p.x_aligned = false;
+  EXPECT_EQ(select(p).path, Path::kScratch);
+}
+
+TEST(Select, ExactPrecisionNeverRoundsWeights) {
+  Problem p = problem(Format::kNf4, 1, 4096, 4096);
+  p.precision = Precision::kFp32;
+  EXPECT_EQ(select(p).path, Path::kExact);
+  p = problem(Format::kSymInt4, 1, 4096, 4096);
+  p.precision = Precision::kFp32;
+  EXPECT_EQ(select(p).path, Path::kQmv);  // codes and sums are exact there
+  p.m = 64;
+  EXPECT_EQ(select(p).path, Path::kExact);
+  p.x_dtype = DType::kFloat32;
+  p.m = 1;
+  EXPECT_EQ(select(p).path, Path::kExact);
+}
+
+// Every shape that select_qmv() returns is one that the kernel takes.
+TEST(Select, LaunchShapesAreValid) {
+  for (std::int64_t m : {1, 8, 9, 16, 17, 32}) {
+    for (std::int64_t n : {16, 100, 1024, 4096, 14336, 28672, 151936}) {
+      for (std::int64_t k : {64, 128, 576, 4096, 14336, 28672}) {
+        const QmvShape shape = select_qmv(problem(Format::kSymInt4, m, n, k));
+        EXPECT_GE(shape.tiles_per_warp, 1);
+        EXPECT_LE(shape.tiles_per_warp, m > 16 ? 4 : 8);
+        EXPECT_GE(shape.warps_k, 1);
+        EXPECT_LE(shape.warps_n * shape.warps_k, m > 16 ? 12 : 16);
+        EXPECT_LE(shape.splits * 64, k);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lowbit::cuda

@@ -1,0 +1,281 @@
+"""The CUDA operators against the CPU ones: every format, odd shapes, every kernel."""
+
+import itertools
+
+import pytest
+import torch
+
+from ipex_llm import ops
+
+FORMATS = [f for f in ops.FORMATS.values()] if isinstance(ops.FORMATS, dict) else list(ops.FORMATS)
+NAMES = [f.name for f in FORMATS]
+BY_NAME = {f.name: f for f in FORMATS}
+ROW_SCALED = ("fp8_e4m3", "fp8_e5m2")
+FULL = ("fp16", "bf16")
+QMV, QMM, DIRECT, SCRATCH, EXACT = range(5)
+_lowbit = torch.ops.lowbit
+
+
+def grouped(name: str) -> bool:
+    return name not in ROW_SCALED + FULL
+
+
+def make(name: str, n: int, k: int, group: int = 0, seed: int = 0):
+    """(packed on the CPU, packed on the GPU, format number, group, exponent, fp64 weight)."""
+    generator = torch.Generator().manual_seed(seed + n * 7919 + k)
+    weight = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
+    number = BY_NAME[name].number
+    group = group if grouped(name) else 0
+    packed, exponent = _lowbit.quantize(weight, number, group)
+    exact = _lowbit.dequantize(packed, [n, k], number, group, int(exponent), torch.float64)
+    gpu = ops.move_packed(packed, "cuda", k, number, group)
+    return packed, gpu, number, group, int(exponent), exact
+
+
+def activations(m: int, k: int, dtype, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed + m)
+    return torch.randn(m, k, generator=generator).to(dtype)
+
+
+def assert_close(got, x, weight, bias=None, name="", rounded_weights=False):
+    """|error| <= u_out |out| + u_w sum |x w| + fp32 sums, element by element.
+
+    u = 2^-8 (bf16) or 2^-11 (fp16): half a unit in the last place of a number just above a power of
+    two. Codebook entries (nf3, nf4) are rounded to the dtype of x by every kernel; `rounded_weights`:
+    the whole weight is. fp32 sums of exact products: 2^-19 of the sum of magnitudes is generous for
+    these K.
+    """
+    u = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}[got.dtype]
+    expected = x.double() @ weight.T
+    magnitude = x.double().abs() @ weight.abs().T
+    if bias is not None:
+        expected = expected + bias.double()
+        magnitude = magnitude + bias.double().abs()
+    inexact = (name in ("nf3", "nf4")) + 2 * rounded_weights
+    bound = 1.001 * u * expected.abs() + (inexact * u + 2.0**-19) * magnitude + 1e-30
+    if rounded_weights and got.dtype == torch.float16:  # subnormal weights: 2^-25 each
+        bound = bound + 2.0**-25 * x.double().abs().sum(-1, keepdim=True)
+    got = got.double().cpu()
+    assert torch.isfinite(got).all()
+    worst = ((got - expected).abs() / bound).max()
+    assert worst <= 1, f"{float(worst)} times the bound"
+
+
+SHAPES = [(16, 64), (48, 128), (17, 40), (33, 96), (1, 32), (130, 200), (100, 1), (256, 320)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_repacking_is_lossless(name, group):
+    if not grouped(name) and group != 32:
+        pytest.skip("the format has no groups")
+    for n, k in SHAPES + [(272, 1024), (64, 416)]:
+        packed, gpu, number, group_size, _, _ = make(name, n, k, group)
+        assert gpu.shape == packed.shape
+        back = ops.move_packed(gpu, "cpu", k, number, group_size)
+        assert torch.equal(back, packed), (n, k)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dequantize_and_embedding_equal_the_cpu(name, dtype):
+    for (n, k), group in itertools.product(SHAPES, [32, 64]):
+        packed, gpu, number, group_size, exponent, _ = make(name, n, k, group)
+        cpu = _lowbit.dequantize(packed, [n, k], number, group_size, exponent, dtype)
+        got = _lowbit.dequantize(gpu, [n, k], number, group_size, exponent, dtype)
+        assert torch.equal(got.cpu(), cpu), (n, k, group)
+        ids = torch.tensor([[n - 1, 0], [n // 2, n // 3]])
+        rows = _lowbit.embedding(gpu, ids.cuda(), n, k, number, group_size, exponent, dtype)
+        assert torch.equal(rows.cpu(), cpu[ids])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linear_on_odd_shapes(name, dtype):
+    for (n, k), m in itertools.product(SHAPES, [1, 7, 40]):
+        _, gpu, number, group, exponent, exact = make(name, n, k)
+        x = activations(m, k, dtype)
+        bias = activations(1, n, torch.float32)[0]
+        args = (n, k, number, group, exponent)
+        got = _lowbit.linear(x.cuda(), gpu, bias.cuda(), *args, 0)
+        assert got.dtype == dtype and got.shape == (m, n)
+        assert_close(got, x, exact, bias, name, rounded_weights=True)
+
+
+FUSED = [name for name in NAMES if name not in FULL]
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_decode_kernel(name, dtype, group):
+    if not grouped(name) and group != 32:
+        pytest.skip("the format has no groups")
+    for n, k in [(16, 64), (200, 192), (257, 1024), (1000, 1600)]:
+        _, gpu, number, group_size, exponent, exact = make(name, n, k, group)
+        for m in (1, 3, 8, 9, 16, 21, 32):
+            x = activations(m, k, dtype)
+            shapes = [(1, 1, 4, 1), (3, 2, 3, 2), (4, 1, 8, 4)] + (
+                [(7, 1, 5, 1), (8, 2, 2, 2)] if m <= 16 else []
+            )
+            for shape in shapes:
+                if shape[3] * 64 > k:
+                    continue
+                for early in (0, 1):
+                    got = _lowbit.linear_variant(
+                        x.cuda(),
+                        gpu,
+                        None,
+                        n,
+                        k,
+                        number,
+                        group_size,
+                        exponent,
+                        [QMV, *shape, early],
+                    )
+                    assert_close(got, x, exact, name=name)
+                    again = _lowbit.linear_variant(
+                        x.cuda(),
+                        gpu,
+                        None,
+                        n,
+                        k,
+                        number,
+                        group_size,
+                        exponent,
+                        [QMV, *shape, early],
+                    )
+                    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [32, 64, 256])
+def test_wgmma_kernel(name, dtype, group):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma needs compute capability 9.0")
+    if not grouped(name) and group != 32:
+        pytest.skip("the format has no groups")
+    for n, k in [(16, 64), (130, 192), (257, 1024)]:
+        _, gpu, number, group_size, exponent, exact = make(name, n, k, group)
+        for m, tokens in [
+            (1, 32),
+            (32, 32),
+            (33, 64),
+            (64, 64),
+            (100, 64),
+            (128, 128),
+            (200, 128),
+            (300, 256),
+        ]:
+            x = activations(m, k, dtype)
+            for rows, splits in ((128, 1), (128, 2), (256, 1), (256, 2)):
+                if splits * 64 > k or rows * tokens > 128 * 256:
+                    continue
+                got = _lowbit.linear_variant(
+                    x.cuda(),
+                    gpu,
+                    None,
+                    n,
+                    k,
+                    number,
+                    group_size,
+                    exponent,
+                    [QMM, rows, tokens, splits, 1],
+                )
+                # Weights are rounded to the dtype of x, too.
+                assert_close(got, x, exact, name=name, rounded_weights=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scratch_path_and_exact_precision(name):
+    n, k = 144, 320
+    _, gpu, number, group, exponent, exact = make(name, n, k)
+    x = activations(50, k, torch.bfloat16)
+    got = _lowbit.linear_variant(x.cuda(), gpu, None, n, k, number, group, exponent, [SCRATCH])
+    assert_close(got, x, exact, name=name, rounded_weights=True)
+    x = activations(3, k, torch.float32)
+    got = _lowbit.linear(x.cuda(), gpu, None, n, k, number, group, exponent, 1)
+    assert_close(got, x, exact, name=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantize_gives_the_bytes_of_the_cpu(name):
+    weight = activations(70, 200, torch.float32)
+    number = BY_NAME[name].number
+    packed, exponent = _lowbit.quantize(weight, number, 0)
+    gpu, gpu_exponent = _lowbit.quantize(weight.cuda(), number, 0)
+    assert gpu.is_cuda and int(gpu_exponent) == int(exponent)
+    assert torch.equal(ops.move_packed(gpu, "cpu", 200, number, 0), packed)
+
+
+def test_exponents_three_dimensions_and_strides():
+    weight = activations(40, 128, torch.float32) * 1e30
+    number = BY_NAME["sym_int4"].number
+    packed, exponent = _lowbit.quantize(weight, number, 0)
+    assert int(exponent) != 0
+    gpu = ops.move_packed(packed, "cuda", 128, number, 0)
+    exact = _lowbit.dequantize(packed, [40, 128], number, 0, int(exponent), torch.float64)
+    x = activations(6, 128, torch.bfloat16).reshape(2, 3, 128)
+    got = _lowbit.linear(x.cuda(), gpu, None, 40, 128, number, 0, int(exponent), 0)
+    assert got.shape == (2, 3, 40)
+    assert_close(got.reshape(6, 40), x.reshape(6, 128), exact, rounded_weights=True)
+    strided = activations(12, 256, torch.bfloat16).cuda()[::2, 64:192]
+    got = _lowbit.linear(strided, gpu, None, 40, 128, number, 0, int(exponent), 0)
+    assert_close(got, strided.cpu(), exact, rounded_weights=True)
+    odd = activations(12, 130, torch.bfloat16).cuda()[:, 1:129]  # rows not 16-byte aligned
+    got = _lowbit.linear(odd, gpu, None, 40, 128, number, 0, int(exponent), 0)
+    assert_close(got, odd.cpu(), exact, rounded_weights=True)
+
+
+def test_a_nonfinite_token_stays_alone():
+    n, k = 64, 256
+    for m in (2, 40):
+        _, gpu, number, group, exponent, _ = make("sym_int4", n, k)
+        x = activations(m, k, torch.bfloat16)
+        x[1, 5] = float("nan")
+        got = _lowbit.linear(x.cuda(), gpu, None, n, k, number, group, exponent, 0).cpu()
+        assert got[1].isnan().all()
+        assert torch.isfinite(got[torch.arange(m) != 1]).all()
+
+
+def test_cuda_graph_and_streams():
+    n, k = 512, 1024
+    _, gpu, number, group, exponent, exact = make("nf4", n, k)
+    for m in (1, 48):
+        x = activations(m, k, torch.bfloat16).cuda()
+        args = (gpu, None, n, k, number, group, exponent, 0)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            _lowbit.linear(x, *args)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                y = x
+                for _ in range(3):
+                    y = _lowbit.linear(x, *args)
+        x.copy_(activations(m, k, torch.bfloat16, seed=9))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(y, x.cpu(), exact, name="nf4", rounded_weights=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["device", "dtype", "shape", "bias"],
+)
+def test_bad_input_is_refused(change):
+    n, k = 64, 128
+    packed, gpu, number, group, exponent, _ = make("sym_int4", n, k)
+    x = activations(2, k, torch.bfloat16).cuda()
+    args = [x, gpu, None, n, k, number, group, exponent, 0]
+    if change == "device":
+        args[0] = x.cpu()
+    elif change == "dtype":
+        args[0] = x.to(torch.int32)
+    elif change == "shape":
+        args[0] = x[:, :64]
+    else:
+        args[2] = torch.zeros(3, device="cuda")
+    with pytest.raises(RuntimeError):
+        _lowbit.linear(*args)
