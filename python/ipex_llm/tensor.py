@@ -21,6 +21,7 @@ from . import ops
 __all__ = ["LowBitTensor", "lowbit_parameters"]
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 _no_function = torch._C.DisableTorchFunctionSubclass
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = torch.compiler.is_exporting
@@ -41,6 +42,7 @@ _OWN = (
     "stored_shape",
     "numbers",
     "direct",
+    "reshaped",
     "_logical_dtype",
     "_logical_shape",
     "_is_param",
@@ -101,26 +103,41 @@ class LowBitTensor(torch.Tensor):
                 "LowBitTensor wraps packed bytes and needs low_bit and stored_shape; "
                 "to pack a float tensor use LowBitTensor.quantize(weight, low_bit)"
             )
-        stored_shape = tuple(stored_shape)
-        if shape is None:
-            shape = _transpose(stored_shape) if transposed else stored_shape
-        shape = tuple(shape)
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=packed.device, requires_grad=False
+        return cls._wrap(
+            packed, low_bit, group_size, exponent, tuple(stored_shape), transposed, shape, dtype
         )
-        info = ops.FORMATS[low_bit]
-        self.packed = packed
-        self._logical_dtype = dtype
-        self._logical_shape = torch.Size(shape)
-        self.low_bit = low_bit
-        self.group_size = group_size
-        self.exponent = exponent
-        self.transposed = transposed
-        self.stored_shape = stored_shape
-        # What the operators take after the tensors. `direct`: it is one matrix, and linear() may
-        # take it as it is.
-        self.numbers = (*stored_shape[-2:], info.number, group_size, exponent)
-        self.direct = len(stored_shape) == 2 and not transposed and shape == stored_shape
+
+    @classmethod
+    def _wrap(
+        cls,
+        packed: torch.Tensor,
+        low_bit: str,
+        group_size: int,
+        exponent: int,
+        stored_shape: tuple[int, ...],
+        transposed: bool,
+        shape: Sequence[int] | None,
+        dtype: torch.dtype,
+    ) -> "LowBitTensor":
+        natural = _transpose(stored_shape) if transposed else stored_shape
+        shape = natural if shape is None else tuple(shape)
+        self = _make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
+        # One update: fifteen assignments would cost more than all the rest of a view.
+        self.__dict__.update(
+            packed=packed,
+            low_bit=low_bit,
+            group_size=group_size,
+            exponent=exponent,
+            transposed=transposed,
+            stored_shape=stored_shape,
+            # What the operators take after the tensors. `direct`: it is one matrix, and linear()
+            # may take it as it is.
+            numbers=(*stored_shape[-2:], ops.FORMATS[low_bit].number, group_size, exponent),
+            direct=len(stored_shape) == 2 and not transposed and shape == natural,
+            reshaped=shape != natural,
+            _logical_dtype=dtype,
+            _logical_shape=torch.Size(shape),
+        )
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -201,16 +218,16 @@ class LowBitTensor(torch.Tensor):
     ) -> "LowBitTensor":
         """This tensor with other bytes or another description; never a Parameter."""
         if shape is None and stored_shape is None and transposed is None:
-            shape = self.shape
-        return type(self)(
+            shape = self._logical_shape
+        return self._wrap(
             packed,
             self.low_bit,
             self.group_size,
             self.exponent,
-            stored_shape=self.stored_shape if stored_shape is None else stored_shape,
-            transposed=self.transposed if transposed is None else transposed,
-            shape=shape,
-            dtype=self.dtype if dtype is None else dtype,
+            self.stored_shape if stored_shape is None else stored_shape,
+            self.transposed if transposed is None else transposed,
+            shape,
+            self._logical_dtype if dtype is None else dtype,
         )
 
     def _converted(
@@ -246,8 +263,7 @@ class LowBitTensor(torch.Tensor):
             setattr(self, name, getattr(other, name))
 
     def _is_reshaped(self) -> bool:
-        shape = _transpose(self.stored_shape) if self.transposed else self.stored_shape
-        return tuple(self.shape) != shape
+        return self.reshaped
 
     # ---- torch protocols -------------------------------------------------------------------------
 
