@@ -1,5 +1,11 @@
 // Manifests and saved directories: what is written, what is refused, what survives.
+#include <csignal>
 #include <thread>
+
+#ifndef _WIN32
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #include "io/os.h"
 #include "support.h"
@@ -447,6 +453,62 @@ TEST(Saved, AFailureAtAnyStepLeavesTheOldSaveOrTheNew) {
     }
   }
 }
+
+#ifndef _WIN32
+// kill -9 at every step, in a child process: destructors do not run, so temporary files stay until
+// the next save. `make faults` prints the matrix.
+TEST(Saved, KilledAtAnyStepTheOldSaveOrTheNewLoads) {
+  const bool print = std::getenv("LOWBIT_PRINT_FAULTS") != nullptr;
+  for (bool existing : {false, true}) {
+    if (print) std::printf("\n%s\n", existing ? "over an existing save" : "into a new directory");
+    for (int kill_at = 0;; ++kill_at) {
+      TemporaryDirectory directory;
+      if (existing) save_small(directory.path(), 1, 8000);
+      std::string last = directory / "last-step";  // a file outlives the child
+      std::filesystem::create_directory(directory / "save");
+      std::string target = existing ? directory.path() : directory / "save";
+      std::fflush(nullptr);
+      pid_t child = ::fork();
+      ASSERT_GE(child, 0);
+      if (child == 0) {
+        int steps = 0;
+        os::set_fault_hook([&](std::string_view step) {
+          if (steps++ != kill_at) return;
+          std::ofstream(last) << step;
+          ::kill(::getpid(), SIGKILL);
+        });
+        save_small(target, 2, 8000);
+        ::_exit(0);
+      }
+      int status = 0;
+      ASSERT_EQ(::waitpid(child, &status, 0), child);
+      if (WIFEXITED(status)) {
+        ASSERT_EQ(WEXITSTATUS(status), 0);
+        EXPECT_GT(kill_at, 15);  // the walk has seen every step
+        EXPECT_TRUE(holds_small(target, 2));
+        break;
+      }
+      std::string outcome;
+      try {
+        outcome = holds_small(target, 2)   ? "the new save"
+                  : holds_small(target, 1) ? "the old save"
+                                           : "NEITHER";
+      } catch (const Error& error) {
+        outcome = error.code() == ErrorCode::kNotFound && !existing ? "no save" : error.what();
+      }
+      if (print)
+        std::printf("  killed before %2d %-16s -> %s\n", kill_at, read_file(last).c_str(),
+                    outcome.c_str());
+      EXPECT_TRUE(outcome == "the new save" || outcome == (existing ? "the old save" : "no save"))
+          << "step " << kill_at << ", " << read_file(last) << ": " << outcome;
+      save_small(target, 3, 8000);
+      EXPECT_TRUE(holds_small(target, 3));
+      for (const std::string& name : names_in(target))
+        EXPECT_FALSE(name.ends_with(".tmp")) << read_file(last) << " left " << name;
+    }
+  }
+}
+#endif
 
 TEST(Saved, SaversAndReadersAtTheSameTime) {
   TemporaryDirectory directory;
