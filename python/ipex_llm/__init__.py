@@ -26,6 +26,7 @@ _LAZY = {
     "plan": ".planning",
     "dequantize": ".convert",
     "merge_adapters": ".convert",
+    "register_with_transformers": ".hugging_face",
     "optimization_report": ".fuse",
 }
 
@@ -39,6 +40,7 @@ __all__ = [
     "optimization_report",
     "optimize_model",
     "plan",
+    "register_with_transformers",
     "set_activation_precision",
 ]
 

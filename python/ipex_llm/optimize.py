@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ipex_llm import arguments, convert, layers
+from ipex_llm import arguments, convert, hugging_face, layers
 from ipex_llm.arguments import Options
 from ipex_llm.low_memory import low_memory_init
 from ipex_llm.save import load_low_bit, save_low_bit
@@ -107,12 +107,29 @@ class Optimized(layers.Mixin):
 
 
 class RefusesSavePretrained(layers.Mixin):
-    """Mixin of optimized models with `save_pretrained`, which would write codes as if weights."""
+    """Mixin of optimized models with `save_pretrained`, which would write codes as if weights.
+
+    Once transformers can read saves (register_with_transformers), it writes one instead.
+    """
 
     def save_pretrained(self, *args, **kwargs):
         if not convert.has_low_bit(self):
             return super().save_pretrained(*args, **kwargs)
+        if hugging_face.is_registered():
+            return _save_pretrained(self, *args, **kwargs)
         raise ValueError(
             "save_pretrained: this model's weights are low-bit, which its file format cannot hold; "
             "use model.save_low_bit(directory), or ipex_llm.dequantize(model) first"
         )
+
+
+def _save_pretrained(model, save_directory, *args, max_shard_size="4GB", **kwargs):
+    """save_pretrained of transformers with the arguments that a low-bit save can honour."""
+    refused = [name for name, value in kwargs.items() if value and name != "safe_serialization"]
+    if args or refused:
+        what = ", ".join(refused) if refused else f"{len(args)} more positional arguments"
+        raise ValueError(
+            f"save_pretrained: a low-bit save knows no {what}; "
+            f"use save_directory and max_shard_size"
+        )
+    save_low_bit(model, save_directory, max_shard_size=max_shard_size)

@@ -135,6 +135,23 @@ def test_every_dtype_of_plain_tensors_comes_back(tmp_path):
         assert torch.equal(other.to(torch.complex128), buffer.to(torch.complex128)), name
 
 
+def test_a_save_does_not_depend_on_fusion(tmp_path):
+    tokens = ids() + 1
+    saves = []
+    for optimize_llm in (True, False):
+        model = optimize_model(tiny_llama(), optimize_llm=optimize_llm)
+        for run in range(2):
+            directory = tmp_path / f"{optimize_llm}-{run}"
+            model.save_low_bit(directory)
+            saves.append(directory)
+            with torch.no_grad():
+                model(tokens)  # the first call may rearrange weights in memory
+    weights = {tuple((d / name).read_bytes() for name in weight_files(d)) for d in saves}
+    assert len(weights) == 1
+    fused, again, *_ = ((d / "ipex_llm.json").read_text() for d in saves)
+    assert fused == again
+
+
 def test_config_and_generation_config_go_along(tmp_path):
     model = optimize_model(tiny_llama().bfloat16())
     model.generation_config.max_new_tokens = 7
