@@ -107,7 +107,8 @@ def table(results) -> str:
             cells = {r["m"]: r for r in here if r["format"] == name}
             floor = next(iter(cells.values()))["floor"]
             text = " | ".join(
-                f"{cells[m]['microseconds']:.1f} ({cells[m]['cublas'] / cells[m]['microseconds']:.2f})"
+                f"{cells[m]['microseconds']:.1f} "
+                f"({cells[m]['cublas'] / cells[m]['microseconds']:.2f})"
                 for m in tokens
             )
             lines.append(f"| {name} | {floor:.1f} | {text} |")

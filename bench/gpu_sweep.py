@@ -1,6 +1,7 @@
 """Sweeps the launch shapes of the CUDA kernels: the measurements behind src/cuda/select.cpp.
 
-PYTHONPATH=python python bench/gpu_sweep.py OUT.json [--formats ...] [--shapes N:K ...] [--tokens ...]
+PYTHONPATH=python python bench/gpu_sweep.py OUT.json [--formats F ...] [--shapes N:K ...]
+    [--tokens M ...]
 """
 
 import argparse
@@ -120,7 +121,8 @@ def main():
             )
             best = " | ".join(f"{t:.1f} {v}" for t, v, _ in rows[:4])
             print(
-                f"{name} {n}x{k} M={m}: floor {floor:.1f} cublas {cublas:.1f} scratch {scratch:.1f} "
+                f"{name} {n}x{k} M={m}: floor {floor:.1f} cublas {cublas:.1f} "
+                f"scratch {scratch:.1f} "
                 f"auto {auto:.1f} ({choice.split(':')[0]}) best {best}",
                 flush=True,
             )

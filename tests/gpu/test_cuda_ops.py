@@ -41,9 +41,9 @@ def assert_close(got, x, weight, bias=None, name="", rounded_weights=False):
     """|error| <= u_out |out| + u_w sum |x w| + fp32 sums, element by element.
 
     u = 2^-8 (bf16) or 2^-11 (fp16): half a unit in the last place of a number just above a power of
-    two. Codebook entries (nf3, nf4) are rounded to the dtype of x by every kernel; `rounded_weights`:
-    the whole weight is. fp32 sums of exact products: 2^-19 of the sum of magnitudes is generous for
-    these K.
+    two. Codebook entries (nf3, nf4) are rounded to the dtype of x by every kernel;
+    `rounded_weights`: the whole weight is. fp32 sums of exact products: 2^-19 of the sum of
+    magnitudes is generous for these K.
     """
     u = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}[got.dtype]
     expected = x.double() @ weight.T
@@ -69,7 +69,7 @@ SHAPES = [(16, 64), (48, 128), (17, 40), (33, 96), (1, 32), (130, 200), (100, 1)
 def test_repacking_is_lossless(name, group):
     if not grouped(name) and group != 32:
         pytest.skip("the format has no groups")
-    for n, k in SHAPES + [(272, 1024), (64, 416)]:
+    for n, k in [*SHAPES, (272, 1024), (64, 416)]:
         packed, gpu, number, group_size, _, _ = make(name, n, k, group)
         assert gpu.shape == packed.shape
         back = ops.move_packed(gpu, "cpu", k, number, group_size)
@@ -266,7 +266,7 @@ def test_cuda_graph_and_streams():
 )
 def test_bad_input_is_refused(change):
     n, k = 64, 128
-    packed, gpu, number, group, exponent, _ = make("sym_int4", n, k)
+    _, gpu, number, group, exponent, _ = make("sym_int4", n, k)
     x = activations(2, k, torch.bfloat16).cuda()
     args = [x, gpu, None, n, k, number, group, exponent, 0]
     if change == "device":

@@ -1,4 +1,4 @@
-"""A sample of the zoo (tests/python/zoo): one class per kind of weight. `make zoo` runs it whole."""
+"""A sample of the zoo (tests/python/zoo): one class per kind of weight. `make zoo` runs all."""
 
 from __future__ import annotations
 

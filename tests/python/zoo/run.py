@@ -112,8 +112,8 @@ def table(results) -> str:
         f"{torch.__version__.split('+')[0]}, transformers {transformers.__version__}.",
         "",
         "Every class that the Auto mappings of transformers name, built small with random weights "
-        "and without a network, and models from elsewhere. Each is optimized, compared in fp32 with "
-        "a float copy whose weights are the dequantized ones (so the arithmetic is all that "
+        "and without a network, and models from elsewhere. Each is optimized, compared in fp32 "
+        "with a float copy whose weights are the dequantized ones (so the arithmetic is all that "
         "differs), saved, loaded under `low_memory_init`, and must then give the identical output. "
         "*Share* is the part of the bytes of all parameters with two or more dimensions that is "
         "packed; embedding tables are left out unless tied to a head, since they stay float unless "
