@@ -10,6 +10,8 @@
 #   make bench-full   every format and shape
 #   make bench-peers  other engines on the same shapes
 #   make zoo          optimize_model over the architectures of transformers
+#   make faults       what loads after a save is killed at each of its steps
+#   make fuzz         fuzzes the readers of files (SECONDS=60 per reader; needs clang)
 #   make lint         ruff and clang-format, changing nothing; `make format` changes
 #   make docs         checks the documents and renders them to build-docs/
 #   make wheel        dist/ipex_llm_lowbit-*.whl
@@ -121,7 +123,7 @@ format: $(VENV)/.ready
 
 # ---- demo, benchmarks, documents -----------------------------------------------------------------
 
-.PHONY: build-bench demo bench bench-full bench-peers zoo docs
+.PHONY: build-bench demo bench bench-full bench-peers zoo docs faults fuzz
 build-bench/build.ninja: CMakePresets.json | $(VENV)/.ready system
 	$(call CONFIGURE,bench,)
 	@touch $@
@@ -137,6 +139,12 @@ bench-full: build build-bench models
 	@$(OFFLINE) $(PY) bench/run.py --full $(BENCH_ARGS)
 bench-peers: build models
 	@$(OFFLINE) $(PY) bench/run.py --peers $(BENCH_ARGS)
+
+faults: build
+	@LOWBIT_PRINT_FAULTS=1 build/tests/cpp/io/lowbit_io_tests --gtest_filter='Saved.Killed*:Saved.AFailure*'
+
+fuzz:
+	@scripts/fuzz.sh $(or $(SECONDS),60)
 
 zoo: build models
 	@$(OFFLINE) $(PY) tests/python/zoo/run.py $(ZOO_ARGS)
