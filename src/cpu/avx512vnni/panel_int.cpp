@@ -86,8 +86,8 @@ LOWBIT_INLINE void multiply_six(__m512i (&sum)[6][2], const std::byte* w, const 
       ".rept 8\n"
       "vmovdqa64 128*i(%[w]), %%zmm30\n"
       "vmovdqa64 128*i+64(%[w]), %%zmm31\n"
-      "prefetcht0 128*i+2048(%[w])\n"
-      "prefetcht0 128*i+2112(%[w])\n"
+      "prefetcht0 128*i+4096(%[w])\n"
+      "prefetcht0 128*i+4160(%[w])\n"
       LOWBIT_TOKEN("zmm28", "0", "a0", "b0")
       LOWBIT_TOKEN("zmm29", "4", "a1", "b1")
       LOWBIT_TOKEN("zmm28", "8", "a2", "b2")
