@@ -27,26 +27,43 @@ struct Panel {
   std::byte* codes;
   float* scales;
   float* minima;
+  float* kept;  // [tokens][2][16]: totals between chunks of K
 };
 
+// Inputs per chunk of K: a quarter of a 1 MiB L2 for the panel leaves room for activations and the
+// next panel's packed bytes; a multiple of every group size.
+LOWBIT_INLINE std::int64_t chunk_inputs(const Layout& layout) {
+  constexpr std::int64_t kMost = 256 * 1024 / 32;
+  const std::int64_t chunks = (layout.k_padded + kMost - 1) / kMost;
+  const std::int64_t inputs = ((layout.k_padded + chunks - 1) / chunks + 255) / 256 * 256;
+  return inputs < layout.k_padded ? inputs : layout.k_padded;
+}
+
 Panel make_panel(std::byte* scratch, const Layout& layout) {
-  const std::int64_t groups = layout.groups;
   Panel panel;
   panel.codes = scratch;
-  panel.scales = reinterpret_cast<float*>(scratch + layout.k_padded * 32);
-  panel.minima = panel.scales + groups * 32;
+  panel.scales = reinterpret_cast<float*>(scratch + chunk_inputs(layout) * 32);
+  panel.minima = panel.scales + layout.groups * 32;
+  panel.kept = panel.minima + layout.groups * 32;
   return panel;
 }
 
-std::int64_t scratch_bytes(const RowBlock& rows, const Activations&) {
-  return rows.layout.k_padded * 32 + rows.layout.groups * 2 * 32 * 4;
+std::int64_t scratch_bytes(const RowBlock& rows, const Activations& a) {
+  return chunk_inputs(rows.layout) * 32 + rows.layout.groups * 2 * 32 * 4 + a.m * kTiles * 64;
 }
+
+// Groups [begin, end) of a chunk of K; sums of the chunks before are kept in memory.
+struct Chunk {
+  std::int64_t begin, end;
+  bool first, last;
+};
 
 template <Format F>
 void expand(const Operand<F>& operand, const std::byte* tile,
-            const GroupWalk<Grouped<F>::kMinimum>& walk, const Panel& panel, int side) {
+            const GroupWalk<Grouped<F>::kMinimum>& walk, const Panel& panel, const Chunk& chunk,
+            int side) {
   std::byte* to = panel.codes + side * 64;
-  for (std::int64_t g = 0; g < walk.groups; ++g) {
+  for (std::int64_t g = chunk.begin; g < chunk.end; ++g) {
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
@@ -113,14 +130,17 @@ LOWBIT_INLINE void multiply_six(__m512i (&sum)[6][2], const std::byte* w, const 
 }
 
 template <int kPlanes, bool kMinimum, int kCount>
-void block_int(const Panel& panel, std::int64_t groups, std::int64_t group, std::int64_t k_padded,
-               const std::byte* block, const IntBlock& sizes, const Epilogue& epilogue,
-               std::int64_t token, std::int64_t tile, bool second, Ahead& ahead) {
+void block_int(const Panel& panel, const Chunk& chunk, float* kept, std::int64_t group,
+               std::int64_t k_padded, const std::byte* block, const IntBlock& sizes,
+               const Epilogue& epilogue, std::int64_t token, std::int64_t tile, bool second,
+               Ahead& ahead) {
   const std::byte* meta = block + kPlanes * sizes.plane_bytes;
   __m512 total[kCount][kTiles];
-  unroll<kCount * kTiles>(
-      [&](auto i) LOWBIT_LAMBDA { total[i / kTiles][i % kTiles] = _mm512_setzero_ps(); });
-  for (std::int64_t g = 0; g < groups; ++g) {
+  unroll<kCount * kTiles>([&](auto i) LOWBIT_LAMBDA {
+    total[i / kTiles][i % kTiles] =
+        chunk.first ? _mm512_setzero_ps() : _mm512_load_ps(kept + i * 16);
+  });
+  for (std::int64_t g = chunk.begin; g < chunk.end; ++g) {
     const std::int64_t k0 = g * group;
     const std::int64_t blocks = ((k0 + group < k_padded ? group : k_padded - k0)) / kInputBlock;
     for (int i = 0; i < ahead.lines && ahead.at < ahead.end; ++i) {
@@ -142,7 +162,7 @@ void block_int(const Panel& panel, std::int64_t groups, std::int64_t group, std:
         });
       }
       const std::byte* q = block + p * sizes.plane_bytes + k0 * kCount;
-      const std::byte* w = panel.codes + k0 * 32;
+      const std::byte* w = panel.codes + (k0 - chunk.begin * group) * 32;
       if constexpr (kCount == 6) {
         multiply_six(sum, w, q, blocks);
       } else {
@@ -177,6 +197,12 @@ void block_int(const Panel& panel, std::int64_t groups, std::int64_t group, std:
       }
     });
   }
+  if (!chunk.last) {
+    unroll<kCount * kTiles>([&](auto i) LOWBIT_LAMBDA {
+      _mm512_store_ps(kept + i * 16, total[i / kTiles][i % kTiles]);
+    });
+    return;
+  }
   unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
     epilogue.store(token + t, tile, total[t][0]);
     if (second) epilogue.store(token + t, tile + 1, total[t][1]);
@@ -195,12 +221,12 @@ void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_to
   const IntBlock sizes(a, kPlanes, per_block);
   const Epilogue epilogue(rows, Grouped<F>::kValueScale);
   const Panel panel = make_panel(scratch, layout);
+  const std::int64_t chunk_groups =
+      (chunk_inputs(layout) + layout.group_size - 1) / layout.group_size;
   const std::int64_t token_blocks = (token_end - token_begin + per_block - 1) / per_block;
   for (std::int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
     const bool second = tile + 1 < layout.tiles;
     const std::byte* bytes = rows.packed + tile * layout.tile_bytes;
-    expand<F>(operand, bytes, walk, panel, 0);
-    expand<F>(operand, second ? bytes + layout.tile_bytes : bytes, walk, panel, 1);
     Ahead ahead{nullptr, nullptr, 0};
     const std::int64_t next = tile + kTiles < tile_end ? tile + kTiles : next_tile;
     if (next >= 0 && next < layout.tiles) {
@@ -210,16 +236,23 @@ void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_to
       const std::int64_t steps = token_blocks * layout.groups;
       ahead.lines = static_cast<int>((tiles * layout.tile_bytes / 64 + steps - 1) / steps);
     }
-    for (std::int64_t t = token_begin; t < token_end; t += per_block) {
-      const std::byte* block = a.data + t / per_block * sizes.stride;
-      const std::int64_t left = token_end - t < per_block ? token_end - t : per_block;
-      unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
-        if (left == i + 1) {
-          block_int<kPlanes, Grouped<F>::kMinimum, i + 1>(panel, layout.groups, layout.group_size,
-                                                          layout.k_padded, block, sizes, epilogue,
-                                                          first_token + t, tile, second, ahead);
-        }
-      });
+    for (std::int64_t g = 0; g < layout.groups; g += chunk_groups) {
+      const std::int64_t end = g + chunk_groups < layout.groups ? g + chunk_groups : layout.groups;
+      const Chunk chunk{g, end, g == 0, end == layout.groups};
+      expand<F>(operand, bytes, walk, panel, chunk, 0);
+      expand<F>(operand, second ? bytes + layout.tile_bytes : bytes, walk, panel, chunk, 1);
+      for (std::int64_t t = token_begin; t < token_end; t += per_block) {
+        const std::byte* block = a.data + t / per_block * sizes.stride;
+        float* kept = panel.kept + (t - token_begin) * kTiles * 16;
+        const std::int64_t left = token_end - t < per_block ? token_end - t : per_block;
+        unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
+          if (left == i + 1) {
+            block_int<kPlanes, Grouped<F>::kMinimum, i + 1>(panel, chunk, kept, layout.group_size,
+                                                            layout.k_padded, block, sizes, epilogue,
+                                                            first_token + t, tile, second, ahead);
+          }
+        });
+      }
     }
   }
 }
