@@ -90,6 +90,47 @@ def _fuse(model: nn.Module, entries: list[dict[str, Any]]) -> None:
             entry["error_ratio"] = proof.error_ratio
             done.append(name)
         entries.append(entry)
+    for name, module in model.named_modules():
+        for child, blocks in module.named_children():
+            if isinstance(blocks, nn.ModuleList) and _is_stack(name, child, blocks, seen):
+                _accept_stack(module, child, config)
+
+
+def _is_stack(name: str, child: str, blocks: nn.ModuleList, seen) -> bool:
+    """Whether all blocks are fused whole and are called with the same mask and rotation."""
+    if len(blocks) < 2:
+        return False
+    path = f"{name}.{child}" if name else child
+    arguments = []
+    for index, block in enumerate(blocks):
+        state = block.__dict__.get(forward.STATE)
+        scenarios = seen.get(f"{path}.{index}")
+        if state is None or scenarios is None:
+            return False
+        description = state.description
+        a, m = description.attention, description.mlp
+        if a is None or m is None or not (a.residual and m.residual) or a.layer_idx < 0:
+            return False
+        arguments.append([prove.named(block, step) for steps in scenarios for step in steps])
+    for step in zip(*arguments, strict=True):
+        for key in (*forward._MASK, *forward._ROPE, *forward._CACHE):
+            first = step[0].get(key)
+            if any(other.get(key) is not first for other in step[1:]):
+                return False
+    return True
+
+
+def _accept_stack(module: nn.Module, child: str, config) -> None:
+    """Lets all blocks run as one operator, if the model then computes the same."""
+    if not hasattr(module, "config"):
+        return
+    try:
+        prove.prove_stack(module, child, config)
+    except Exception:
+        _log.debug("no stack", exc_info=True)
+        return
+    swap_class(module, forward.RunsStack)
+    module.__dict__[forward.STACK] = child
 
 
 def _takes_hidden(module: nn.Module, scenarios) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -160,7 +161,10 @@ class Handle:
             self.number = _ops.fused_register(writer.tensors, writer.integers, writer.floats)
         except (Unfit, RuntimeError) as error:
             self.unfit = str(error)
-        self.watched = writer.watched
+        unique = {
+            (id(mapping), key): (mapping, key, value) for mapping, key, value in writer.watched
+        }
+        self.watched = list(unique.values())
         self.vectors = writer.vectors
 
     def __del__(self) -> None:
@@ -170,9 +174,9 @@ class Handle:
 
     def is_current(self) -> bool:
         """Whether every module and parameter is still the one that was registered."""
-        for mapping, key, value in self.watched:
-            if mapping.get(key) is not value:
-                return False
+        # Some fifty comparisons per block and token, hence without a line of Python for each.
+        if not all(map(is_, map(dict.get, self.mappings, self.keys), self.values)):
+            return False
         for tensor, pointer in self.vectors:
             if tensor.data_ptr() != pointer:
                 return False

@@ -7,6 +7,7 @@ arguments, so the worst that can happen is the speed of the unfused model.
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -140,6 +141,11 @@ class Fused(Mixin):
         state = self.__dict__.get(STATE)
         if state is None or self.training or _is_grad_enabled() or _is_compiling():
             return super().forward(*args, **kwargs)
+        stack = _local.stack
+        if stack is not None:
+            out = stack.step(self, state, args, kwargs)
+            if out is not None:
+                return out
         out = run(self, state, args, kwargs)
         if out is None:
             if state.required:
@@ -246,6 +252,160 @@ def _run_attention(description: Description, call: Call, number: int, precision:
     if causal and keys.shape[2] != tokens:  # room that the cache holds already
         keys, values = keys[:, :, :tokens], values[:, :, :tokens]
     return _attend(x, number, q, keys, values, mask, causal, precision)
+
+
+# ---- all blocks in one operator ------------------------------------------------------------------
+
+
+class _Local(threading.local):
+    stack: Stack | None = None
+    stacks = 0  # runs of a stack so far, for tests and proofs
+
+
+_local = _Local()
+STACK = "_lowbit_stack"
+# More tokens than this do not notice 20 us per block, and go block by block.
+_STACK_TOKENS = 8
+# Arguments of a model that change nothing about how it runs its blocks.
+_PLAIN = frozenset(
+    (
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "cache_position",
+        "return_dict",
+    )
+)
+
+
+class Stack:
+    """One call of a model whose blocks run as one operator.
+
+    The first block computes all of them; the others hand on what it returned. The model's own
+    forward stays in charge of everything around: masks, positions, the last norm.
+    """
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.blocks = blocks
+        self.result: torch.Tensor | None = None
+        self.next = 0
+
+    def step(self, block: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
+        if self.result is not None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if self.next < len(self.blocks) and block is self.blocks[self.next]:
+                if hidden is self.result:
+                    self.next += 1
+                    return self._returned(state)
+            return None
+        if block is not self.blocks[0]:
+            return None
+        out = self._run(args, kwargs)
+        if out is None:
+            _local.stack = None  # block by block for the rest of this call
+            return None
+        self.result, self.next = out, 1
+        _local.stacks += 1
+        return self._returned(state)
+
+    def _returned(self, state: State):
+        count = state.description.returns
+        return self.result if count == 0 else (self.result, *(None,) * (count - 1))
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        states = [block.__dict__.get(STATE) for block in self.blocks]
+        for block, state in zip(self.blocks, states, strict=True):
+            if state is None or block._forward_hooks or block._forward_pre_hooks:
+                return None
+            if block.training or not state.ready(block):
+                return None
+        call = Call(states[0].names, args, kwargs)
+        x, mask, past = call.hidden, call.mask, call.past
+        if call.refused is not None or type(x) is not torch.Tensor or x.dim() != 3:
+            return None
+        batch, tokens, _ = x.shape
+        if tokens > _STACK_TOKENS or x.dtype not in _FLOATS or not x.is_cpu:
+            return None
+        if not caches.is_cache(past) or (mask is None and tokens > 1):
+            return None
+        if mask is not None:
+            if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
+                return None
+            if mask.dtype is not torch.bool and mask.dtype not in _FLOATS:
+                return None
+        cos = sin = None
+        layers, keys, values = [], [], []
+        held = -1
+        for state in states:
+            a = state.description.attention
+            if a.rope != "none":
+                cos, sin = call.cos, call.sin
+                if cos is None or cos.dim() not in (2, 3) or cos.shape[-2] != tokens:
+                    return None
+            layer = caches.layer_of(past, a.layer_idx)
+            if layer is None:
+                return None
+            room = layer.room(batch, a.kv_heads, tokens, a.head_dim, x.dtype)
+            if room is None or held not in (-1, room[2]):
+                return None
+            held = room[2]
+            layers.append(layer)
+            keys.append(room[0])
+            values.append(room[1])
+        if mask is not None and (mask.shape[3] != held + tokens or mask.stride(3) != 1):
+            return None
+        numbers = [state.handle.number for state in states]
+        try:
+            out = _blocks(x, numbers, cos, sin, keys, values, held, mask, False, _state.precision)
+        except RuntimeError as error:
+            raise translate(error) from None
+        for layer in layers:
+            layer.advance(tokens)
+        return out
+
+
+class RunsStack(Mixin):
+    """Mixin of the module that owns the list of blocks, all fused and proved as a stack."""
+
+    def __call__(self, *args, **kwargs):
+        stack = self._stack_of(args, kwargs)
+        if stack is None:
+            return super().__call__(*args, **kwargs)
+        before = _local.stack
+        _local.stack = stack
+        try:
+            out = super().__call__(*args, **kwargs)
+        finally:
+            _local.stack = before
+        if stack.result is not None and stack.next != len(stack.blocks):
+            raise RuntimeError(
+                f"{type(self).__name__} called {stack.next} of its {len(stack.blocks)} blocks, "
+                "which run as one operator; call optimize_model with optimize_llm=False for a "
+                "model that leaves out blocks"
+            )
+        return out
+
+    def _stack_of(self, args: tuple, kwargs: dict[str, Any]) -> Stack | None:
+        name = self.__dict__.get(STACK)
+        if name is None or self.training or _is_grad_enabled() or _is_compiling():
+            return None
+        if len(args) > 1 or kwargs.get("past_key_values") is None:
+            return None
+        for key, value in kwargs.items():
+            if key not in _PLAIN and value is not None and value is not False:
+                return None
+        config = self.__dict__.get("config")
+        if getattr(config, "output_hidden_states", False):
+            return None
+        if getattr(config, "output_attentions", False):
+            return None
+        blocks = list(self._modules[name]._modules.values())
+        if getattr(config, "num_hidden_layers", None) != len(blocks):
+            return None  # it may run the first few of them
+        return Stack(blocks)
 
 
 class FusesAtFirstCall(Mixin):

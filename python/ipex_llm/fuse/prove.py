@@ -15,7 +15,18 @@ from torch import nn
 
 from ipex_llm.fuse import cache as caches
 from ipex_llm.fuse.describe import Description
-from ipex_llm.fuse.forward import _CACHE, _HIDDEN, _ROPE, STATE, Fused, State, parameter_names
+from ipex_llm.fuse.forward import (
+    _CACHE,
+    _HIDDEN,
+    _ROPE,
+    STACK,
+    STATE,
+    Fused,
+    RunsStack,
+    State,
+    _local,
+    parameter_names,
+)
 from ipex_llm.fuse.recognise import Unrecognised
 from ipex_llm.fuse.trace import converted, shadow, undisturbed
 from ipex_llm.tensor import swap_class
@@ -167,6 +178,41 @@ def prove(
     if dtype == torch.float32:
         return Proof(worst)
     return Proof(worst, _working_error(module, description, scenarios, config, dtype))
+
+
+def prove_stack(module: nn.Module, child: str, config) -> None:
+    """The module with its blocks as one operator against the same block by block.
+
+    Embeddings stay as they are and unused: a table in float32 may be larger than the model.
+    """
+    from transformers.cache_utils import DynamicCache
+
+    with undisturbed():
+        results = []
+        for stacked in (False, True):
+            copied = shadow(module, torch.float32, keep=nn.Embedding)
+            for block in copied._modules[child]:
+                block.__dict__[STATE] = State(block.__dict__[STATE].description)
+            if stacked:
+                swap_class(copied, RunsStack)
+                copied.__dict__[STACK] = child
+            cache = DynamicCache(config=config)
+            outputs = []
+            for seed, (batch, tokens) in enumerate(((2, 5), (2, 1), (2, 3), (2, 1))):
+                x = random_hidden((batch, tokens, config.hidden_size), seed)
+                before = _local.stacks
+                out = copied(inputs_embeds=x, past_key_values=cache, use_cache=True)
+                if stacked and tokens == 1 and _local.stacks == before:
+                    raise Unrecognised("the stack was not used")
+                outputs.append(out[0])
+            results.append((outputs, cache.get_seq_length()))
+    (want, length), (have, stacked_length) = results
+    if length != stacked_length:
+        raise Unrecognised("leaves the cache with another length")
+    for w, h in zip(want, have, strict=True):
+        every = torch.ones(w.shape[:2], dtype=torch.bool)
+        if not difference(h, w, w, every) <= TOLERANCE:
+            raise Unrecognised("the stack differs")
 
 
 def difference(have, want, update, valid) -> float:

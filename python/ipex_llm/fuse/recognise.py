@@ -442,7 +442,7 @@ def _gate_and_up(first: list[Seen], last: Seen):
     for call in wide:
         out = call.output.reshape(inner.shape[0], -1)
         for column in dict.fromkeys((0, out.shape[1] - width)):
-            if column >= 0:
+            if 0 <= column <= out.shape[1] - width:
                 parts.append((call, column, out[:, column : column + width]))
     for name, function in ACTIVATION_FUNCTIONS.items():
         for call, column, gate in parts:

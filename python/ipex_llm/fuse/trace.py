@@ -33,12 +33,24 @@ _HOOK_FLAGS = (
 )
 
 
-def shadow(module: nn.Module, dtype: torch.dtype | None = torch.float32) -> nn.Module:
-    """A copy of the module tree in `dtype` (None: as it is) and in eval mode; bytes are shared."""
-    return _shadow(module, dtype, {})
+def shadow(
+    module: nn.Module, dtype: torch.dtype | None = torch.float32, keep: type | None = None
+) -> nn.Module:
+    """A copy of the module tree in `dtype` (None: as it is) and in eval mode; bytes are shared.
+
+    Modules of the class `keep` keep their dtype.
+    """
+    return _shadow(module, dtype, keep, {})
 
 
-def _shadow(module: nn.Module, dtype: torch.dtype | None, memo: dict[int, nn.Module]) -> nn.Module:
+def _shadow(
+    module: nn.Module,
+    dtype: torch.dtype | None,
+    keep: type | None,
+    memo: dict[int, nn.Module],
+) -> nn.Module:
+    if keep is not None and isinstance(module, keep):
+        dtype = None
     if id(module) in memo:
         return memo[id(module)]
     copied = module.__class__.__new__(module.__class__)
@@ -55,7 +67,8 @@ def _shadow(module: nn.Module, dtype: torch.dtype | None, memo: dict[int, nn.Mod
         name: None if b is None else _cast(b, dtype) for name, b in module._buffers.items()
     }
     copied.__dict__["_modules"] = {
-        name: None if m is None else _shadow(m, dtype, memo) for name, m in module._modules.items()
+        name: None if m is None else _shadow(m, dtype, keep, memo)
+        for name, m in module._modules.items()
     }
     return copied
 

@@ -176,6 +176,44 @@ def test_bfloat16_is_no_worse_than_the_original():
         assert entry["error_ratio"] <= 1.5
 
 
+def test_decoding_runs_all_blocks_as_one_operator():
+    plain, fused = pair(layers=3)
+    before = forward._local.stacks
+    more = {"max_new_tokens": 8, "do_sample": False}
+    want, have = plain.generate(ids(), **more), fused.generate(ids(), **more)
+    assert torch.equal(want, have)
+    assert forward._local.stacks - before == 7  # every token but the first, which ends the prompt
+
+
+def test_blocks_run_one_by_one_where_somebody_looks_between_them():
+    plain, fused = pair(layers=3)
+    seen = []
+    fused.model.layers[1].register_forward_hook(lambda m, args, out: seen.append(out))
+    before = forward._local.stacks
+    for model in (plain, fused):
+        model.cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids(1), past_key_values=model.cache)
+    with torch.no_grad():
+        want = plain(ids(1, 1), past_key_values=plain.cache, output_hidden_states=True)
+        have = fused(ids(1, 1), past_key_values=fused.cache, output_hidden_states=True)
+    assert len(seen) == 2
+    assert forward._local.stacks == before
+    for a, b in zip(have.hidden_states, want.hidden_states, strict=True):
+        assert close(a, b)
+
+
+def test_a_model_with_fewer_blocks_than_before():
+    plain, fused = pair(layers=3)
+    for model in (plain, fused):
+        model.config.num_hidden_layers = 2
+    more = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(plain.generate(ids(), **more), fused.generate(ids(), **more))
+    for model in (plain, fused):
+        model.model.layers = model.model.layers[:2]
+    assert torch.equal(plain.generate(ids(), **more), fused.generate(ids(), **more))
+
+
 # ---- calls that go to the original ---------------------------------------------------------------
 
 
