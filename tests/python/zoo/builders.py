@@ -191,13 +191,13 @@ def small_config(config_class, overrides: dict | None = None):
         pass  # some need arguments: their signature has told the names
     values = {name: value for name, value in {**_BY_NAME, **_FIXED}.items() if name in known}
     for name in [*values]:
-        usual = getattr(default, name, None)
+        usual = _value(default, name)
         if isinstance(usual, list | tuple):  # one number per stage: as it is; sides: two of them
             if name == "image_size" and len(usual) == 2:
                 values[name] = [values[name]] * 2
             else:
                 del values[name]
-    rope = getattr(default, "rope_parameters", None)
+    rope = _value(default, "rope_parameters")
     model_type = getattr(config_class, "model_type", "")
     if isinstance(rope, dict) and any(part in model_type for part in _THREE_AXES):
         values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}  # half of head_dim 16
@@ -206,7 +206,7 @@ def small_config(config_class, overrides: dict | None = None):
         if "num_key_value_heads" in values:
             values["num_key_value_heads"] = values.get("num_attention_heads", 4)
     for name, sub_class in (getattr(config_class, "sub_configs", None) or {}).items():
-        nested = getattr(default, name, None)
+        nested = _value(default, name)
         sub_class = type(nested) if hasattr(nested, "to_dict") else sub_class
         if hasattr(sub_class, "to_dict"):
             try:
@@ -222,6 +222,14 @@ def small_config(config_class, overrides: dict | None = None):
         except Exception as error:
             last = error
     raise last
+
+
+def _value(config, name: str):
+    """A field of a configuration; None where it has none, or one per layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        return None
 
 
 def _config_for(cls, config):
