@@ -7,6 +7,7 @@ weights the model is always whole: some packed, some float, all working.
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections.abc import Iterable
 
@@ -33,14 +34,36 @@ def convert(model: nn.Module, options: Options, who: str = "optimize_model") -> 
     check_has_data(who, pending)
     check_finite(who, pending)
     model.__dict__[_STATE] = {**options.to_dict(), "complete": False}
+    shared = _shared_memory(pending)
     with torch.inference_mode(False), torch.no_grad():
         for entry in _progress(pending, options.progress):
-            _convert_entry(entry)
+            _convert_entry(entry, shared)
     return plan
 
 
-def _convert_entry(entry: planning.Entry) -> None:
+def _shared_memory(pending) -> dict[tuple, LowBitTensor | None]:
+    """Weights that are several Parameters over the same memory: they are packed once.
+
+    The keys are addresses. They stay valid: all weights that could have one are alive from here to
+    their own turn, and no float weight is made on the way.
+    """
+    counts = collections.Counter(_memory_of(entry) for entry in pending)
+    return {key: None for key, count in counts.items() if count > 1}
+
+
+def _memory_of(entry: planning.Entry) -> tuple:
     module, attribute = entry.slots[0]
+    weight = module._parameters[attribute]
+    packed_as = (entry.low_bit, entry.group_size, entry.transposed, entry.stored_shape)
+    return (weight.device, weight.data_ptr(), weight.dtype, entry.shape, weight.stride(), packed_as)
+
+
+def _convert_entry(entry: planning.Entry, shared: dict) -> None:
+    module, attribute = entry.slots[0]
+    key = _memory_of(entry) if shared else None
+    if shared.get(key) is not None:
+        install_in(entry.slots, shared[key].detach())
+        return
     weight = module._parameters[attribute]
     if weight.is_inference():
         weight = weight.clone()
@@ -52,6 +75,8 @@ def _convert_entry(entry: planning.Entry) -> None:
         stored_shape=entry.stored_shape,
     )
     del weight
+    if key in shared:
+        shared[key] = packed
     try:
         install_in(entry.slots, packed)
     except BaseException:

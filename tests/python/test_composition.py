@@ -79,12 +79,13 @@ def test_a_parametrization_added_later_wins():
 # ---- sharing -----------------------------------------------------------
 
 
-def test_two_parameters_over_one_memory_are_both_converted():
+def test_two_parameters_over_one_memory_are_packed_once():
     a, b = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
     b.weight = nn.Parameter(a.weight.data)
     model = optimize_model(nn.Sequential(a, b))
     assert packed(model) == {"0.weight", "1.weight"}
-    assert torch.equal(a.weight.packed, b.weight.packed)
+    assert a.weight is not b.weight
+    assert a.weight.packed.data_ptr() == b.weight.packed.data_ptr()  # still one memory
     same_as_dequantized(model, torch.randn(2, 32))
 
 
@@ -233,6 +234,28 @@ def test_compiling_afterwards():
     with torch.no_grad():
         expected = model(x)
         assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+def test_compiling_attention_and_experts():
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    attention = optimize_model(nn.ModuleList([nn.MultiheadAttention(64, 4, batch_first=True)]))[0]
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        compiled = torch.compile(attention.eval(), backend="eager", fullgraph=True)
+        assert_close(compiled(x, x, x), attention(x, x, x))
+    config = MixtralConfig(hidden_size=64, intermediate_size=96, num_local_experts=4)
+    config._experts_implementation = "batched_mm"
+    experts = MixtralExperts(config).eval()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    experts = optimize_model(nn.ModuleList([experts]))[0]
+    chosen, weights = torch.tensor([[0, 2], [3, 1]]), torch.full((2, 2), 0.5)
+    with exact():
+        compiled = torch.compile(experts, backend="eager", fullgraph=True)
+        expected = experts(torch.ones(2, 64), chosen, weights)
+        assert_close(compiled(torch.ones(2, 64), chosen, weights), expected, layers=4)
 
 
 def test_data_parallel(tmp_path):
