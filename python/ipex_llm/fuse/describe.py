@@ -161,10 +161,10 @@ class Handle:
             self.number = _ops.fused_register(writer.tensors, writer.integers, writer.floats)
         except (Unfit, RuntimeError) as error:
             self.unfit = str(error)
-        unique = {
-            (id(mapping), key): (mapping, key, value) for mapping, key, value in writer.watched
-        }
-        self.watched = list(unique.values())
+        unique = {(id(entry[0]), entry[1]): entry for entry in writer.watched}
+        self.mappings = [entry[0] for entry in unique.values()]
+        self.keys = [entry[1] for entry in unique.values()]
+        self.values = [entry[2] for entry in unique.values()]
         self.vectors = writer.vectors
 
     def __del__(self) -> None:
