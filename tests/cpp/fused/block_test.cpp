@@ -1,0 +1,489 @@
+// Fused decoder blocks against the same block written in float64 loops, on packed fp32-exact
+// weights; runs once per instruction set (label per_isa).
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/fused_kernels.h"
+#include "lowbit/error.h"
+#include "lowbit/fused.h"
+
+namespace lowbit {
+namespace {
+
+using Vector = std::vector<double>;
+
+// Activations keep 15 bits in every product and pass through at most five of them.
+constexpr double kTolerance = 3e-4;
+
+// The aligned bytes and the dequantized values of one matrix.
+struct Weight {
+  std::vector<std::byte> memory;
+  std::vector<float> bias;
+  PackedMatrix packed;
+  Vector values;  // [n, k]
+
+  Weight(std::int64_t n, std::int64_t k, bool with_bias, std::mt19937& random) {
+    std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt(static_cast<float>(k)));
+    std::vector<float> dense(static_cast<std::size_t>(n * k));
+    for (float& w : dense) w = normal(random);
+    packed.layout = make_layout(Format::kSymInt8, n, k);
+    memory.resize(static_cast<std::size_t>(packed.layout.bytes()) + 64);
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+    std::byte* aligned = memory.data() + (64 - address % 64) % 64;
+    const std::span<std::byte> bytes(aligned, static_cast<std::size_t>(packed.layout.bytes()));
+    packed.exponent = quantize({dense.data(), DType::kFloat32, n, k, k, 1}, packed.layout, bytes);
+    packed.packed = aligned;
+    values.resize(dense.size());
+    dequantize(bytes, packed.layout, packed.exponent, {values.data(), DType::kFloat64, n, k, k, 1});
+    if (with_bias) {
+      for (std::int64_t i = 0; i < n; ++i) bias.push_back(normal(random) * 5);
+      packed.bias = bias.data();
+    }
+  }
+  Weight(const Weight&) = delete;
+
+  Vector times(const Vector& x) const {
+    const auto& layout = packed.layout;
+    Vector out(static_cast<std::size_t>(layout.n));
+    for (std::int64_t i = 0; i < layout.n; ++i) {
+      double sum = bias.empty() ? 0.0 : bias[static_cast<std::size_t>(i)];
+      for (std::int64_t j = 0; j < layout.k; ++j) {
+        sum += values[static_cast<std::size_t>(i * layout.k + j)] * x[static_cast<std::size_t>(j)];
+      }
+      out[static_cast<std::size_t>(i)] = sum;
+    }
+    return out;
+  }
+};
+
+Vector norm(const NormSpec& spec, Vector x) {
+  if (spec.kind == NormKind::kNone) return x;
+  const double n = static_cast<double>(x.size());
+  double mean = 0, square = 0;
+  if (spec.kind == NormKind::kLayer) {
+    for (double v : x) mean += v / n;
+  }
+  for (double v : x) square += (v - mean) * (v - mean) / n;
+  const float* weight = static_cast<const float*>(spec.weight);
+  const float* bias = static_cast<const float*>(spec.bias);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    x[i] = (x[i] - mean) / std::sqrt(square + static_cast<double>(spec.eps));
+    if (weight != nullptr) x[i] *= weight[i] + spec.offset;
+    if (bias != nullptr) x[i] += bias[i];
+  }
+  return x;
+}
+
+double activation(Activation kind, double x) {
+  const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
+  switch (kind) {
+    case Activation::kIdentity:
+      return x;
+    case Activation::kSilu:
+      return x * sigmoid(x);
+    case Activation::kGelu:
+      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+    case Activation::kGeluTanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::kRelu:
+      return x > 0 ? x : 0;
+    case Activation::kRelu2:
+      return x > 0 ? x * x : 0;
+    case Activation::kQuickGelu:
+      return x * sigmoid(1.702 * x);
+    case Activation::kSigmoid:
+      return sigmoid(x);
+    case Activation::kTanh:
+      return std::tanh(x);
+  }
+  return NAN;
+}
+
+struct Shape {
+  const char* name;
+  int heads, kv_heads, head_dim;
+  std::int64_t hidden, width, batch, tokens, past;
+  RopeSpec rope;
+  NormKind norm_kind;
+  bool head_norms, biases, gated, parallel;
+  Activation activation;
+  float softcap;
+  MaskKind mask;
+};
+
+std::string name_of(const testing::TestParamInfo<Shape>& info) {
+  return info.param.name;
+}
+
+class Threaded final : public Threads {
+ public:
+  int count() const override { return 3; }
+  void run(std::int64_t tasks, const std::function<void(std::int64_t)>& body) const override {
+    std::vector<std::thread> threads;
+    for (std::int64_t t = 0; t < tasks; ++t) threads.emplace_back([&body, t] { body(t); });
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+class Block : public testing::TestWithParam<Shape> {
+ protected:
+  const Shape& s = GetParam();
+  std::mt19937 random{7};
+  std::normal_distribution<float> normal;
+
+  std::vector<float> floats(std::int64_t count, float scale = 1, float offset = 0) {
+    std::vector<float> values(static_cast<std::size_t>(count));
+    for (float& v : values) v = offset + scale * normal(random);
+    return values;
+  }
+
+  // Weights, held here.
+  Weight q{s.heads * s.head_dim, s.hidden, s.biases, random};
+  Weight k{s.kv_heads * s.head_dim, s.hidden, s.biases, random};
+  Weight v{s.kv_heads * s.head_dim, s.hidden, s.biases, random};
+  Weight o{s.hidden, s.heads* s.head_dim, s.biases, random};
+  Weight gate{s.width, s.hidden, false, random};
+  Weight up{s.width, s.hidden, false, random};
+  Weight down{s.hidden, s.width, s.biases, random};
+  std::vector<float> norm1 = floats(s.hidden, 0.3f, 1), norm2 = floats(s.hidden, 0.3f, 1);
+  std::vector<float> bias1 = floats(s.hidden, 0.3f);
+  std::vector<float> head_norm = floats(s.head_dim, 0.3f);
+  std::int64_t positions = s.past + s.tokens;
+  std::vector<float> x = floats(s.batch * s.tokens * s.hidden);
+  std::vector<float> keys = floats(s.batch * s.kv_heads * (positions + 3) * s.head_dim);
+  std::vector<float> values = floats(s.batch * s.kv_heads * (positions + 3) * s.head_dim);
+  std::vector<float> cos = floats(s.tokens * s.head_dim), sin = floats(s.tokens * s.head_dim);
+  std::vector<float> float_mask;
+  std::vector<std::uint8_t> bool_mask;
+  BlockSpec block;
+  BlockCall call;
+
+  void SetUp() override {
+    AttentionSpec& a = block.attention;
+    a.heads = s.heads;
+    a.kv_heads = s.kv_heads;
+    a.head_dim = s.head_dim;
+    a.in = {q.packed, k.packed, v.packed};
+    a.q = {0, s.heads / s.kv_heads * s.head_dim, s.head_dim};
+    a.k = {s.heads * s.head_dim, s.head_dim, 0};
+    a.v = {(s.heads + s.kv_heads) * s.head_dim, s.head_dim, 0};
+    a.norm.kind = s.norm_kind;
+    a.norm.weight = norm1.data();
+    a.norm.bias = s.norm_kind == NormKind::kLayer ? bias1.data() : nullptr;
+    a.norm.eps = 1e-5f;
+    if (s.head_norms) {
+      a.q_norm = {
+          NormKind::kRms, head_norm.data(), nullptr, DType::kFloat32, DType::kFloat32, 1e-6f, 1};
+      a.k_norm = a.q_norm;
+    }
+    a.rope = s.rope;
+    a.scale = 1 / std::sqrt(static_cast<float>(s.head_dim));
+    a.softcap = s.softcap;
+    a.out = o.packed;
+    a.multiplier = 0.7f;
+    MlpSpec& m = block.mlp;
+    m.width = s.width;
+    m.gated = s.gated;
+    if (s.gated) {
+      m.in = {gate.packed, up.packed};
+      m.up_offset = s.width;
+    } else {
+      m.in = {gate.packed};
+    }
+    m.activation = s.activation;
+    m.norm = a.norm;
+    m.norm.weight = norm2.data();
+    m.down = down.packed;
+    block.parallel = s.parallel;
+
+    call.x = x.data();
+    call.batch = s.batch;
+    call.tokens = s.tokens;
+    call.hidden = s.hidden;
+    call.cos = cos.data();
+    call.sin = sin.data();
+    call.rope_stride = s.head_dim;
+    call.past = s.past;
+    call.precision = Precision::kFp32;
+    call.causal = s.mask == MaskKind::kNone;
+    if (s.mask != MaskKind::kNone) {
+      for (std::int64_t i = 0; i < s.batch * s.tokens * positions; ++i) {
+        const std::int64_t position = i % positions, token = i / positions % s.tokens;
+        const bool seen = position <= s.past + token && (random() % 4 != 0 || position == 0);
+        bool_mask.push_back(seen);
+        float_mask.push_back(seen ? 0.5f * normal(random) : -1e9f);
+      }
+      call.mask_kind = s.mask;
+      call.mask = s.mask == MaskKind::kBool ? static_cast<const void*>(bool_mask.data())
+                                            : static_cast<const void*>(float_mask.data());
+      call.mask_batch_stride = s.tokens * positions;
+      call.mask_stride = positions;
+    }
+  }
+
+  CacheView view(std::vector<float>& k_memory, std::vector<float>& v_memory) const {
+    const std::int64_t head = (positions + 3) * s.head_dim;
+    return {k_memory.data(),
+            v_memory.data(),
+            DType::kFloat32,
+            s.kv_heads * head,
+            head,
+            s.head_dim,
+            s.kv_heads * head,
+            head,
+            s.head_dim};
+  }
+
+  Vector rotated(Vector head, std::int64_t token) const {
+    const int half = s.rope.width / 2;
+    for (int p = 0; p < half && s.rope.kind != RopeKind::kNone; ++p) {
+      const bool halves = s.rope.kind == RopeKind::kHalves;
+      const std::size_t i = static_cast<std::size_t>(s.rope.begin + (halves ? p : 2 * p));
+      const std::size_t j = i + static_cast<std::size_t>(halves ? half : 1);
+      const std::size_t at = static_cast<std::size_t>(token * s.head_dim + p * s.rope.table_step);
+      const double a = head[i], b = head[j], c = cos[at], d = sin[at];
+      head[i] = a * c - b * d;
+      head[j] = b * c + a * d;
+    }
+    return head;
+  }
+
+  // The block as its formula says; fills keys and values.
+  Vector expected() {
+    Vector result;
+    const CacheView cache = view(keys, values);
+    const auto at = [&](std::vector<float>& memory, std::int64_t b, std::int64_t h,
+                        std::int64_t p) {
+      return memory.data() + b * cache.key_batch_stride + h * cache.key_head_stride +
+             p * cache.key_stride;
+    };
+    const std::int64_t d = s.head_dim;
+    std::vector<Vector> queries;
+    for (std::int64_t t = 0; t < s.batch * s.tokens; ++t) {
+      const Vector row(x.begin() + t * s.hidden, x.begin() + (t + 1) * s.hidden);
+      const Vector normed = norm(block.attention.norm, row);
+      const Vector pq = q.times(normed), pk = k.times(normed), pv = v.times(normed);
+      Vector all;
+      for (int h = 0; h < s.heads; ++h) {
+        const Vector head = rotated(
+            norm(block.attention.q_norm, Vector(pq.begin() + h * d, pq.begin() + (h + 1) * d)),
+            t % s.tokens);
+        all.insert(all.end(), head.begin(), head.end());
+      }
+      queries.push_back(all);
+      for (int h = 0; h < s.kv_heads; ++h) {
+        const Vector head = rotated(
+            norm(block.attention.k_norm, Vector(pk.begin() + h * d, pk.begin() + (h + 1) * d)),
+            t % s.tokens);
+        for (std::int64_t i = 0; i < d; ++i) {
+          const std::int64_t p = s.past + t % s.tokens;
+          at(keys, t / s.tokens, h, p)[i] = static_cast<float>(head[static_cast<std::size_t>(i)]);
+          at(values, t / s.tokens, h, p)[i] =
+              static_cast<float>(pv[static_cast<std::size_t>(h * d + i)]);
+        }
+      }
+    }
+    for (std::int64_t t = 0; t < s.batch * s.tokens; ++t) {
+      Vector mixed(static_cast<std::size_t>(s.heads * d));
+      for (int h = 0; h < s.heads; ++h) {
+        const std::int64_t b = t / s.tokens, kv = h / (s.heads / s.kv_heads);
+        Vector weights;
+        double sum = 0, most = -INFINITY;
+        for (std::int64_t p = 0; p < positions; ++p) {
+          double score = 0;
+          for (std::int64_t i = 0; i < d; ++i) {
+            score += queries[static_cast<std::size_t>(t)][static_cast<std::size_t>(h * d + i)] *
+                     at(keys, b, kv, p)[i];
+          }
+          score *= static_cast<double>(block.attention.scale);
+          if (s.softcap > 0) score = s.softcap * std::tanh(score / s.softcap);
+          const std::size_t m = static_cast<std::size_t>(t * positions + p);
+          if (s.mask == MaskKind::kBool && bool_mask[m] == 0) score = -INFINITY;
+          if (s.mask == MaskKind::kFloat32) score += float_mask[m];
+          if (call.causal && p > s.past + t % s.tokens) score = -INFINITY;
+          weights.push_back(score);
+          most = std::max(most, score);
+        }
+        for (double& w : weights) sum += w = std::exp(w - most);
+        for (std::int64_t p = 0; p < positions; ++p) {
+          for (std::int64_t i = 0; i < d; ++i) {
+            mixed[static_cast<std::size_t>(h * d + i)] +=
+                weights[static_cast<std::size_t>(p)] / sum * at(values, b, kv, p)[i];
+          }
+        }
+      }
+      Vector row(x.begin() + t * s.hidden, x.begin() + (t + 1) * s.hidden);
+      const Vector before = row;
+      const Vector update = o.times(mixed);
+      for (std::size_t i = 0; i < row.size(); ++i) row[i] += 0.7f * update[i];
+      const Vector normed = norm(block.mlp.norm, s.parallel ? before : row);
+      Vector inner = gate.times(normed);
+      const Vector other = up.times(normed);
+      for (std::size_t i = 0; i < inner.size(); ++i) {
+        inner[i] = activation(s.activation, inner[i]) * (s.gated ? other[i] : 1);
+      }
+      const Vector last = down.times(inner);
+      for (std::size_t i = 0; i < row.size(); ++i) row[i] += last[i];
+      result.insert(result.end(), row.begin(), row.end());
+    }
+    return result;
+  }
+};
+
+void expect_near(const std::vector<float>& have, const Vector& want) {
+  ASSERT_EQ(have.size(), want.size());
+  double size = 0;
+  for (double w : want) size = std::max(size, std::fabs(w));
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    ASSERT_NEAR(have[i], want[i], kTolerance * size) << "element " << i;
+  }
+}
+
+TEST_P(Block, AgreesWithItsFormula) {
+  std::vector<float> have_keys = keys, have_values = values;
+  const Vector want = expected();
+  std::vector<float> out(x.size());
+  call.out = out.data();
+  const BlockSpec* const blocks[] = {&block};
+  const CacheView caches[] = {view(have_keys, have_values)};
+  run_blocks(blocks, caches, call);
+  expect_near(out, want);
+  expect_near(have_keys, Vector(keys.begin(), keys.end()));
+  expect_near(have_values, Vector(values.begin(), values.end()));
+}
+
+TEST_P(Block, DoesNotDependOnTheNumberOfThreads) {
+  std::vector<float> outs[2];
+  for (int threaded = 0; threaded < 2; ++threaded) {
+    std::vector<float> k_memory = keys, v_memory = values;
+    outs[threaded].resize(x.size());
+    call.out = outs[threaded].data();
+    const BlockSpec* const blocks[] = {&block, &block};
+    const CacheView cache = view(k_memory, v_memory);
+    const CacheView caches[] = {cache, cache};
+    if (threaded != 0) {
+      run_blocks(blocks, caches, call, Threaded());
+    } else {
+      run_blocks(blocks, caches, call);
+    }
+  }
+  EXPECT_EQ(std::memcmp(outs[0].data(), outs[1].data(), outs[0].size() * 4), 0);
+}
+
+TEST_P(Block, TwoPartsMakeTheWhole) {
+  const Vector want = expected();
+  std::vector<float> out(x.size());
+  call.out = out.data();
+  const std::int64_t d = s.head_dim, rows = s.batch * s.tokens;
+  std::vector<float> new_q(static_cast<std::size_t>(rows * s.heads * d));
+  std::vector<float> new_k(static_cast<std::size_t>(rows * s.kv_heads * d)), new_v(new_k.size());
+  project(block, call, new_q.data(), new_k.data(), new_v.data());
+  attend(block, call, new_q.data(), view(keys, values), positions);
+  expect_near(out, want);
+}
+
+constexpr RopeSpec kHalf{RopeKind::kHalves, 0, 16, 1};
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, Block,
+    testing::Values(Shape{"llama_decode", 6, 2, 16, 64, 96, 1, 1, 70, kHalf, NormKind::kRms, false,
+                          false, true, false, Activation::kSilu, 0, MaskKind::kNone},
+                    Shape{"llama_prompt", 4, 4, 16, 64, 96, 1, 130, 0, kHalf, NormKind::kRms, false,
+                          false, true, false, Activation::kSilu, 0, MaskKind::kNone},
+                    Shape{"append_to_a_batch", 4, 1, 16, 64, 96, 3, 5, 9, kHalf, NormKind::kRms,
+                          true, true, true, false, Activation::kGeluTanh, 0, MaskKind::kBool},
+                    Shape{"odd_head_size", 2, 1, 20, 40, 36, 2, 3, 4,
+                          RopeSpec{RopeKind::kInterleaved, 4, 12, 1}, NormKind::kLayer, false, true,
+                          false, true, Activation::kGelu, 0, MaskKind::kFloat32},
+                    Shape{"interleaved_table", 2, 2, 24, 48, 64, 1, 7, 0,
+                          RopeSpec{RopeKind::kInterleaved, 0, 24, 2}, NormKind::kRms, false, false,
+                          false, false, Activation::kRelu2, 30, MaskKind::kNone},
+                    Shape{"no_rotation", 8, 2, 32, 96, 33, 1, 1, 0, RopeSpec{}, NormKind::kLayer,
+                          false, true, true, true, Activation::kQuickGelu, 0, MaskKind::kNone},
+                    Shape{"long_cache", 3, 1, 16, 32, 32, 2, 1, 1500, kHalf, NormKind::kRms, false,
+                          false, true, false, Activation::kRelu, 0, MaskKind::kNone},
+                    Shape{"wide_head", 2, 1, 80, 64, 64, 1, 2, 66, kHalf, NormKind::kRms, true,
+                          false, true, false, Activation::kTanh, 0, MaskKind::kBool},
+                    Shape{"many_tokens", 2, 1, 8, 16, 16, 1, 600, 2,
+                          RopeSpec{RopeKind::kHalves, 0, 8, 1}, NormKind::kRms, false, false, true,
+                          false, Activation::kSigmoid, 0, MaskKind::kNone}),
+    name_of);
+
+TEST(Kernels, NothingSeenGivesZeroAndNanStays) {
+  const cpu::FusedKernels& kernels = cpu::fused_kernels();
+  constexpr int d = 16;
+  std::vector<float> q(d, 1.0f), k(3 * d, 1.0f), v(3 * d, 2.0f), acc(d);
+  std::vector<float> scratch(static_cast<std::size_t>(kernels.attend_scratch(1, d)));
+  float max = 0, sum = 0;
+  cpu::AttendRows args{};
+  args.q = q.data();
+  args.rows = 1;
+  args.d = d;
+  args.keys = k.data();
+  args.values = v.data();
+  args.dtype = DType::kFloat32;
+  args.key_stride = args.value_stride = d;
+  args.end = 3;
+  const std::int64_t limits[] = {0};
+  args.limits = limits;
+  args.acc = acc.data();
+  args.max = &max;
+  args.sum = &sum;
+  args.scratch = scratch.data();
+  kernels.attend(args);
+  EXPECT_EQ(sum, 0);
+  args.limits = nullptr;
+  k[d] = NAN;
+  kernels.attend(args);
+  EXPECT_TRUE(std::isnan(sum));
+}
+
+TEST(Kernels, StoresRoundToNearestAndKeepNan) {
+  const cpu::FusedKernels& kernels = cpu::fused_kernels();
+  const float values[] = {1.0f,      -2.5f, 1.00390625f, 1.01171875f, NAN,  INFINITY,
+                          -INFINITY, 0.0f,  -0.0f,       1e-40f,      3e38f};
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (int repeat = 0; repeat < 2; ++repeat) {  // through vectors and through the rest
+      std::vector<float> from;
+      for (int i = 0; i < (repeat == 0 ? 3 : 1); ++i) from.insert(from.end(), values, values + 11);
+      std::vector<float> memory(from.size()), back(from.size());
+      const auto n = static_cast<std::int64_t>(from.size());
+      kernels.store(from.data(), dtype, n, memory.data());
+      kernels.load(memory.data(), dtype, n, back.data());
+      for (std::size_t i = 0; i < from.size(); ++i) {
+        if (std::isnan(from[i])) {
+          EXPECT_TRUE(std::isnan(back[i]));
+        } else if (std::isinf(from[i]) || from[i] == 0) {
+          EXPECT_EQ(back[i], from[i]);
+        } else if (dtype == DType::kFloat16 && std::fabs(from[i]) > 65520) {
+          EXPECT_TRUE(std::isinf(back[i]));
+        } else {
+          const float unit = dtype == DType::kFloat32   ? 0
+                             : dtype == DType::kFloat16 ? 0x1p-11f
+                                                        : 0x1p-8f;
+          EXPECT_LE(std::fabs(back[i] - from[i]), unit * std::fabs(from[i]) + 0x1p-25f);
+        }
+      }
+    }
+  }
+}
+
+TEST(Blocks, ShapesThatDisagreeRaise) {
+  BlockSpec block;
+  block.attention.heads = 3;
+  block.attention.kv_heads = 2;
+  BlockCall call;
+  float x = 0;
+  call.x = call.out = &x;
+  call.hidden = 1;
+  const BlockSpec* const blocks[] = {&block};
+  EXPECT_THROW(run_blocks(blocks, {}, call), Error);
+}
+
+}  // namespace
+}  // namespace lowbit
