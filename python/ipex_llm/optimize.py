@@ -92,6 +92,10 @@ def _optimize_language_model(model: torch.nn.Module, options: Options) -> None:
 
 def give_methods(model: torch.nn.Module) -> None:
     """Gives the root of an optimized model its methods, by class, so that copies keep them."""
+    if isinstance(model, torch.fx.GraphModule):
+        # Every instance has a class of its own, and its copies are made from that class alone.
+        type(model).save_low_bit = Optimized.save_low_bit
+        return
     mixins = [Optimized]
     if hasattr(type(model), "save_pretrained"):
         mixins.append(RefusesSavePretrained)

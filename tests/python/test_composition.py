@@ -236,6 +236,15 @@ def test_compiling_afterwards():
         assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
 
 
+def test_traced_graphs(tmp_path):
+    model = optimize_model(torch.fx.symbolic_trace(inner()).eval())
+    x = torch.randn(2, 32)
+    same_as_dequantized(model, x)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    model.save_low_bit(tmp_path)
+    assert torch.equal(ipex_llm.load_low_bit(inner().eval(), tmp_path)(x), model(x))
+
+
 def test_compiling_attention_and_experts():
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
