@@ -13,7 +13,9 @@
 
 #ifdef _WIN32
 #define WIN32_LEAN_AND_MEAN
+#ifndef NOMINMAX  // libstdc++ of mingw has it already
 #define NOMINMAX
+#endif
 #include <windows.h>
 #else
 #include <fcntl.h>
@@ -419,6 +421,19 @@ HANDLE as_handle(std::intptr_t handle) {
   return reinterpret_cast<HANDLE>(handle);
 }
 
+// A file that is being replaced, or looked at by a virus scanner, cannot be opened or replaced for
+// a moment. `attempt` says whether it worked; the last error stays for the caller.
+template <class Attempt>
+void retry_while_busy(const Attempt& attempt) {
+  constexpr int kTries = 100;  // of 10 ms: longer than any replacement takes
+  for (int i = 0; !attempt() && i < kTries; ++i) {
+    DWORD error = GetLastError();
+    if (error != ERROR_SHARING_VIOLATION && error != ERROR_ACCESS_DENIED) return;
+    Sleep(10);
+    SetLastError(error);
+  }
+}
+
 }  // namespace
 
 Memory::~Memory() {
@@ -447,9 +462,13 @@ Memory Memory::anonymous(std::uint64_t bytes) {
 }
 
 ReadFile::ReadFile(const std::string& path) : path_(path) {
-  HANDLE handle = CreateFileW(to_path(path).c_str(), GENERIC_READ,
-                              FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
-                              OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
+  HANDLE handle = INVALID_HANDLE_VALUE;
+  retry_while_busy([&] {
+    handle = CreateFileW(to_path(path).c_str(), GENERIC_READ,
+                         FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, nullptr,
+                         OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
+    return handle != INVALID_HANDLE_VALUE;
+  });
   if (handle == INVALID_HANDLE_VALUE) {
     std::error_code code = last_error();
     std::error_code ignored;
@@ -549,9 +568,13 @@ void NewFile::publish(const std::string& name) {
   CloseHandle(as_handle(handle_));
   handle_ = -1;
   std::string target = join(directory_, name);
-  if (!MoveFileExW(to_path(path_).c_str(), to_path(target).c_str(),
-                   MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH))
-    raise("rename to", target, last_error());
+  bool moved = false;
+  retry_while_busy([&] {
+    moved = MoveFileExW(to_path(path_).c_str(), to_path(target).c_str(),
+                        MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    return moved;
+  });
+  if (!moved) raise("rename to", target, last_error());
   published_ = true;
 }
 

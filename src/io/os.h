@@ -92,6 +92,14 @@ class DirectoryLock {
   std::intptr_t handle_ = -1;
 };
 
+// Whether publish() can replace a file that someone has mapped. Where it cannot (Windows), a file
+// of equal content is left in place instead, and one that is obsolete goes with a later save.
+#ifdef _WIN32
+inline constexpr bool kReplacesMappedFiles = false;
+#else
+inline constexpr bool kReplacesMappedFiles = true;
+#endif
+
 // Makes the directory and its parents; returns those that did not exist, outermost first.
 std::vector<std::string> make_directories(const std::string& path);
 void remove_directory_if_empty(const std::string& path) noexcept;

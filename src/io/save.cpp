@@ -94,6 +94,23 @@ std::string shard_name(const Digest& content, std::size_t index, std::size_t cou
   return name + ".safetensors";
 }
 
+// Whether the file at `path` holds these tensors, undamaged.
+[[maybe_unused]] bool holds_same(const std::string& path, const Manifest& manifest,
+                                 const std::vector<std::size_t>& tensors) {
+  try {
+    std::shared_ptr<TensorFile> file = TensorFile::open(path);
+    const SavedFile& expected = manifest.files[manifest.tensors[tensors.front()].file];
+    if (file->bytes() != expected.bytes || digest(file->header_data()) != expected.header)
+      return false;
+    return std::all_of(tensors.begin(), tensors.end(), [&](std::size_t index) {
+      const FileTensor* entry = file->find(manifest.tensors[index].name);
+      return entry && digest(file->data(*entry)) == manifest.tensors[index].digest;
+    });
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 std::span<const std::byte> bytes_of(std::string_view text) {
   return std::as_bytes(std::span(text.data(), text.size()));
 }
@@ -277,14 +294,10 @@ Manifest SaveWriter::commit() {
       const std::string& name = manifest.files[i].name;
       std::string path = os::join(directory, name);
       bool existed = os::exists(path);
-      try {
-        s.files[i]->publish(name);
-      } catch (const Error&) {
-        // Windows does not replace a file that is mapped. Equal content needs no replacing.
-        if (!existed || os::ReadFile(path).size() != manifest.files[i].bytes ||
-            digest(TensorFile::open(path)->header_data()) != manifest.files[i].header)
-          throw;
+      if (!os::kReplacesMappedFiles && existed && holds_same(path, manifest, s.shards[i].tensors)) {
+        continue;
       }
+      s.files[i]->publish(name);
       if (!existed) published.push_back(path);
     }
     for (std::size_t i = 0; i < extras.size(); ++i)

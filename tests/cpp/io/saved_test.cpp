@@ -105,12 +105,18 @@ TEST(Saved, AnotherSaveReplacesTheFirst) {
   SavedDirectory mapped = open_saved(directory.path());
   Manifest second = save_small(directory.path(), 2);
   EXPECT_TRUE(holds_small(directory.path(), 2));
-  EXPECT_EQ(names_in(directory.path()),
-            (std::vector<std::string>{"config.json", "ipex_llm.json", second.files[0].name}));
+  const std::vector<std::string> names{"config.json", "ipex_llm.json", second.files[0].name};
+  if (os::kReplacesMappedFiles) {
+    EXPECT_EQ(names_in(directory.path()), names);
+  }
   // What was mapped before is still the first save.
   std::span<std::byte> data = mapped.data(0);
   EXPECT_EQ(std::string(reinterpret_cast<char*>(data.data()), data.size()),
             content(mapped.manifest.tensors[0].name, data.size(), 1));
+  // Files that could not go while they were mapped go with the next save.
+  mapped = SavedDirectory();
+  save_small(directory.path(), 2);
+  EXPECT_EQ(names_in(directory.path()), names);
 }
 
 TEST(Saved, SavingTheSameAgainChangesNothing) {
@@ -372,7 +378,7 @@ TEST(Saved, APackedTensorThatIsNotAlignedIsRefused) {
 TEST(Saved, AHugeManifestIsNotRead) {
   TemporaryDirectory directory;
   write_file(directory / "ipex_llm.json", "{");
-  std::filesystem::resize_file(directory / "ipex_llm.json", std::uintmax_t{1} << 40);  // sparse
+  std::filesystem::resize_file(directory / "ipex_llm.json", 256'000'001);  // sparse
   Error error = caught([&] { open_saved(directory.path()); });
   EXPECT_NE(std::string(error.what()).find("expected at most"), std::string::npos) << error.what();
 }
@@ -517,7 +523,11 @@ TEST(Saved, SaversAndReadersAtTheSameTime) {
   std::atomic<int> failures{0};
   for (unsigned saver = 0; saver < 3; ++saver)
     threads.emplace_back([&, saver] {
-      for (unsigned i = 0; i < 20; ++i) save_small(directory.path(), saver, 8000);
+      try {
+        for (unsigned i = 0; i < 20; ++i) save_small(directory.path(), saver, 8000);
+      } catch (const Error& error) {
+        ADD_FAILURE() << error.what();
+      }
     });
   for (int reader = 0; reader < 2; ++reader)
     threads.emplace_back([&] {
@@ -533,7 +543,8 @@ TEST(Saved, SaversAndReadersAtTheSameTime) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_TRUE(holds_small(directory.path(), 0) || holds_small(directory.path(), 1) ||
               holds_small(directory.path(), 2));
-  // All but the last save's files are gone.
+  // All but the last save's files are gone (or go with the next save, where they were mapped).
+  save_small(directory.path(), 1, 8000);
   EXPECT_EQ(names_in(directory.path()).size(),
             2 + open_saved(directory.path()).manifest.files.size());
 }
