@@ -119,8 +119,8 @@ def table(results) -> str:
         "packed; embedding tables are left out unless tied to a head, since they stay float unless "
         "`embedding_qtype` is given. *Error* is the largest difference relative to the largest "
         "output, for the worse of the two types. It may be 2e-3; a class that jumps at any "
-        "rounding, as detectors that select by score do, may differ by four times what its own float "
-        "model moves when every product errs by 2^-15 of its largest value.",
+        "rounding, as detectors that select by score do, may differ by four times what its own "
+        "float model moves when every product errs by 2^-15 of its largest value.",
         "",
         "| task | classes | built | pass | median share |",
         "|---|---|---|---|---|",
