@@ -168,7 +168,9 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
         return None
     call = Call(state.names, args, kwargs)
     x = call.hidden
-    if call.refused is not None or x.dim() != 3 or x.dtype not in _FLOATS or not x.is_cpu:
+    if call.refused is not None or x.dtype not in _FLOATS or not x.is_cpu:
+        return None
+    if x.dim() != 3 and not (x.dim() == 2 and state.description.attention is None):
         return None
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
         return None
@@ -180,7 +182,10 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
         if attention is None:
             if call.past is not None or call.mask is not None or call.cos is not None:
                 return None
+            flat = x.dim() == 2  # tokens that a router has picked
+            x = x.unsqueeze(0) if flat else x
             out = _blocks(x, [number], None, None, [], [], 0, None, False, precision)
+            out = out.squeeze(0) if flat else out
         else:
             out = _run_attention(description, call, number, precision)
             if out is None:

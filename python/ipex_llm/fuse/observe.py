@@ -67,7 +67,10 @@ def observe(model: nn.Module) -> dict[str, list[list[Step]]]:
         for name, module in watched.items():
             handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
         with undisturbed(None):
-            for batch, lengths, padding in ((1, (12, 1, 3), 0), (2, (9, 1, 3), 4)):
+            runs = [(1, (12, 1, 3), 0), (2, (9, 1, 3), 4)]
+            cached = True
+            while runs:
+                batch, lengths, padding = runs.pop(0)
                 current.clear()
                 past = None
                 mask = torch.ones((batch, 0), dtype=torch.long)
@@ -77,12 +80,21 @@ def observe(model: nn.Module) -> dict[str, list[list[Step]]]:
                         extra[1, :padding] = 0
                     mask = torch.cat((mask, extra), 1)
                     valid[:] = [extra.bool()]
-                    arguments = {"input_ids": ids(batch, length), "use_cache": True}
+                    arguments = {"input_ids": ids(batch, length), "use_cache": cached}
                     if padding:
                         arguments["attention_mask"] = mask
                     if past is not None:
                         arguments["past_key_values"] = past
-                    out = model(**arguments)
+                    try:
+                        out = model(**arguments)
+                    except Exception:
+                        if not cached or past is not None or any(seen.values()):
+                            raise
+                        # Models without attention have no length to ask their cache for.
+                        cached = False
+                        runs = [(1, (12,), 0), (2, (9,), 4)]
+                        current.clear()
+                        break
                     past = getattr(out, "past_key_values", None)
                     if past is None:
                         break  # no cache: one step tells all

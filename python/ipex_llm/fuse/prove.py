@@ -63,9 +63,10 @@ def named(module: nn.Module, step: Step) -> dict[str, Any]:
 
 def hidden_name(arguments: dict[str, Any]) -> str:
     for name, value in arguments.items():
-        if name in _HIDDEN and isinstance(value, torch.Tensor) and value.dim() == 3:
-            return name
-    raise Unrecognised("called without hidden states [batch, tokens, size]")
+        if name in _HIDDEN and isinstance(value, torch.Tensor) and value.dim() in (2, 3):
+            if value.is_floating_point():
+                return name
+    raise Unrecognised("called without hidden states [batch, tokens, size] or [tokens, size]")
 
 
 def tables_of(arguments: dict[str, Any]):
@@ -81,9 +82,9 @@ def random_hidden(shape, seed: int) -> torch.Tensor:
     """Rows of unit size with one large and one small among them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
-    if shape[1] > 2:
-        x[:, 1] *= 30
-        x[:, 2] *= 0.05
+    if shape[-2] > 2:
+        x[..., 1, :] *= 30
+        x[..., 2, :] *= 0.05
     return x
 
 
@@ -217,11 +218,16 @@ def prove_stack(module: nn.Module, child: str, config) -> None:
 
 def difference(have, want, update, valid) -> float:
     """The largest difference of a token relative to the largest value of its update."""
-    have, want, update = have[valid].float(), want[valid].float(), update[valid].float()
+    have, want, update = (_kept(t, valid).float() for t in (have, want, update))
     if not have.numel():
         return 0.0
     size = update.abs().amax(-1).clamp_min(1e-12)
     return float(((have - want).abs().amax(-1) / size).max())
+
+
+def _kept(tensor: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The tokens that are not padding; all of them where the batch has been flattened away."""
+    return tensor if tensor.dim() == 2 else tensor[valid]
 
 
 def _same_cache(cache, fused_cache, index: int) -> None:
@@ -248,7 +254,8 @@ def _working_error(module, description, scenarios, config, dtype) -> float:
             for i, candidate in enumerate((original, fused)):
                 have, _ = outputs(candidate, steps, dtype, config, 100 * seed)
                 for step, (_, w), (_, h) in zip(steps, want, have, strict=True):
-                    w, h = tensor_of(w)[step.valid], tensor_of(h)[step.valid].float()
+                    w = _kept(tensor_of(w), step.valid)
+                    h = _kept(tensor_of(h), step.valid).float()
                     size = w.abs().amax(-1, keepdim=True).clamp_min(1e-12)
                     errors[i] += float((((h - w) / size) ** 2).sum())
     ratio = (errors[1] / errors[0]) ** 0.5 if errors[0] > 0 else (0.0 if not errors[1] else 99.0)

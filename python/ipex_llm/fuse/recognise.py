@@ -131,6 +131,8 @@ def find_attention(
     Row 0 of the probe is at position 0, where a rotation does nothing: there queries and keys can
     be found in the outputs of the linears as they are.
     """
+    if source.dim() != 3:
+        raise Unrecognised("hidden states without a batch")
     if len(record.attention) != 1:
         raise Unrecognised(
             "attention that is not one call of scaled_dot_product_attention"

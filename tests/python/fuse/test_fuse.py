@@ -381,3 +381,14 @@ def test_the_report_reads_well():
     text = str(fuse.optimization_report(fused))
     assert text.splitlines()[0] == "optimize_llm: 3 modules fused"
     assert "model.layers.0 ... (3) (LlamaDecoderLayer): attention and MLP" in text
+
+
+def test_experts_that_get_tokens_without_a_batch():
+    small = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    more = {"decoder_sparse_step": 1, "shared_expert_intermediate_size": 96, "mlp_only_layers": []}
+    plain, fused = pair("qwen2_moe", **small, **more)
+    names = [entry["name"] for entry in ipex_llm.optimization_report(fused).fused]
+    assert "model.layers.0.self_attn" in names
+    assert "model.layers.0.mlp.shared_expert" in names
+    generate = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(plain.generate(ids(), **generate), fused.generate(ids(), **generate))
