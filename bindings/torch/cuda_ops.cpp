@@ -2,8 +2,8 @@
 // repack_to_device() and repack_from_device() translate, losslessly; ops.move_packed() in Python
 // calls them whenever packed bytes change between devices.
 //
-// Everything is stable ABI of torch 2.11 plus one C function of libtorch_cuda, found at run time, so
-// that this library loads into any torch >= 2.11 with CUDA and is never needed without.
+// Everything is stable ABI of torch 2.11 plus one C function of libtorch_cuda, found at run time,
+// so that this library loads into any torch >= 2.11 with CUDA and is never needed without.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -51,11 +51,12 @@ cuda::Stream current_stream(int device) {
   // torch has its CUDA library in the process already; a link to it would make us need it.
   static const Getter getter = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return reinterpret_cast<Getter>(
-        library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+    return reinterpret_cast<Getter>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                            : nullptr);
   }();
-  LOWBIT_CHECK(getter != nullptr, ErrorCode::kResource,
-               "torch's CUDA library (libtorch_cuda.so) is not loaded; is this a CUDA build of torch?");
+  LOWBIT_CHECK(
+      getter != nullptr, ErrorCode::kResource,
+      "torch's CUDA library (libtorch_cuda.so) is not loaded; is this a CUDA build of torch?");
   void* stream = nullptr;
   LOWBIT_CHECK(getter(device, &stream) == 0, ErrorCode::kResource,
                "torch has no current CUDA stream for device ", device);
@@ -200,9 +201,18 @@ Linear checked_linear(const Tensor& x_given, const Tensor& packed,
     LOWBIT_CHECK(n <= 1 || bias->stride(0) == 1, ErrorCode::kValue,
                  "linear: bias must be contiguous; call contiguous() on it");
   }
-  Linear call{x_given, packed, bias, layout, cuda::make_geometry(layout),
-              checked_int("linear", "exponent", exponent), checked_precision("linear", precision),
-              x_dtype, weight, {}, device, nullptr};
+  Linear call{x_given,
+              packed,
+              bias,
+              layout,
+              cuda::make_geometry(layout),
+              checked_int("linear", "exponent", exponent),
+              checked_precision("linear", precision),
+              x_dtype,
+              weight,
+              {},
+              device,
+              nullptr};
   return call;
 }
 
@@ -270,8 +280,7 @@ Tensor through_cublas(const Linear& call, cuda::Path path) {
   }();
   std::optional<Tensor> bias;
   if (call.bias) bias = to_dtype(*call.bias, compute);
-  return to_dtype(torch_linear(to_dtype(call.x, compute), weight, bias),
-                  scalar_type(call.x_dtype));
+  return to_dtype(torch_linear(to_dtype(call.x, compute), weight, bias), scalar_type(call.x_dtype));
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
@@ -282,9 +291,16 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   call.stream = current_stream(call.device);
   settle_rows(call);
   const Device& facts = device_facts(call.device);
-  const cuda::Problem problem{call.rows.rows, n,          k,           call.geometry,
-                              call.exponent,  call.x_dtype, call.precision, aligned_rows(call),
-                              facts.sm,       facts.sm_count};
+  const cuda::Problem problem{call.rows.rows,
+                              n,
+                              k,
+                              call.geometry,
+                              call.exponent,
+                              call.x_dtype,
+                              call.precision,
+                              aligned_rows(call),
+                              facts.sm,
+                              facts.sm_count};
   if (call.rows.rows == 0 || n == 0) return empty_out(call);
   const cuda::Choice choice = cuda::select(problem);
   if (choice.path == cuda::Path::kQmv || choice.path == cuda::Path::kQmm) {
@@ -316,12 +332,11 @@ Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional
                  "linear_variant: qmv takes 6 numbers, qmm 5, got ", variant.size());
     Tensor out = empty_out(call);
     const cuda::FusedArgs args = fused_args(call, out);
-    check_launch("linear_variant",
-                 path == cuda::Path::kQmv
-                     ? cuda::qmv(args, {field(1), field(2), field(3), field(4), field(5) != 0},
-                                 call.stream)
-                     : cuda::qmm(args, {field(1), field(2), field(3), field(4) != 0},
-                                 call.stream));
+    check_launch(
+        "linear_variant",
+        path == cuda::Path::kQmv
+            ? cuda::qmv(args, {field(1), field(2), field(3), field(4), field(5) != 0}, call.stream)
+            : cuda::qmm(args, {field(1), field(2), field(3), field(4) != 0}, call.stream));
     return out;
   }
   return through_cublas(call, path);
@@ -355,8 +370,8 @@ std::string linear_choice(const Tensor& x, const Tensor& packed, std::int64_t n,
 
 Tensor repack(const char* op, const Tensor& packed, std::int64_t k, std::int64_t format,
               std::int64_t group_size, bool to_device) {
-  LOWBIT_CHECK(packed.dim() == 2, ErrorCode::kValue, op, ": packed must be [tiles, tile_bytes], got ",
-               shape_text(packed));
+  LOWBIT_CHECK(packed.dim() == 2, ErrorCode::kValue, op,
+               ": packed must be [tiles, tile_bytes], got ", shape_text(packed));
   const Layout layout = make_layout(checked_format(op, format), packed.size(0) * kTileRows, k,
                                     checked_int(op, "group_size", group_size));
   const void* from = packed_on_gpu(op, packed, layout);
@@ -366,10 +381,10 @@ Tensor repack(const char* op, const Tensor& packed, std::int64_t k, std::int64_t
   Tensor out = empty_gpu(sizes, 2, ScalarType::Byte, device);
   const cuda::Geometry geometry = cuda::make_geometry(layout);
   const cuda::Stream stream = current_stream(device);
-  check_launch(op, to_device
-                       ? cuda::pack_for_device(geometry, layout.tiles, from, out.data_ptr(), stream)
-                       : cuda::unpack_from_device(geometry, layout.tiles, from, out.data_ptr(),
-                                                  stream));
+  check_launch(
+      op, to_device
+              ? cuda::pack_for_device(geometry, layout.tiles, from, out.data_ptr(), stream)
+              : cuda::unpack_from_device(geometry, layout.tiles, from, out.data_ptr(), stream));
   return out;
 }
 
@@ -405,8 +420,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, std::int64_t format,
   }
   const Tensor packed_cpu = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor exponent = torch::stable::detail::to<Tensor>(stack[1]);
-  const Tensor canonical =
-      to_device(packed_cpu, torch::headeronly::DeviceType::CUDA, device);
+  const Tensor canonical = to_device(packed_cpu, torch::headeronly::DeviceType::CUDA, device);
   return {repack("quantize", canonical, weight.size(weight.dim() - 1), format, group_size, true),
           exponent};
 }

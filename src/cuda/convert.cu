@@ -5,7 +5,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cuda/codebooks.cuh"
+#include "cuda/dequant.cuh"
 #include "cuda/device_layout.h"
 #include "cuda/kernels.h"
 
@@ -15,7 +18,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr std::int64_t kMostBlocks = 1 << 20;  // the loops stride over what exceeds it
 
-int launched() { return static_cast<int>(cudaGetLastError()); }
+int launched() {
+  return static_cast<int>(cudaGetLastError());
+}
 
 unsigned grid_for(std::int64_t items) {
   const std::int64_t blocks = (items + kThreads - 1) / kThreads;
@@ -179,7 +184,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- device -> canonical --------------------------------------------------------------------
 
-// 32 inputs of the rows 2p and 2p+1: whole bytes of every unit and every plane belong to one thread.
+// 32 inputs of the rows 2p and 2p+1: whole bytes of every unit and every plane belong to one
+// thread.
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(Geometry geometry, std::int64_t tiles, const std::uint8_t* device,
                   std::uint8_t* canonical) {
@@ -205,8 +211,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int minimum = 0; minimum < minima; ++minimum) {
         for (int row = 0; row < 16; ++row) {
           *reinterpret_cast<std::uint16_t*>(at + minimum * 32 + row * 2) =
-              *reinterpret_cast<const std::uint16_t*>(
-                  from + device_scale(geometry, group, row, minimum));
+              *reinterpret_cast<const std::uint16_t*>(from +
+                                                      device_scale(geometry, group, row, minimum));
         }
       }
       if (minima == 1 && group == geometry.groups - 1 && group % 2 == 0) {
@@ -371,7 +377,7 @@ __global__ void __launch_bounds__(kDequantWarps * 32)
         if constexpr (kKind == Kind::kInt5) plane = words_in[128 + lane];
       }
     }
-    Real scale[2][2];    // [k half of 32][row, row + 8]
+    Real scale[2][2];  // [k half of 32][row, row + 8]
     Real minimum[2][2];
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
@@ -379,8 +385,7 @@ __global__ void __launch_bounds__(kDequantWarps * 32)
       for (int upper = 0; upper < 2; ++upper) {
         const int row = lane / 4 + 8 * upper;
         if (geometry.group_size) {
-          const int group =
-              min((b * kBlockInputs + part * 32) >> group_shift, geometry.groups - 1);
+          const int group = min((b * kBlockInputs + part * 32) >> group_shift, geometry.groups - 1);
           scale[part][upper] = half_at(base + device_scale(geometry, group, row, 0)) * factor;
           minimum[part][upper] =
               geometry.group_scale_bytes == 64
@@ -396,15 +401,24 @@ __global__ void __launch_bounds__(kDequantWarps * 32)
 #pragma unroll
     for (int c = 0; c < 16; ++c) {
       if (!whole && c >= 8) break;
+      const int row = place_row(lane, c);
+      Real weight[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = place_row(lane, c);
         const std::uint32_t code =
             whole ? lane_code<kKind>(words, plane, c, h)
                   : device_code(geometry, base, row, b * kBlockInputs + place_k(lane, c, h));
         const Real value = static_cast<Real>(code_value<kKind>(code, zero, table));
-        const Real weight = value * scale[c / 8][c & 1] + minimum[c / 8][c & 1];
-        mine[row * kRun + place_k(lane, c, h)] = to_out<Out>(weight);
+        weight[h] = value * scale[c / 8][c & 1] + minimum[c / 8][c & 1];
+      }
+      // Neighbours in k: one store for both.
+      Out* const at = mine + row * kRun + place_k(lane, c, 0);
+      if constexpr (std::is_same_v<Out, float>) {
+        *reinterpret_cast<float2*>(at) =
+            make_float2(static_cast<float>(weight[0]), static_cast<float>(weight[1]));
+      } else {
+        *reinterpret_cast<std::uint32_t*>(at) = float_pair<std::is_same_v<Out, __nv_bfloat16>>(
+            static_cast<float>(weight[0]), static_cast<float>(weight[1]));
       }
     }
     __syncwarp();

@@ -47,8 +47,7 @@ __device__ void fill_table(std::uint8_t* table, Format format, int threads) {
     for (int entry = threadIdx.x / kLanes; entry < kEntries; entry += threads / kLanes) {
       const float low = __shfl_sync(0xffffffffu, mine, entry % kCodes);
       const float high = __shfl_sync(0xffffffffu, mine, entry / kCodes);
-      reinterpret_cast<std::uint32_t*>(table)[entry * kLanes + lane] =
-          float_pair<kBf16>(low, high);
+      reinterpret_cast<std::uint32_t*>(table)[entry * kLanes + lane] = float_pair<kBf16>(low, high);
     }
   }
 }
@@ -56,7 +55,8 @@ __device__ void fill_table(std::uint8_t* table, Format format, int threads) {
 // What is subtracted from every integer code after it was or-ed into a mantissa.
 inline std::uint32_t zero_pair_of(Format format, bool bf16) {
   // 128 + z in bf16 is 0x4300 | z for z < 128; 1024 + z in fp16 is 0x6400 | z.
-  const std::uint32_t one = (bf16 ? 0x4300u : 0x6400u) | static_cast<std::uint32_t>(zero_point(format));
+  const std::uint32_t one =
+      (bf16 ? 0x4300u : 0x6400u) | static_cast<std::uint32_t>(zero_point(format));
   const std::uint32_t negative = one | 0x8000u;
   return negative << 16 | negative;
 }

@@ -89,9 +89,9 @@ struct Geometry {
   std::int64_t n, k;
   std::int32_t k_padded;
   std::int32_t groups;
-  std::int32_t group_size;     // 0 without groups
-  std::int32_t device_codes;   // byte offset of block 0 in a device tile
-  std::int32_t device_scales;  // byte offset of group 0's scales in a device tile
+  std::int32_t group_size;         // 0 without groups
+  std::int32_t device_codes;       // byte offset of block 0 in a device tile
+  std::int32_t device_scales;      // byte offset of group 0's scales in a device tile
   std::int32_t group_scale_bytes;  // 32, with minima 64, without groups 0
   Kind kind;
   Format format;
@@ -192,7 +192,9 @@ LOWBIT_HD LanePlace lane_place(int row, int k) {
   const int inner = k & 15;
   return {row % 8 * 4 + inner % 8 / 2, 4 * step + 2 * (inner / 8) + row / 8, inner & 1};
 }
-LOWBIT_HD int place_row(int lane, int c) { return lane / 4 + 8 * (c & 1); }
+LOWBIT_HD int place_row(int lane, int c) {
+  return lane / 4 + 8 * (c & 1);
+}
 LOWBIT_HD int place_k(int lane, int c, int h) {
   return c / 4 * 16 + (c >> 1 & 1) * 8 + lane % 4 * 2 + h;
 }

@@ -24,8 +24,8 @@ struct DequantizeArgs {
   const void* packed;  // device order
   Geometry geometry;
   int exponent;
-  void* out;           // [rows, k], inner stride 1
-  DType out_dtype;     // float32, float16, bfloat16
+  void* out;        // [rows, k], inner stride 1
+  DType out_dtype;  // float32, float16, bfloat16
   std::int64_t out_stride;
   std::int64_t first_row, rows;  // first_row a multiple of 16
   bool exact;  // float64 inside: rounded once, as the CPU does; else float32 inside (twice as fast)

@@ -1,15 +1,16 @@
 // Medium batches on sm_90: out[m][n] = sum_k x[m][k] W[n][k] with wgmma, weights dequantized on
 // the way from shared memory to the registers of the A operand, activations as B in shared memory.
 //
-// A thread block multiplies 128 or 256 outputs x kTokens tokens: two or four warpgroups of 64 outputs,
-// a row tile of 16 per warp. Each step takes 64 inputs, kStages of them in flight; a warp copies the codes and
-// scales of its own row tile with cp.async, one thread the activations through a tensor map (rows past
-// M read as zeros). While the tensor core multiplies one step, the warps dequantize the next into the
-// other half of their A registers. The warpgroups are coupled only through the activations' stages,
-// and may drift apart by a step, so that one uses the tensor cores while the other prepares.
+// A thread block multiplies 128 or 256 outputs x kTokens tokens: two or four warpgroups of 64
+// outputs, a row tile of 16 per warp. Each step takes 64 inputs, kStages of them in flight; a warp
+// copies the codes and scales of its own row tile with cp.async, one thread the activations through
+// a tensor map (rows past M read as zeros). While the tensor core multiplies one step, the warps
+// dequantize the next into the other half of their A registers. The warpgroups are coupled only
+// through the activations' stages, and may drift apart by a step, so that one uses the tensor cores
+// while the other prepares.
 //
-// (Activations by cp.async need a proxy fence at every step, which compiles to a MEMBAR that waits for
-// all copies in flight: 800 ns per step. Copies by the tensor map need none.)
+// (Activations by cp.async need a proxy fence at every step, which compiles to a MEMBAR that waits
+// for all copies in flight: 800 ns per step. Copies by the tensor map need none.)
 //
 // Weights are multiplied by their scales before the product and rounded once to the dtype of x, as
 // a dequantized weight would be: for bf16, whose 8 bits cannot hold an fp16 scale, by two factors
@@ -51,7 +52,9 @@ LOWBIT_HD constexpr int qmm_stages(Kind kind, int tokens, int tiles) {
   return stages > 8 ? 8 : stages;
 }
 // Floats between the tokens of the block's sums: lanes of one store fall into different banks.
-LOWBIT_HD constexpr int qmm_run(int tiles) { return tiles * 16 + 4; }
+LOWBIT_HD constexpr int qmm_run(int tiles) {
+  return tiles * 16 + 4;
+}
 
 LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, int tokens, int tiles, int scale_bytes) {
   const int ring = qmm_stages(kind, tokens, tiles) *
@@ -98,7 +101,7 @@ struct PairScale {
 
 // kPlain: neither minima nor groups of 32.
 template <Kind kKind, bool kBf16, int kTokens, int kTiles, bool kPlain>
-__global__ void __launch_bounds__(kTiles * kLanes, kTokens <= 64 && kTiles == 8 ? 2 : 1)
+__global__ void __launch_bounds__(kTiles* kLanes, kTokens <= 64 && kTiles == 8 ? 2 : 1)
     qmm_kernel(const __grid_constant__ QmmParams p, const __grid_constant__ CUtensorMap x_map) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);
   constexpr int kStages = qmm_stages(kKind, kTokens, kTiles);
@@ -106,15 +109,13 @@ __global__ void __launch_bounds__(kTiles * kLanes, kTokens <= 64 && kTiles == 8 
   constexpr int kActBytes = kTokens * 128;
   extern __shared__ __align__(1024) std::uint8_t smem_raw[];
   // The swizzle works on absolute addresses: the activations start at a multiple of 1024.
-  std::uint8_t* const acts =
-      smem_raw + (1024 - (shared_address(smem_raw) & 1023)) % 1024;
+  std::uint8_t* const acts = smem_raw + (1024 - (shared_address(smem_raw) & 1023)) % 1024;
   const int slot_bytes = kBlockBytes + p.scale_bytes;
   const int warp = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   std::uint8_t* const ring = acts + kStages * kActBytes + warp * (kStages * slot_bytes);
   // The table is last, but sums of the epilogue may overlap it: it is not needed by then.
-  std::uint8_t* const table_base =
-      acts + kStages * (kActBytes + kTiles * slot_bytes);
+  std::uint8_t* const table_base = acts + kStages * (kActBytes + kTiles * slot_bytes);
   const std::uint32_t barriers = shared_address(table_base) + table_bytes(kKind);
   const auto full = [&](int stage) { return barriers + stage * 8; };
   const auto empty = [&](int stage) { return barriers + (kStages + stage) * 8; };
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kTiles * kLanes, kTokens <= 64 && kTiles == 8 
   for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0;
 
   // The A operand of a step from the warp's own codes in shared memory.
-  const auto dequantize_stage = [&](int stage, std::uint32_t (&a)[16]) {
+  const auto dequantize_stage = [&](int stage, std::uint32_t(&a)[16]) {
     const std::uint8_t* unit = ring + stage * slot_bytes;
     LaneCodes<kKind> codes;
     codes.load(unit, lane);
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kTiles * kLanes, kTokens <= 64 && kTiles == 8 
       const auto* scales = reinterpret_cast<const __half2*>(unit + kBlockBytes);
       const bool with_minima = !kPlain && p.minima;
       const int words = with_minima ? 2 : 1;
-      PairScale<kBf16> scale[2];                         // rows g, g + 8
+      PairScale<kBf16> scale[2];  // rows g, g + 8
       const auto load_scales = [&](int from) {
         const float2 s = __half22float2(scales[from + lane / 4 * words]);
         float2 m = {0, 0};
@@ -220,13 +221,14 @@ __global__ void __launch_bounds__(kTiles * kLanes, kTokens <= 64 && kTiles == 8 
       }
     }
   };
-  // Multiplies one step while the next is dequantized. `stage` is step mod kStages, `parity` that of
-  // step / kStages, kept as counters: the divisions took a quarter of the instructions.
+  // Multiplies one step while the next is dequantized. `stage` is step mod kStages, `parity` that
+  // of step / kStages, kept as counters: the divisions took a quarter of the instructions.
   int stage = 0;
   std::uint32_t parity = 0;
-  const auto step_with = [&](int step, std::uint32_t (&a)[16], std::uint32_t (&a_next)[16]) {
-    const int before = stage == 0 ? kStages - 1 : stage - 1;    // of step - 1 and step + kStages - 1
-    const int earlier = before == 0 ? kStages - 1 : before - 1;  // of step - 2 and step + kStages - 2
+  const auto step_with = [&](int step, std::uint32_t(&a)[16], std::uint32_t(&a_next)[16]) {
+    const int before = stage == 0 ? kStages - 1 : stage - 1;  // of step - 1 and step + kStages - 1
+    const int earlier =
+        before == 0 ? kStages - 1 : before - 1;  // of step - 2 and step + kStages - 2
     const int next = stage + 1 == kStages ? 0 : stage + 1;
     cp_async_wait<kStages - 3>();
     __syncwarp();  // the next step's weights are here; every lane has left the slot issued below
@@ -321,23 +323,23 @@ int launch_qmm_kernel(const QmmParams& p, const CUtensorMap& map, const QmmShape
                   static_cast<unsigned>((p.m + kTokens - 1) / kTokens),
                   static_cast<unsigned>((p.tiles + kTiles - 1) / kTiles));
   return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kTiles, kPlain>, grid, kTiles * kLanes,
-                        qmm_shared_bytes(kKind, kTokens, kTiles, p.scale_bytes), p.splits, shape.early,
-                        stream, {&p, &map});
+                        qmm_shared_bytes(kKind, kTokens, kTiles, p.scale_bytes), p.splits,
+                        shape.early, stream, {&p, &map});
 }
 
 #define LOWBIT_DEFINE_QMM(kind)                                                                   \
   template <>                                                                                     \
-  int launch_qmm<kind>(const QmmParams& p, const CUtensorMap& map, bool bf16,                      \
-                       const QmmShape& shape, Stream stream) {                                     \
+  int launch_qmm<kind>(const QmmParams& p, const CUtensorMap& map, bool bf16,                     \
+                       const QmmShape& shape, Stream stream) {                                    \
     const auto launch = [&](auto tokens, auto tiles) {                                            \
       constexpr int kTokens = decltype(tokens)::value;                                            \
       constexpr int kTiles = decltype(tiles)::value;                                              \
       if constexpr (!has_row_scale(kind)) {                                                       \
         if (p.minima || p.half_groups) {                                                          \
-          return bf16                                                                             \
-                     ? launch_qmm_kernel<kind, true, kTokens, kTiles, false>(p, map, shape, stream) \
-                     : launch_qmm_kernel<kind, false, kTokens, kTiles, false>(p, map, shape,      \
-                                                                              stream);            \
+          return bf16 ? launch_qmm_kernel<kind, true, kTokens, kTiles, false>(p, map, shape,      \
+                                                                              stream)             \
+                      : launch_qmm_kernel<kind, false, kTokens, kTiles, false>(p, map, shape,     \
+                                                                               stream);           \
         }                                                                                         \
       }                                                                                           \
       return bf16 ? launch_qmm_kernel<kind, true, kTokens, kTiles, true>(p, map, shape, stream)   \

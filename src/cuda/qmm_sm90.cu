@@ -7,13 +7,14 @@
 namespace lowbit::cuda {
 namespace {
 
-// The driver's encoder, through the runtime: no link to libcuda, which a machine without a GPU lacks.
+// The driver's encoder, through the runtime: no link to libcuda, which a machine without a GPU
+// lacks.
 PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                               12000, cudaEnableDefault, &result);
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(
         error == cudaSuccess && result == cudaDriverEntryPointSuccess ? entry : nullptr);
   }();
@@ -25,18 +26,17 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
   const Geometry& geometry = args.geometry;
   const bool bf16 = args.dtype == DType::kBFloat16;
-  const bool valid = geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
-                     geometry.k % kBlockInputs == 0 && geometry.k > 0 && args.m >= 1 &&
-                     args.m < (std::int64_t{1} << 22) &&
-                     (bf16 || args.dtype == DType::kFloat16) &&
-                     (shape.tokens == 32 || shape.tokens == 64 || shape.tokens == 128 ||
-                      shape.tokens == 256) &&
-                     (shape.rows == 128 || (shape.rows == 256 && shape.tokens <= 128)) &&
-                     (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 ||
-                      shape.splits == 8) &&
-                     geometry.tiles < 65535 * 8 &&
-                     geometry.k >= shape.splits * kBlockInputs &&
-                     reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;
+  const bool valid =
+      geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
+      geometry.k % kBlockInputs == 0 && geometry.k > 0 && args.m >= 1 &&
+      args.m < (std::int64_t{1} << 22) &&
+      // A tensor with an exponent has scales that fp16 products do not hold.
+      (bf16 || (args.dtype == DType::kFloat16 && args.exponent == 0)) &&
+      (shape.tokens == 32 || shape.tokens == 64 || shape.tokens == 128 || shape.tokens == 256) &&
+      (shape.rows == 128 || (shape.rows == 256 && shape.tokens <= 128)) &&
+      (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 || shape.splits == 8) &&
+      geometry.tiles < 65535 * 8 && geometry.k >= shape.splits * kBlockInputs &&
+      reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;
   if (!valid) return static_cast<int>(cudaErrorInvalidValue);
 
   QmmParams p{};

@@ -8,14 +8,14 @@ int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
   const bool bf16 = args.dtype == DType::kBFloat16;
   const int warps = shape.warps_n * shape.warps_k;
   const int token_tiles = qmv_token_tiles(args.m);
-  const bool valid = geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
-                     geometry.k % kBlockInputs == 0 && args.m >= 1 && args.m <= kQmvTokens &&
-                     (bf16 || args.dtype == DType::kFloat16) && shape.tiles_per_warp >= 1 &&
-                     shape.tiles_per_warp <= qmv_tiles(token_tiles) && warps >= 1 &&
-                     warps * kLanes <= qmv_threads(token_tiles) &&
-                     (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 ||
-                      shape.splits == 8) &&
-                     reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;
+  const bool valid =
+      geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
+      geometry.k % kBlockInputs == 0 && args.m >= 1 && args.m <= kQmvTokens &&
+      (bf16 || args.dtype == DType::kFloat16) && shape.tiles_per_warp >= 1 &&
+      shape.tiles_per_warp <= qmv_tiles(token_tiles) && warps >= 1 &&
+      warps * kLanes <= qmv_threads(token_tiles) &&
+      (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 || shape.splits == 8) &&
+      reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;
   if (!valid) return static_cast<int>(cudaErrorInvalidValue);
 
   QmvParams p{};
@@ -45,7 +45,8 @@ int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
   p.splits = shape.splits;
   p.act_slots = qmv_act_slots(geometry.kind, token_tiles, p.tiles_per_warp, p.warps_k, p.splits,
                               qmv_chunks(geometry.kind, token_tiles, geometry.k_padded));
-  p.shared_bytes = qmv_shared_bytes(geometry, p.m, p.tiles_per_warp, p.warps_n, p.warps_k, p.splits);
+  p.shared_bytes =
+      qmv_shared_bytes(geometry, p.m, p.tiles_per_warp, p.warps_n, p.warps_k, p.splits);
   if (p.shared_bytes > kMostSharedBytes) return static_cast<int>(cudaErrorInvalidValue);
   p.zero_pair = zero_pair_of(geometry.format, bf16);
   p.factor = 1;

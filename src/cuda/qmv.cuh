@@ -5,13 +5,14 @@
 // multiplied by its scale (kernels.md: 4 FMAs per 32 weights and lane instead of 16), minima by the
 // sum of the activations, which one more multiplication by ones yields.
 //
-// Every warp is a stream of its own. It owns `tiles_per_warp` row tiles and every warps_k-th chunk of
-// 2 or 4 blocks of 64 inputs of its thread block's share of K, and copies what it needs, codes,
+// Every warp is a stream of its own. It owns `tiles_per_warp` row tiles and every warps_k-th chunk
+// of 2 or 4 blocks of 64 inputs of its thread block's share of K, and copies what it needs, codes,
 // scales and activations, into a private ring with cp.async: no barrier of the whole thread block
-// until the end. A chunk of one row tile is a unit: its copies, waits and addresses are paid once for
-// up to 4 blocks (one block per unit took 150 instructions per block, of which 60 multiply), and its
-// blocks are independent chains of multiplications. At the end the warps along K, then the thread blocks of the cluster along K, are summed in a fixed
-// order through (distributed) shared memory: deterministic, and no workspace.
+// until the end. A chunk of one row tile is a unit: its copies, waits and addresses are paid once
+// for up to 4 blocks (one block per unit took 150 instructions per block, of which 60 multiply),
+// and its blocks are independent chains of multiplications. At the end the warps along K, then the
+// thread blocks of the cluster along K, are summed in a fixed order through (distributed) shared
+// memory: deterministic, and no workspace.
 //
 // Preconditions: K a multiple of 64, rows of x 16-byte aligned, M <= 8 kT.
 #pragma once
@@ -62,14 +63,20 @@ __device__ __forceinline__ void store_out(std::uint8_t* out, std::int64_t i, flo
   }
 }
 
-// kPlain: neither minima nor groups of 32. Both are uniform branches otherwise, which keep the
-// compiler from interleaving the blocks of a unit.
-template <Kind kKind, bool kBf16, int kT, bool kPlain>
-__global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_constant__ QmvParams p) {
+// What the scales of a block are. Known at compile time, for branches inside a unit would keep the
+// compiler from interleaving its blocks.
+enum class Scales { kPlain, kMinima, kAny };  // kAny: groups of 32, with or without minima
+
+template <Kind kKind, bool kBf16, int kT, Scales kScales>
+__global__ void __launch_bounds__(qmv_threads(kT), 1)
+    qmv_kernel(const __grid_constant__ QmvParams p) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);  // 16 rows x 64 k
   constexpr int kChunk = chunk_blocks(kKind, kT);
   constexpr int kSlots = ring_slots(kKind, kT);
   constexpr int kTiles = qmv_tiles(kT);
+  // Groups of 32 and minima: constants but for Scales::kAny.
+  const bool half_groups = kScales == Scales::kAny && p.half_groups;
+  const bool minima = kScales == Scales::kMinima || (kScales == Scales::kAny && p.minima);
   extern __shared__ __align__(128) std::uint8_t smem[];
 
   const int warp = threadIdx.x / kLanes;
@@ -110,8 +117,8 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
   const auto issue_weights = [&] {
     if (issue_chunk < chunk_end) {
       const std::uint32_t to = ring_at + issue_slot * slot_bytes + lane * 16;
-      const std::uint8_t* from = issue_base + p.codes_at +
-                                 static_cast<std::int64_t>(issue_chunk) * (kChunk * kBlockBytes);
+      const std::uint8_t* from =
+          issue_base + p.codes_at + static_cast<std::int64_t>(issue_chunk) * (kChunk * kBlockBytes);
       const int blocks = p.blocks - issue_chunk * kChunk;
       if (blocks >= kChunk) {
 #pragma unroll
@@ -208,9 +215,9 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
       const std::uint8_t* const unit = ring + slot * slot_bytes;
       slot = slot + 1 == kSlots ? 0 : slot + 1;
 
-      // Two blocks at a time are independent chains of multiplications; with 16 tokens there are two
-      // chains anyway, and no registers for more. Four would overflow the instruction cache.
-#pragma unroll(kPlain && kT == 1 ? 2 : 1)
+      // Two blocks at a time are independent chains of multiplications; with 16 tokens there are
+      // two chains anyway, and no registers for more. Four would overflow the instruction cache.
+#pragma unroll(kScales != Scales::kAny && kT == 1 ? 2 : 1)
       for (int block = 0; block < blocks; ++block) {
         // B: k-step 2i in b[t][i][0..1], 2i + 1 in b[t][i][2..3].
         std::uint32_t b[kT][2][4];
@@ -219,8 +226,8 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
 #pragma unroll
           for (int part = 0; part < 2; ++part) {
             const int piece = part * 4 + lane / 8;
-            const std::uint32_t at = act_from + block * act_block_bytes + act_row[t] +
-                                     ((piece ^ (lane & 7)) << 4);
+            const std::uint32_t at =
+                act_from + block * act_block_bytes + act_row[t] + ((piece ^ (lane & 7)) << 4);
             ldmatrix_x4(b[t][part], act_valid[t] ? at : zeros_at);
           }
         }
@@ -242,7 +249,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
           const int group =
               ((chunk * kChunk + block) * kBlockInputs >> p.group_shift) - first_group;
           const std::uint8_t* const scales =
-              unit + kChunk * kBlockBytes + group * p.group_bytes + lane / 4 * (!kPlain && p.minima ? 8 : 4);
+              unit + kChunk * kBlockBytes + group * p.group_bytes + lane / 4 * (minima ? 8 : 4);
           float sums[kT][4] = {};
           const auto scale_into = [&](float2 s) {
 #pragma unroll
@@ -265,7 +272,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
               mma_m16n8k16<kBf16>(sums[t], a, b[t][step / 2][step % 2 * 2],
                                   b[t][step / 2][step % 2 * 2 + 1]);
             }
-            if (!kPlain && step == 1 && p.half_groups) {
+            if (step == 1 && half_groups) {
               scale_into(scale_at(0));
 #pragma unroll
               for (int t = 0; t < kT; ++t) {
@@ -273,23 +280,23 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1) qmv_kernel(const __grid_co
               }
             }
           }
-          scale_into(scale_at(!kPlain && p.half_groups ? p.group_bytes : 0));
-          if (!kPlain && p.minima) {  // minimum x sum of the activations: one more product, by ones
+          scale_into(scale_at(half_groups ? p.group_bytes : 0));
+          if (minima) {  // minimum x sum of the activations: one more product, by ones
             constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
             const std::uint32_t ones[4] = {kOne, kOne, kOne, kOne};
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
 #pragma unroll
               for (int t = 0; t < kT; ++t) {
-                if (part == 0 || p.half_groups) {
+                if (part == 0 || half_groups) {
                   sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0;
                 }
                 mma_m16n8k16<kBf16>(sums[t], ones, b[t][part][0], b[t][part][1]);
                 mma_m16n8k16<kBf16>(sums[t], ones, b[t][part][2], b[t][part][3]);
               }
-              if (part == 0 && p.half_groups) scale_into(scale_at(4));
+              if (part == 0 && half_groups) scale_into(scale_at(4));
             }
-            scale_into(scale_at(4 + (p.half_groups ? p.group_bytes : 0)));
+            scale_into(scale_at(4 + (half_groups ? p.group_bytes : 0)));
           }
         }
       }
@@ -366,10 +373,9 @@ template <typename Kernel>
 int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t shared_bytes,
                    int cluster, bool early, Stream stream,
                    std::initializer_list<const void*> params) {
-  cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes));
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes));
   if (error != cudaSuccess) {
     cudaGetLastError();  // reported once, by us
     return static_cast<int>(error);
@@ -401,33 +407,34 @@ int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t share
   return static_cast<int>(error);
 }
 
-#define LOWBIT_DEFINE_QMV(kind)                                                                   \
-  template <>                                                                                     \
+#define LOWBIT_DEFINE_QMV(kind)                                                                    \
+  template <>                                                                                      \
   int launch_qmv<kind>(const QmvParams& params, bool bf16, const QmvShape& shape, Stream stream) { \
-    const int rows = params.warps_n * params.tiles_per_warp;                                      \
-    const auto grid =                                                                             \
-        static_cast<unsigned>((params.tiles + rows - 1) / rows * params.splits);                  \
-    const auto threads = static_cast<unsigned>(params.warps_n * params.warps_k * kLanes);         \
-    const std::size_t bytes = params.shared_bytes;                                                \
-    const auto launch = [&](auto kernel) {                                                        \
-      return launch_cluster(kernel, grid, threads, bytes, params.splits, shape.early, stream,     \
-                            {&params});                                                           \
-    };                                                                                            \
-    const auto tokens = [&](auto bf16_c, auto plain_c) {                                          \
-      constexpr bool kB = decltype(bf16_c)::value;                                                \
-      constexpr bool kP = decltype(plain_c)::value;                                               \
-      return params.m <= 8    ? launch(qmv_kernel<kind, kB, 1, kP>)                               \
-             : params.m <= 16 ? launch(qmv_kernel<kind, kB, 2, kP>)                               \
-                              : launch(qmv_kernel<kind, kB, 4, kP>);                              \
-    };                                                                                            \
-    if constexpr (!has_row_scale(kind)) {                                                         \
-      if (params.minima || params.half_groups) {                                                  \
-        return bf16 ? tokens(std::true_type{}, std::false_type{})                                 \
-                    : tokens(std::false_type{}, std::false_type{});                               \
-      }                                                                                           \
-    }                                                                                             \
-    return bf16 ? tokens(std::true_type{}, std::true_type{})                                      \
-                : tokens(std::false_type{}, std::true_type{});                                    \
+    const int rows = params.warps_n * params.tiles_per_warp;                                       \
+    const auto grid = static_cast<unsigned>((params.tiles + rows - 1) / rows * params.splits);     \
+    const auto threads = static_cast<unsigned>(params.warps_n * params.warps_k * kLanes);          \
+    const std::size_t bytes = params.shared_bytes;                                                 \
+    const auto launch = [&](auto kernel) {                                                         \
+      return launch_cluster(kernel, grid, threads, bytes, params.splits, shape.early, stream,      \
+                            {&params});                                                            \
+    };                                                                                             \
+    const auto tokens = [&](auto bf16_c, auto scales_c) {                                          \
+      constexpr bool kB = decltype(bf16_c)::value;                                                 \
+      constexpr Scales kS = decltype(scales_c)::value;                                             \
+      return params.m <= 8    ? launch(qmv_kernel<kind, kB, 1, kS>)                                \
+             : params.m <= 16 ? launch(qmv_kernel<kind, kB, 2, kS>)                                \
+                              : launch(qmv_kernel<kind, kB, 4, kS>);                               \
+    };                                                                                             \
+    const auto scales = [&](auto scales_c) {                                                       \
+      return bf16 ? tokens(std::true_type{}, scales_c) : tokens(std::false_type{}, scales_c);      \
+    };                                                                                             \
+    if constexpr (!has_row_scale(kind)) {                                                          \
+      if (params.half_groups) return scales(std::integral_constant<Scales, Scales::kAny>{});       \
+    }                                                                                              \
+    if constexpr (kind == Kind::kInt4 || kind == Kind::kInt5) {                                    \
+      if (params.minima) return scales(std::integral_constant<Scales, Scales::kMinima>{});         \
+    }                                                                                              \
+    return scales(std::integral_constant<Scales, Scales::kPlain>{});                               \
   }
 
 }  // namespace lowbit::cuda

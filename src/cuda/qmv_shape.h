@@ -19,11 +19,17 @@ LOWBIT_HD constexpr int table_bytes(Kind kind) {
 }
 
 // Tokens in steps of 8, the n of the multiplication.
-LOWBIT_HD constexpr int qmv_token_tiles(std::int64_t m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
+LOWBIT_HD constexpr int qmv_token_tiles(std::int64_t m) {
+  return m <= 8 ? 1 : m <= 16 ? 2 : 4;
+}
 // Threads: 128 registers each up to 16 tokens, then about 165.
-LOWBIT_HD constexpr int qmv_threads(int token_tiles) { return token_tiles <= 2 ? 512 : 384; }
+LOWBIT_HD constexpr int qmv_threads(int token_tiles) {
+  return token_tiles <= 2 ? 512 : 384;
+}
 // Row tiles a warp can hold accumulators for.
-LOWBIT_HD constexpr int qmv_tiles(int token_tiles) { return token_tiles == 4 ? 4 : 8; }
+LOWBIT_HD constexpr int qmv_tiles(int token_tiles) {
+  return token_tiles == 4 ? 4 : 8;
+}
 // Blocks of 64 inputs in a unit: about 2 KB of codes, half of it where activations need the room.
 LOWBIT_HD constexpr int chunk_blocks(Kind kind, int token_tiles) {
   return kind_bits(kind) == 8 || token_tiles >= 2 ? 2 : 4;
@@ -52,8 +58,7 @@ inline int qmv_act_slots(Kind kind, int token_tiles, int tiles_per_warp, int war
 // Bytes of scales that belong to a unit.
 inline int qmv_scale_bytes(const Geometry& geometry, int token_tiles) {
   if (geometry.group_size == 0) return 0;
-  const int groups =
-      chunk_blocks(geometry.kind, token_tiles) * kBlockInputs / geometry.group_size;
+  const int groups = chunk_blocks(geometry.kind, token_tiles) * kBlockInputs / geometry.group_size;
   return geometry.group_scale_bytes * (groups > 1 ? groups : 1);
 }
 

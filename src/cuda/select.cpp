@@ -10,7 +10,9 @@ namespace {
 // Largest M for which a fused kernel beats dequantizing to scratch and calling cuBLAS.
 constexpr std::int64_t kQmmTokens = 1024;
 
-bool is_codebook(Kind kind) { return kind == Kind::kLut3 || kind == Kind::kLut4; }
+bool is_codebook(Kind kind) {
+  return kind == Kind::kLut3 || kind == Kind::kLut4;
+}
 
 }  // namespace
 
@@ -29,8 +31,7 @@ QmvShape select_qmv(const Problem& problem) {
   // A model of the busiest SM, in cycles, minimized over all ways to cut the matrix. Its constants
   // are fitted to sweeps on an H100 (bench/gpu_sweep.py): an SM's share of HBM is 13 bytes a cycle;
   // a warp takes so long for one 16 x 64 block when nothing else limits it; 16 warps fit an SM.
-  const double cycles_per_block =
-      token_tiles == 1 ? 430 + 20 * m : token_tiles == 2 ? 520 : 980;
+  const double cycles_per_block = token_tiles == 1 ? 430 + 20 * m : token_tiles == 2 ? 520 : 980;
   const double block_bytes = 2.0 * kBlockInputs * kind_bits(kind) +
                              static_cast<double>(qmv_scale_bytes(geometry, token_tiles)) / chunk;
   QmvShape best{1, 1, 1, 1, hopper};
@@ -42,6 +43,10 @@ QmvShape select_qmv(const Problem& problem) {
         for (int warps_k : {1, 2, 4, 6, 8, 12, 16}) {
           const int warps = warps_n * warps_k;
           if (warps * 32 > qmv_threads(token_tiles) || warps_k > share) continue;
+          // Measured to lose, whatever the model says: fewer than 8 warps while K has work for
+          // more, and cutting K further than it takes to give every SM something.
+          if (warps < 8 && warps_k < share) continue;
+          if (splits > 2 && geometry.tiles * splits > problem.sm_count) continue;
           const std::size_t bytes =
               qmv_shared_bytes(geometry, m, tiles_per_warp, warps_n, warps_k, splits);
           if (bytes > most_bytes) continue;
@@ -56,8 +61,8 @@ QmvShape select_qmv(const Problem& problem) {
           const double stream =
               static_cast<double>(per_sm) * blocks *
               (static_cast<double>(rows) * block_bytes + 0.15 * m * 128.0 * warps_n) / 13.0;
-          const double chain = waves * tiles_per_warp * cycles_per_block *
-                               ((share + warps_k - 1) / warps_k) * chunk;
+          const double chain =
+              waves * tiles_per_warp * cycles_per_block * ((share + warps_k - 1) / warps_k) * chunk;
           const double end = waves * (1200.0 + static_cast<double>(rows) * m * warps_k +
                                       (splits > 1 ? 5000.0 : 0.0));
           const double cost = std::max(stream, chain) + 0.25 * std::min(stream, chain) + end;
@@ -72,20 +77,31 @@ QmvShape select_qmv(const Problem& problem) {
   return best;
 }
 
+// Rules read off sweeps of 4096 x 4096, 14336 x 4096, 4096 x 14336 and 28672 x 8192 on an H100.
 QmmShape select_qmm(const Problem& problem) {
-  const std::int64_t tiles = problem.geometry.tiles;
   const std::int64_t blocks = problem.geometry.k_padded / kBlockInputs;
-  const int tokens = problem.m <= 32 ? 32 : problem.m <= 64 ? 64 : problem.m <= 128 ? 128 : 256;
-  const int rows = tokens == 256 ? 128 : 256;
-  const std::int64_t thread_blocks =
-      (tiles * 16 + rows - 1) / rows * ((problem.m + tokens - 1) / tokens);
-  int splits = 1;
-  // One thread block per SM; more along K while SMs would stay empty.
-  while (splits < 8 && thread_blocks * splits * 2 <= problem.sm_count &&
-         blocks >= splits * 2 * 4) {
-    splits *= 2;
+  const bool few_rows = problem.geometry.tiles <= 2 * problem.sm_count;
+  const auto groups = [&](int rows, int tokens) {
+    return (problem.geometry.tiles * 16 + rows - 1) / rows * ((problem.m + tokens - 1) / tokens);
+  };
+  // As many cuts of K as leave at most one thread block per SM.
+  const auto fill = [&](int rows, int tokens, int most) {
+    int splits = 1;
+    while (splits < most && groups(rows, tokens) * splits * 2 <= problem.sm_count &&
+           blocks >= splits * 8) {
+      splits *= 2;
+    }
+    return splits;
+  };
+  if (problem.m <= 64) {
+    const int tokens = problem.m <= 32 ? 32 : 64;
+    // Few outputs: two small thread blocks per SM.
+    if (few_rows && blocks >= 32 && (tokens == 32 || blocks >= 128)) return {128, tokens, 8, true};
+    return {256, tokens, fill(256, tokens, 4), true};
   }
-  return {rows, tokens, splits, true};
+  if (problem.m <= 128) return {256, 128, fill(256, 128, 4), true};
+  if (problem.m <= 256 && few_rows) return {128, 128, fill(128, 128, 2), true};
+  return {128, 256, fill(128, 256, 2), true};
 }
 
 Choice select(const Problem& problem) {
@@ -98,14 +114,14 @@ Choice select(const Problem& problem) {
     return choice;
   }
   if (kind == Kind::kFull) {
-    const bool same = (problem.geometry.format == Format::kBf16) ==
-                      (problem.x_dtype == DType::kBFloat16);
+    const bool same =
+        (problem.geometry.format == Format::kBf16) == (problem.x_dtype == DType::kBFloat16);
     choice.path = same && problem.exponent == 0 ? Path::kDirect : Path::kExact;
     choice.reason = same ? "16-bit weights as they are" : "16-bit weights of another dtype than x";
     return choice;
   }
-  const bool shape_fits = problem.k % kBlockInputs == 0 && problem.k > 0 && problem.x_aligned &&
-                          problem.sm >= 80;
+  const bool shape_fits =
+      problem.k % kBlockInputs == 0 && problem.k > 0 && problem.x_aligned && problem.sm >= 80;
   const bool exact = problem.precision == Precision::kFp32;
   const bool small = shape_fits && problem.m <= kQmvTokens && !(exact && is_codebook(kind));
   const bool fused = shape_fits && problem.sm >= 90 && problem.sm < 100 && !exact &&

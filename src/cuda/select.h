@@ -9,11 +9,11 @@
 namespace lowbit::cuda {
 
 enum class Path : std::uint8_t {
-  kQmv,       // decode kernel: M <= 32, any supported GPU
-  kQmm,       // fused wgmma kernel: sm_90
-  kDirect,    // 16-bit weights in the dtype of x: cuBLAS reads them where they are
-  kScratch,   // dequantize to the dtype of x, then cuBLAS
-  kExact,     // dequantize to fp32, then cuBLAS in fp32
+  kQmv,      // decode kernel: M <= 32, any supported GPU
+  kQmm,      // fused wgmma kernel: sm_90
+  kDirect,   // 16-bit weights in the dtype of x: cuBLAS reads them where they are
+  kScratch,  // dequantize to the dtype of x, then cuBLAS
+  kExact,    // dequantize to fp32, then cuBLAS in fp32
 };
 
 struct Problem {
@@ -22,8 +22,8 @@ struct Problem {
   int exponent;
   DType x_dtype;
   Precision precision;
-  bool x_aligned;   // rows of x start at multiples of 16 bytes
-  int sm;           // 80, 90, ...
+  bool x_aligned;  // rows of x start at multiples of 16 bytes
+  int sm;          // 80, 90, ...
   int sm_count;
 };
 
