@@ -107,7 +107,8 @@ inline SaveRequest small_request(const std::string& directory) {
 }
 
 inline std::string content(const std::string& name, std::size_t bytes, unsigned seed) {
-  std::mt19937 random(static_cast<unsigned>(std::hash<std::string>()(name)) + seed);
+  // The same on every system: std::mt19937 is, std::hash is not.
+  std::mt19937 random(static_cast<unsigned>(digest(std::as_bytes(std::span(name))).low) + seed);
   std::string text(bytes, '\0');
   for (char& c : text) c = static_cast<char>(random());
   if (name == "flag")
