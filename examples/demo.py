@@ -172,6 +172,8 @@ def in_process(console, what: str, job, *arguments) -> dict:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(job, arguments, theirs))
     began = time.perf_counter()
+    if not console.is_terminal:  # no spinner there
+        console.print(f"{what} ...")
     with console.status(what):
         process.start()
         theirs.close()
