@@ -17,6 +17,9 @@ namespace {
 constexpr std::uint64_t kMaxManifestBytes = 256'000'000;
 // Each try means that a saver replaced the whole directory while its manifest was being read.
 constexpr int kMaxTries = 8;
+// A missing file under an unchanged manifest is missing for good, unless two savers have been here
+// meanwhile: away from this content and back to it.
+constexpr int kMaxUnchanged = 3;
 
 [[noreturn]] void corrupt(const std::string& who, const std::string& what) {
   throw Error(ErrorCode::kCorrupt, who + ": " + what);
@@ -131,6 +134,7 @@ SavedDirectory open_saved(const std::string& directory, const OpenOptions& optio
                           const Threads& threads) {
   std::string text = read_manifest_text(directory);
   SavedDirectory saved;
+  int unchanged = 0;
   for (int tries = 0;; ++tries) {
     saved = SavedDirectory();
     saved.manifest = parse_manifest(text, os::join(directory, kManifestName));
@@ -143,7 +147,8 @@ SavedDirectory open_saved(const std::string& directory, const OpenOptions& optio
       if (error.code() != ErrorCode::kNotFound) throw;
       // Another program may have saved here since the manifest was read, removing what it named.
       std::string again = read_manifest_text(directory);
-      if (again == text || tries == kMaxTries)
+      unchanged = again == text ? unchanged + 1 : 0;
+      if (unchanged == kMaxUnchanged || tries == kMaxTries)
         throw Error(ErrorCode::kNotFound, std::string(error.what()) +
                                               "; the manifest names this file: copy the " +
                                               "directory anew, all of it");
