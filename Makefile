@@ -8,6 +8,7 @@
 #   make test-full    also the slow ones: the wheel in a fresh environment, long sweeps
 #   make bench        speeds as ratios to this machine's limits, at most 8 minutes
 #   make bench-full   every format and shape
+#   make bench-gpu    every type on the GPU against bf16 cuBLAS
 #   make bench-peers  other engines on the same shapes
 #   make zoo          optimize_model over the architectures of transformers
 #   make faults       what loads after a save is killed at each of its steps
@@ -123,7 +124,7 @@ format: $(VENV)/.ready
 
 # ---- demo, benchmarks, documents -----------------------------------------------------------------
 
-.PHONY: build-bench demo bench bench-full bench-peers zoo docs faults fuzz
+.PHONY: build-bench demo bench bench-full bench-gpu bench-peers zoo docs faults fuzz
 build-bench/build.ninja: CMakePresets.json | $(VENV)/.ready system
 	$(call CONFIGURE,bench,)
 	@touch $@
@@ -137,6 +138,8 @@ bench: build build-bench models
 	@$(OFFLINE) $(PY) bench/run.py $(BENCH_ARGS)
 bench-full: build build-bench models
 	@$(OFFLINE) $(PY) bench/run.py --full $(BENCH_ARGS)
+bench-gpu:  # needs a GPU and liblowbit_ops_cuda.so (cmake --preset cuda)
+	@PYTHONPATH=python $(PY) bench/gpu.py build-gpu.json $(BENCH_ARGS)
 bench-peers: build models
 	@$(OFFLINE) $(PY) bench/run.py --peers $(BENCH_ARGS)
 

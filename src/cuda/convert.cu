@@ -450,16 +450,25 @@ __device__ double full_value(const Geometry& geometry, std::uint32_t code) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(code)));
 }
 
+// 16-bit codes are floats; times a power of two in fp32 they are rounded at most once more.
 template <typename Out>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_full_kernel(Geometry geometry, const std::uint16_t* packed, double factor, Out* out,
+    dequantize_full_kernel(Geometry geometry, const std::uint16_t* packed, float factor, Out* out,
                            std::int64_t out_stride, std::int64_t first_row, std::int64_t rows) {
-  for (std::int64_t item = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
-       item < rows * geometry.k; item += std::int64_t{gridDim.x} * kThreads) {
-    const std::int64_t row = item / geometry.k;
-    const std::int64_t k = item - row * geometry.k;
-    const double value = full_value(geometry, packed[(first_row + row) * geometry.k_padded + k]);
-    out[row * out_stride + k] = to_out<Out>(value * factor);
+  const bool bf16 = geometry.format == Format::kBf16;
+  for (std::int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    // Padded rows have an even length: two codes per load.
+    const auto* from =
+        reinterpret_cast<const std::uint32_t*>(packed + (first_row + row) * geometry.k_padded);
+    Out* const to = out + row * out_stride;
+    for (std::int64_t i = threadIdx.x; 2 * i < geometry.k; i += kThreads) {
+      const std::uint32_t pair = from[i];
+      const float2 values =
+          bf16 ? make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u))
+               : __half22float2(*reinterpret_cast<const __half2*>(&pair));
+      to[2 * i] = to_out<Out>(values.x * factor);
+      if (2 * i + 1 < geometry.k) to[2 * i + 1] = to_out<Out>(values.y * factor);
+    }
   }
 }
 
@@ -563,9 +572,11 @@ int dequantize_as(const DequantizeArgs& args, Stream stream) {
     case Kind::kFull:
       break;
   }
-  dequantize_full_kernel<Out><<<grid_for(args.rows * args.geometry.k), kThreads, 0, stream>>>(
-      args.geometry, static_cast<const std::uint16_t*>(args.packed), power_of_two(args.exponent),
-      static_cast<Out*>(args.out), args.out_stride, args.first_row, args.rows);
+  const unsigned grid = static_cast<unsigned>(args.rows < 65536 ? args.rows : 65536);
+  dequantize_full_kernel<Out><<<grid, kThreads, 0, stream>>>(
+      args.geometry, static_cast<const std::uint16_t*>(args.packed),
+      static_cast<float>(power_of_two(args.exponent)), static_cast<Out*>(args.out), args.out_stride,
+      args.first_row, args.rows);
   return launched();
 }
 

@@ -116,8 +116,16 @@ Choice select(const Problem& problem) {
   if (kind == Kind::kFull) {
     const bool same =
         (problem.geometry.format == Format::kBf16) == (problem.x_dtype == DType::kBFloat16);
-    choice.path = same && problem.exponent == 0 ? Path::kDirect : Path::kExact;
-    choice.reason = same ? "16-bit weights as they are" : "16-bit weights of another dtype than x";
+    if (same && problem.exponent == 0) {
+      choice.path = Path::kDirect;
+      choice.reason = "16-bit weights as they are";
+    } else if (problem.x_dtype == DType::kBFloat16 && problem.precision != Precision::kFp32) {
+      choice.path = Path::kScratch;  // bf16 holds the range of fp16
+      choice.reason = "fp16 weights rounded to the bf16 of x";
+    } else {
+      choice.path = Path::kExact;
+      choice.reason = "16-bit weights that the dtype of x cannot hold";
+    }
     return choice;
   }
   const bool shape_fits =

@@ -31,7 +31,13 @@ TEST(Select, FewTokensTakeTheDecodeKernel) {
 
 TEST(Select, SixteenBitWeightsGoToCublas) {
   EXPECT_EQ(select(problem(Format::kBf16, 1, 4096, 4096)).path, Path::kDirect);
-  EXPECT_EQ(select(problem(Format::kFp16, 1, 4096, 4096)).path, Path::kExact);
+  Problem p = problem(Format::kFp16, 1, 4096, 4096);
+  EXPECT_EQ(select(p).path, Path::kScratch);
+  p.precision = Precision::kFp32;
+  EXPECT_EQ(select(p).path, Path::kExact);
+  p = problem(Format::kBf16, 1, 4096, 4096);
+  p.x_dtype = DType::kFloat16;  // would overflow
+  EXPECT_EQ(select(p).path, Path::kExact);
 }
 
 TEST(Select, WhatNoKernelTakesIsDequantized) {
