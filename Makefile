@@ -39,6 +39,9 @@ export CCACHE_NOHASHDIR := 1
 LAUNCHER = $(if $(shell command -v ccache 2>/dev/null),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache \
   -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 CONFIGURE = cmake --preset $(1) -DPython_EXECUTABLE=$(CURDIR)/$(PY) $(LAUNCHER) $(2)
+# Where a GPU and its compiler are visible, the CUDA kernels are built with the rest.
+NVCC = $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+GPU = $(if $(shell nvidia-smi -L 2>/dev/null),$(if $(NVCC),-DLOWBIT_CUDA=ON -DCMAKE_CUDA_COMPILER=$(NVCC)))
 COMPILE = cmake --build --preset $(1) --parallel $(JOBS)
 say = @printf '\n\033[1m== %s\033[0m\n' "$(1)"
 # Models are local: nothing may ask a hub.
@@ -69,7 +72,7 @@ models: $(VENV)/.ready
 .PHONY: build build-asan cuda wheel
 build/build.ninja: CMakePresets.json | $(VENV)/.ready system
 	$(call say,Configuring the C++ build in build/)
-	$(call CONFIGURE,dev,)
+	$(call CONFIGURE,dev,$(GPU))
 	@touch $@
 build: build/build.ninja
 	$(call say,Building)
