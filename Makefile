@@ -94,8 +94,8 @@ cuda: | $(VENV)/.ready system
 wheel: | $(VENV)/.ready system
 	$(call say,Building the wheel into dist/)
 	$(PY) -m pip wheel . --no-deps --no-build-isolation -w dist \
-	  -C cmake.define.Python_EXECUTABLE=$(CURDIR)/$(PY) \
-	  $(if $(shell command -v ccache 2>/dev/null),-C cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
+	  --config-settings cmake.define.Python_EXECUTABLE=$(CURDIR)/$(PY) \
+	  $(if $(shell command -v ccache 2>/dev/null),--config-settings cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache)
 
 # ---- tests ---------------------------------------------------------------------------------------
 

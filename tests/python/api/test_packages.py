@@ -105,7 +105,7 @@ def test_wheel_runs_where_there_is_no_compiler(tmp_path):
         if key.startswith("PIP_") or key in ("HOME", "LANG", "CCACHE_DIR")
     }
     # Objects that `make build` compiled are found by ccache: paths relative to the sources.
-    launcher = ["-C", "cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache"] * bool(
+    launcher = ["--config-settings", "cmake.define.CMAKE_CXX_COMPILER_LAUNCHER=ccache"] * bool(
         shutil.which("ccache")
     )
     env = {
@@ -123,8 +123,8 @@ def test_wheel_runs_where_there_is_no_compiler(tmp_path):
             shutil.copy2(ROOT / name, source / name)
     run(
         *(sys.executable, "-m", "pip", "wheel", source, "--no-deps", "--no-build-isolation"),
-        *("-w", tmp_path, "-C", f"cmake.define.Python_EXECUTABLE={sys.executable}"),
-        *("-C", f"build-dir={source / 'build'}", *launcher),
+        *("-w", tmp_path, "--config-settings", f"cmake.define.Python_EXECUTABLE={sys.executable}"),
+        *("--config-settings", f"build-dir={source / 'build'}", *launcher),
         env=env,
     )
     (wheel,) = tmp_path.glob("*.whl")
