@@ -210,11 +210,14 @@ inline Tensor empty_cpu(const std::int64_t* sizes, std::int64_t dim, ScalarType 
   return Tensor(handle);
 }
 
+using DeviceCheck = void (*)(const char* op, const char* name, const Tensor& tensor);
+
+// Packed bytes as quantize() makes them, on the device that `check_device` accepts.
 inline void check_packed(const char* op, const Tensor& packed, const Layout& layout,
-                         std::int64_t matrices) {
+                         std::int64_t matrices, DeviceCheck check_device = check_cpu) {
   LOWBIT_CHECK(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
                ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
-  check_cpu(op, "packed", packed);
+  check_device(op, "packed", packed);
   LOWBIT_CHECK(packed.is_contiguous(), ErrorCode::kValue, op,
                ": packed must be contiguous; pass the tensor as quantize() made it");
   LOWBIT_CHECK(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&

@@ -82,18 +82,10 @@ void check_same_device(const char* op, const char* argument, const Tensor& tenso
 
 const void* packed_on_gpu(const char* op, const Tensor& packed, const Layout& layout,
                           std::int64_t matrices = 1) {
-  LOWBIT_CHECK(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
-               ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
-  check_cuda(op, "packed", packed);
-  LOWBIT_CHECK(packed.is_contiguous(), ErrorCode::kValue, op,
-               ": packed must be contiguous; pass the tensor as quantize() made it");
-  LOWBIT_CHECK(packed.dim() == 2 && packed.size(0) == matrices * layout.tiles &&
-                   packed.size(1) == layout.tile_bytes,
-               ErrorCode::kValue, op, ": packed must be [", matrices * layout.tiles, ", ",
-               layout.tile_bytes, "] for ", matrices, " matrix(es) of ", layout.n, " x ", layout.k,
-               " in ", format_info(layout.format).name, " with group size ", layout.group_size,
-               ", got ", shape_text(packed),
-               "; are n, k, format and group_size those it was packed with?");
+  check_packed(op, packed, layout, matrices,
+               [](const char* name, const char* argument, const Tensor& tensor) {
+                 check_cuda(name, argument, tensor);
+               });
   const void* data = packed.data_ptr();
   LOWBIT_CHECK(reinterpret_cast<std::uintptr_t>(data) % kUnitBytes == 0, ErrorCode::kValue, op,
                ": packed must start at a multiple of ", kUnitBytes, " bytes; clone() aligns it");
