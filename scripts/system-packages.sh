@@ -3,7 +3,7 @@
 # Says nothing and takes milliseconds when all are there.
 set -eu
 
-packages="ffmpeg espeak-ng nlohmann-json3-dev libcli11-dev libgtest-dev libbenchmark-dev libxxhash-dev"
+packages="ffmpeg espeak-ng nlohmann-json3-dev libcli11-dev libgtest-dev libgmock-dev libbenchmark-dev libxxhash-dev"
 command -v g++ >/dev/null 2>&1 || packages="$packages g++"
 command -v ccache >/dev/null 2>&1 || packages="$packages ccache"
 "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3 python3-venv"
