@@ -4,10 +4,12 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
 #include "lowbit/dispatch.h"
+#include "lowbit/pack.h"
 
 namespace lowbit::binding {
 namespace {
@@ -190,6 +192,132 @@ Tensor dequantize(const Tensor& packed, const std::vector<std::int64_t>& shape, 
   return out;
 }
 
+// Parts of packed matrices as tensors: which dtype and trailing sizes, and how many per matrix.
+struct Parts {
+  Layout layout;
+  bool grouped, minima;
+  std::int64_t codes, groups;
+
+  explicit Parts(const Layout& made)
+      : layout(made),
+        grouped(format_info(made.format).grouped()),
+        minima(format_info(made.format).scale_kind == ScaleKind::kGroupMinimum),
+        codes(made.n * made.k),
+        groups(made.n * made.groups) {}
+  ScalarType scale_type() const { return grouped ? ScalarType::Half : ScalarType::Float; }
+};
+
+void check_part(const char* name, const Tensor& part, ScalarType type,
+                const std::vector<std::int64_t>& shape) {
+  LOWBIT_CHECK(part.scalar_type() == type, ErrorCode::kType, "pack_codes: ", name, " must be ",
+               torch::headeronly::toString(type), ", got ",
+               torch::headeronly::toString(part.scalar_type()));
+  check_cpu("pack_codes", name, part);
+  const auto sizes = part.sizes();
+  LOWBIT_CHECK(
+      std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), ErrorCode::kValue,
+      "pack_codes: ", name, " must be of shape [",
+      [&] {
+        std::string text;
+        for (const std::int64_t size : shape) {
+          text += (text.empty() ? "" : ", ") + std::to_string(size);
+        }
+        return text;
+      }(),
+      "], got ", shape_text(part));
+}
+
+Tensor pack_codes(const Tensor& codes_given, const Tensor& scales_given,
+                  std::optional<Tensor> minima_given, std::int64_t format,
+                  std::int64_t group_size) {
+  const Stack stack =
+      stack_of("pack_codes", "codes", codes_given.sizes().data(), codes_given.dim());
+  const Parts parts(make_layout(checked_format("pack_codes", format), stack.n, stack.k,
+                                checked_int("pack_codes", "group_size", group_size)));
+  const Layout& layout = parts.layout;
+  const auto sizes = codes_given.sizes();
+  std::vector<std::int64_t> shape(sizes.begin(), sizes.end());
+  check_part("codes", codes_given, ScalarType::Byte, shape);
+  shape.pop_back();
+  if (parts.grouped) {
+    shape.push_back(layout.groups);
+  }
+  check_part("scales", scales_given, parts.scale_type(), shape);
+  LOWBIT_CHECK(minima_given.has_value() == parts.minima, ErrorCode::kValue,
+               "pack_codes: ", format_info(layout.format).name,
+               parts.minima ? " needs minima" : " has no minima", "; ",
+               parts.minima ? "pass them" : "pass none");
+  const Tensor codes = torch::stable::contiguous(codes_given);
+  const Tensor scales = torch::stable::contiguous(scales_given);
+  std::optional<Tensor> minima;
+  if (minima_given) {
+    check_part("minima", *minima_given, ScalarType::Half, shape);
+    minima = torch::stable::contiguous(*minima_given);
+  }
+
+  const std::int64_t packed_sizes[] = {stack.matrices * layout.tiles, layout.tile_bytes};
+  Tensor packed = empty_cpu(packed_sizes, 2, ScalarType::Byte);
+  const auto part_of = [](const Tensor& tensor, auto* type, std::int64_t matrix,
+                          std::int64_t count) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return std::span<const T>(static_cast<const T*>(tensor.data_ptr()) + matrix * count,
+                              static_cast<std::size_t>(count));
+  };
+  for (std::int64_t i = 0; i < (layout.bytes() > 0 ? stack.matrices : 0); ++i) {
+    CodesView view;
+    view.codes = part_of(codes, static_cast<std::uint8_t*>(nullptr), i, parts.codes);
+    if (parts.grouped) {
+      view.scales = part_of(scales, static_cast<std::uint16_t*>(nullptr), i, parts.groups);
+    } else {
+      view.row_scales = part_of(scales, static_cast<float*>(nullptr), i, layout.n);
+    }
+    if (minima) {
+      view.minima = part_of(*minima, static_cast<std::uint16_t*>(nullptr), i, parts.groups);
+    }
+    lowbit::pack_codes(view, layout,
+                       {static_cast<std::byte*>(packed.data_ptr()) + i * layout.bytes(),
+                        static_cast<std::size_t>(layout.bytes())},
+                       torch_threads());
+  }
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack_codes(const Tensor& packed,
+                                                std::vector<std::int64_t> shape,
+                                                std::int64_t format, std::int64_t group_size) {
+  const Stack stack =
+      stack_of("unpack_codes", "shape", shape.data(), static_cast<std::int64_t>(shape.size()));
+  const Parts parts(make_layout(checked_format("unpack_codes", format), stack.n, stack.k,
+                                checked_int("unpack_codes", "group_size", group_size)));
+  const Layout& layout = parts.layout;
+  std::optional<Tensor> holder;
+  const std::byte* source = aligned_packed("unpack_codes", packed, layout, holder, stack.matrices);
+  const auto dim = static_cast<std::int64_t>(shape.size());
+  Tensor codes = empty_cpu(shape.data(), dim, ScalarType::Byte);
+  shape.back() = layout.groups;
+  Tensor scales = empty_cpu(shape.data(), parts.grouped ? dim : dim - 1, parts.scale_type());
+  shape.back() = parts.minima ? layout.groups : 0;
+  Tensor minima = empty_cpu(shape.data(), dim, ScalarType::Half);
+  for (std::int64_t i = 0; i < (layout.bytes() > 0 ? stack.matrices : 0); ++i) {
+    const auto groups = static_cast<std::size_t>(parts.groups);
+    MutableCodesView view;
+    view.codes = {static_cast<std::uint8_t*>(codes.data_ptr()) + i * parts.codes,
+                  static_cast<std::size_t>(parts.codes)};
+    if (parts.grouped) {
+      view.scales = {static_cast<std::uint16_t*>(scales.data_ptr()) + i * parts.groups, groups};
+    } else {
+      view.row_scales = {static_cast<float*>(scales.data_ptr()) + i * layout.n,
+                         static_cast<std::size_t>(layout.n)};
+    }
+    if (parts.minima) {
+      view.minima = {static_cast<std::uint16_t*>(minima.data_ptr()) + i * parts.groups, groups};
+    }
+    lowbit::unpack_codes({source + i * layout.bytes(), static_cast<std::size_t>(layout.bytes())},
+                         layout, view, torch_threads());
+  }
+  return {codes, scales, minima};
+}
+
 Tensor embedding(const Tensor& packed, const Tensor& ids_given, std::int64_t n, std::int64_t k,
                  std::int64_t format, std::int64_t group_size, std::int64_t exponent,
                  ScalarType dtype) {
@@ -290,6 +418,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   m.impl("linear_forward", LOWBIT_BOX(linear));
   m.impl("quantize", LOWBIT_BOX(quantize));
   m.impl("dequantize", LOWBIT_BOX(dequantize));
+  m.impl("pack_codes", LOWBIT_BOX(pack_codes));
+  m.impl("unpack_codes", LOWBIT_BOX(unpack_codes));
   m.impl("embedding", LOWBIT_BOX(embedding));
   m.impl("first_nonfinite", LOWBIT_BOX(first_nonfinite));
 }

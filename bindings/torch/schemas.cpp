@@ -19,6 +19,16 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def(
       "dequantize(Tensor packed, int[] shape, int format, int group_size, int exponent, "
       "ScalarType dtype) -> Tensor");
+  // Codes and scales that exist already (include/lowbit/pack.h): codes uint8 [..., n, k], scales
+  // and minima float16 [..., n, groups], or float32 [..., n] for fp8 -> packed bytes of every
+  // matrix.
+  m.def(
+      "pack_codes(Tensor codes, Tensor scales, Tensor? minima, int format, int group_size) -> "
+      "Tensor packed");
+  // The inverse; minima are [..., n, 0] where the format has none.
+  m.def(
+      "unpack_codes(Tensor packed, int[] shape, int format, int group_size) -> "
+      "(Tensor codes, Tensor scales, Tensor minima)");
   // Rows of one matrix: ids [...] -> [..., k].
   m.def(
       "embedding(Tensor packed, Tensor ids, int n, int k, int format, int group_size, "

@@ -32,9 +32,11 @@ __all__ = [
     "isa",
     "linear",
     "move_packed",
+    "pack_codes",
     "packed_shape",
     "quantize",
     "set_activation_precision",
+    "unpack_codes",
 ]
 
 _LIBRARY = Path(__file__).parent / "lib" / "liblowbit_ops.so"
@@ -254,6 +256,8 @@ _linear_forward = _ops.linear_forward.default
 _quantize = _ops.quantize.default
 _dequantize = _ops.dequantize.default
 _embedding = _ops.embedding.default
+_pack_codes = _ops.pack_codes.default
+_unpack_codes = _ops.unpack_codes.default
 _KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -344,6 +348,66 @@ def dequantize(
         raise translate(error) from None
 
 
+def pack_codes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    low_bit: str,
+    group_size: int = 0,
+    minima: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Packed bytes of codes and scales that exist already: nothing is rounded.
+
+    Args:
+        codes: [..., n, k]. uint8 as stored (docs/formats.md: the value 0 of sym_int4 is 8), or, for
+            the symmetric integer types, int8 with the value itself. fp8: the bits, or a tensor of
+            that float8 dtype. fp16 and bf16 have no codes: quantize() keeps every bit of theirs.
+        scales: float16 [..., n, groups]; fp8: float32 [..., n]. May be negative or zero.
+        minima: float16 [..., n, groups], for the asymmetric types only.
+
+    Returns uint8 [tiles, tile_bytes] on the device of `codes`. Raises ValueError naming row and
+    column of a code outside the type's range or a scale that is not finite, and for shapes that do
+    not go together; TypeError for other dtypes.
+    """
+    info = FORMATS[canonical_name(low_bit)]
+    size = default_group_size(low_bit, group_size)
+    if codes.dtype == torch.int8 and info.zero_point:
+        # Two's complement plus the zero point, modulo 256: what leaves the range wraps far out.
+        codes = codes.view(torch.uint8) + info.zero_point
+    elif codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        if info.name != _FP8_NAMES[codes.dtype]:
+            raise TypeError(f"pack_codes: {info.name} cannot have codes of {codes.dtype}")
+        codes = codes.view(torch.uint8)
+    device = codes.device
+    host = [None if t is None else t.to("cpu") for t in (codes, scales, minima)]
+    try:
+        packed = _pack_codes(*host, info.number, size)
+    except RuntimeError as error:
+        raise translate(error) from None
+    return move_packed(packed, device, codes.shape[-1], info.number, size)
+
+
+_FP8_NAMES = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+
+
+def unpack_codes(
+    packed: torch.Tensor, shape: Sequence[int], low_bit: str, group_size: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The inverse of pack_codes for a tensor of `shape` [..., n, k]: (codes, scales, minima).
+
+    Codes are uint8 as stored; minima are None where the type has none. On the device of `packed`.
+    """
+    info = FORMATS[canonical_name(low_bit)]
+    size = default_group_size(low_bit, group_size)
+    device = packed.device
+    packed = move_packed(packed, "cpu", shape[-1], info.number, size)
+    try:
+        codes, scales, minima = _unpack_codes(packed, shape, info.number, size)
+    except RuntimeError as error:
+        raise translate(error) from None
+    minima = minima.to(device) if info.scale_kind == _GROUP_MINIMUM else None
+    return codes.to(device), scales.to(device), minima
+
+
 def embedding(
     packed: torch.Tensor,
     ids: torch.Tensor,
@@ -416,6 +480,26 @@ def _quantize_fake(weight, format, group_size):
 @torch.library.register_fake("lowbit::dequantize")
 def _dequantize_fake(packed, shape, format, group_size, exponent, dtype):
     return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("lowbit::pack_codes")
+def _pack_codes_fake(codes, scales, minima, format, group_size):
+    info = _BY_NUMBER[format]
+    size = (group_size or _DEFAULT_GROUP_SIZE) if info.grouped else 0
+    return codes.new_empty(_packed_shape(codes.shape, info, size))
+
+
+@torch.library.register_fake("lowbit::unpack_codes")
+def _unpack_codes_fake(packed, shape, format, group_size):
+    info = _BY_NUMBER[format]
+    *lead, n, k = shape
+    if not info.grouped:
+        scales = packed.new_empty((*lead, n), dtype=torch.float32)
+        return packed.new_empty(shape), scales, scales.new_empty((*lead, n, 0), dtype=torch.float16)
+    groups = _geometry(info, n, k, group_size or _DEFAULT_GROUP_SIZE).groups
+    scales = packed.new_empty((*lead, n, groups), dtype=torch.float16)
+    minima = groups if info.scale_kind == _GROUP_MINIMUM else 0
+    return packed.new_empty(shape), scales, scales.new_empty((*lead, n, minima))
 
 
 @torch.library.register_fake("lowbit::embedding")

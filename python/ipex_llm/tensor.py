@@ -195,6 +195,56 @@ class LowBitTensor(torch.Tensor):
                 dtype=weight.dtype,
             )
 
+    @classmethod
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        low_bit: str,
+        group_size: int = 0,
+        *,
+        minima: torch.Tensor | None = None,
+        exponent: int = 0,
+        transposed: bool = False,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "LowBitTensor":
+        """A weight that others quantized: codes and scales as in `ops.pack_codes`, none rounded.
+
+        `exponent` multiplies all by 2^exponent; with `transposed`, or another `shape`, the logical
+        tensor is the transpose or a reshape of what the codes are; `dtype` is its logical type.
+        """
+        if dtype not in _FLOAT_DTYPES:
+            raise TypeError(
+                "LowBitTensor.from_codes: dtype must be float32, float16, bfloat16 or float64, "
+                f"got {dtype}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            packed = ops.pack_codes(codes, scales, low_bit, group_size, minima)
+        natural = _transpose(codes.shape) if transposed else tuple(codes.shape)
+        if shape is not None and math.prod(shape) != math.prod(natural):
+            raise ValueError(
+                f"LowBitTensor.from_codes: codes of {tuple(codes.shape)} cannot have the logical "
+                f"shape {tuple(shape)}"
+            )
+        return cls(
+            packed,
+            ops.canonical_name(low_bit),
+            ops.default_group_size(low_bit, group_size),
+            exponent,
+            stored_shape=tuple(codes.shape),
+            transposed=transposed,
+            shape=natural if shape is None else shape,
+            dtype=dtype,
+        )
+
+    def to_codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(codes, scales, minima) of `stored_shape` as in `ops.unpack_codes`.
+
+        `exponent` is not in them.
+        """
+        return ops.unpack_codes(self.packed, self.stored_shape, self.low_bit, self.group_size)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float tensor that this one stands for, in `dtype` (its own by default)."""
         _, _, *numbers = self.numbers

@@ -91,6 +91,11 @@ void check_rows(std::span<const std::byte> packed, const Layout& layout,
   }
 }
 
+void check_packed(const char* who, std::span<const std::byte> packed, const Layout& layout) {
+  check_layout(who, layout);
+  check_packed(who, layout, packed.data(), packed.size());
+}
+
 void check_linear(const LinearArgs& args) {
   check_layout("linear", args.layout);
   const std::string shape = " (m=" + std::to_string(args.m) +

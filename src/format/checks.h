@@ -16,6 +16,7 @@ void check_dequantize(std::span<const std::byte> packed, const Layout& layout,
                       const MutableMatrixView& out);
 void check_rows(std::span<const std::byte> packed, const Layout& layout,
                 std::span<const std::int64_t> rows, const MutableMatrixView& out);
+void check_packed(const char* who, std::span<const std::byte> packed, const Layout& layout);
 void check_linear(const LinearArgs& args);
 
 // Names row, column and value of the weight at a row-major flat index, -1 if it is not there.

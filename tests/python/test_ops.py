@@ -405,6 +405,18 @@ def test_opcheck_the_others():
     opcheck(torch.ops.lowbit.embedding.default, (packed, ids.int(), n, k, *rest, torch.float16))
 
 
+@pytest.mark.parametrize("low_bit", ["sym_int5", "asym_int4", "nf3", "fp8_e5m2"])
+def test_opcheck_codes(low_bit):
+    info = ops.FORMATS[low_bit]
+    size = ops.default_group_size(low_bit)
+    packed, _ = ops.quantize(torch.randn(2, 24, 100), low_bit)
+    arguments = (packed, [2, 24, 100], info.number, size)
+    opcheck(torch.ops.lowbit.unpack_codes.default, arguments)
+    codes, scales, minima = torch.ops.lowbit.unpack_codes(*arguments)
+    minima = minima if minima.numel() else None
+    opcheck(torch.ops.lowbit.pack_codes.default, (codes, scales, minima, info.number, size))
+
+
 def test_meta_tensors_run_the_fake_kernels():
     packed, numbers, _ = make(24, 64)
     out = ops.linear(torch.empty(2, 64, device="meta"), packed.to("meta"), None, *numbers)
