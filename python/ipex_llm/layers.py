@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ipex_llm import ops
+from ipex_llm import ops, usage
 from ipex_llm.owners import _swap_of, original_class, rebuild_owner
 from ipex_llm.tensor import LowBitTensor, swap_class
 
@@ -102,7 +102,7 @@ def _raw(module: nn.Module, attribute: str, parameter: torch.Tensor, uses) -> Ro
     """A parameter that only the code of the model can explain."""
     use = uses.of(parameter)
     if use is None:
-        return _no(f"no use found in the code of {type(module).__name__}")
+        return _no(usage.why_unused(module))
     if not use.is_matrix:
         return _no(use.reason)
     if min(parameter.shape[-2:]) == 1:

@@ -67,6 +67,7 @@ class Use:
     kind: str  # matrix, lookup, value, unknown; write and address are unsafe
     reason: str
     transposed: bool = False
+    called: str = ""  # the attribute of self whose value the parameter is handed to
 
     @property
     def is_matrix(self) -> bool:
@@ -83,9 +84,13 @@ class Uses:
         for module in model.modules():
             # PEFT's layers change the base weight when they merge, which has a way of its own here
             # (convert.merge_adapters), not when they compute.
+            for path, use in _uses_in_hooks(module):
+                for parameter in _resolve(module, path):
+                    self._found.setdefault(id(parameter), []).append(use)
             if self._note_adapters(module) or _is_torchs(type(module)):
                 continue
             for path, use in uses_in_module(module):
+                use = _of_instance(module, use)
                 for parameter in _resolve(module, path):
                     self._found.setdefault(id(parameter), []).append(use)
 
@@ -145,6 +150,47 @@ def _resolve(module: nn.Module, path: tuple[str, ...]) -> list[torch.Tensor]:
     return [place for place in places if isinstance(place, torch.Tensor)]
 
 
+def _of_instance(module: nn.Module, use: Use) -> Use:
+    """`use`, seen on one module: `self.product = Product.apply` is an autograd function."""
+    target = module.__dict__.get(use.called) if use.called else None
+    if not _is_autograd_function(target):
+        return use
+    return dataclasses.replace(use, kind="address", reason=_autograd_reason(target))
+
+
+def why_unused(module: nn.Module) -> str:
+    """Why nothing is known of how `module` uses a parameter of its own."""
+    cls = _source_class(type(module))
+    if _is_torchs(cls):
+        hooked = module._forward_pre_hooks
+        if hooked:
+            hook = next(iter(hooked.values()))
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            return f"a hook ({name}) computes with it before every call"
+        return f"no use found in the code of {cls.__name__}"
+    forward = _method(cls, "forward")
+    if forward is not None and _parse(forward) is None:
+        return f"the source of {cls.__name__}.forward is not available"
+    return f"no use found in the code of {cls.__name__}"
+
+
+def _uses_in_hooks(module: nn.Module) -> list[tuple[tuple[str, ...], Use]]:
+    """(path, use) of what hooks on `module` do with its parameters; torch's own are skipped."""
+    found = []
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        function = inspect.unwrap(getattr(hook, "__func__", hook))
+        if not isinstance(function, types.FunctionType) or _is_torchs(function):
+            continue
+        names = list(inspect.signature(hook).parameters)
+        if names:
+            children = {n: _source_class(type(m)) for n, m in module._modules.items() if m}
+            reader = _Reader(_source_class(type(module)), children)
+            reader.read(function, {names[0]: _Ref(())}, depth=0)
+            # Products in a hook are beside the module's own: only what forbids packing counts.
+            found += [(path, use) for path, use in reader.found if use.kind in ("write", "address")]
+    return found
+
+
 # ---- reading one class ---------------------------------------------------------------------------
 
 
@@ -202,9 +248,9 @@ class _Reader:
         body.visit_all(tree.body)
         return tuple(dict.fromkeys(body.returned))
 
-    def record(self, ref: _Ref, kind: str, reason: str, transposed: bool = False) -> None:
+    def record(self, ref: _Ref, kind: str, reason: str, transposed=False, called="") -> None:
         if ref.path:
-            self.found.append((ref.path, Use(kind, reason, transposed)))
+            self.found.append((ref.path, Use(kind, reason, transposed, called)))
 
 
 class _Body(ast.NodeVisitor):
@@ -348,6 +394,13 @@ class _Body(ast.NodeVisitor):
             return tuple(dataclasses.replace(r, flipped=not r.flipped) for r in refs)
         if node.attr == "data":
             return refs
+        getter = inspect.getattr_static(self.reader.cls, node.attr, None)
+        if isinstance(getter, property) and any(not ref.path for ref in refs):
+            function = inspect.unwrap(getter.fget)
+            if _is_torchs(function):
+                return ()
+            (first, *_) = inspect.signature(function).parameters
+            return self.reader.read(function, {first: _Ref(())}, self.depth + 1)
         if node.attr in _ADDRESSES:
             for ref in refs:
                 self.reader.record(ref, "address", self._reads_address())
@@ -460,8 +513,10 @@ class _Body(ast.NodeVisitor):
             function = _method(self.reader.children[node.func.attr], "forward")
             first = _Ref((node.func.attr,))
         if function is None or _is_torchs(function):
+            called = node.func.attr
             for argument in (*node.args, *(k.value for k in node.keywords)):
-                self.consume(argument, "unknown", f"passed to self.{node.func.attr}()")
+                for ref in self.value(argument):
+                    self.reader.record(ref, "unknown", f"passed to self.{called}()", called=called)
             return ()
         return self._follow(function, node, first=first)
 
@@ -499,11 +554,7 @@ class _Body(ast.NodeVisitor):
             return ()
         if name == "apply" and _is_autograd_function(target):
             for _, argument in arguments:
-                reason = (
-                    f"passed to the autograd function {target.__self__.__name__}, "
-                    f"which may read its memory"
-                )
-                self.consume(argument, "address", reason)
+                self.consume(argument, "address", _autograd_reason(target))
             return ()
         if isinstance(target, types.FunctionType) and not _is_torchs(target):
             return self._follow(target, node)
@@ -547,11 +598,13 @@ class _Body(ast.NodeVisitor):
             node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
         )
         operands = node.args[1:]
-        if not isinstance(equation, str) or "->" not in equation:
+        if not isinstance(equation, str):
             for operand in operands:
                 self.product(operand, transposed=False)
             return
-        inputs, output = equation.replace(" ", "").split("->")
+        inputs, arrow, output = equation.replace(" ", "").partition("->")
+        if not arrow:  # by convention: the labels that occur once
+            output = "".join(label for label in inputs if inputs.count(label) == 1)
         for labels, operand in zip(inputs.split(","), operands, strict=False):
             last_is_summed = bool(labels) and labels[-1] not in output
             before_is_summed = len(labels) > 1 and labels[-2] not in output
@@ -604,6 +657,11 @@ def _closure(function) -> dict:
         return dict(inspect.getclosurevars(function).nonlocals)
     except (TypeError, ValueError):
         return {}
+
+
+def _autograd_reason(target) -> str:
+    name = target.__self__.__name__
+    return f"passed to the autograd function {name}, which may read its memory"
 
 
 def _is_autograd_function(target) -> bool:

@@ -423,6 +423,20 @@ class Einsum(Raw):
         return torch.einsum("bi,io->bo", x, self.w)
 
 
+class EinsumImplicit(Raw):
+    def forward(self, x):
+        return torch.einsum("bi,io", x, self.w)
+
+
+class Property(Raw):
+    @property
+    def matrix(self):
+        return self.w.t()
+
+    def forward(self, x):
+        return x @ self.matrix
+
+
 class EinsumRows(Raw):
     def forward(self, x):
         weight = self.w.to(x.dtype)
@@ -465,7 +479,9 @@ class Listed(nn.Module):
         (MatMul, True),
         (MatMulTransposed, False),
         (Einsum, True),
+        (EinsumImplicit, True),
         (EinsumRows, False),
+        (Property, False),
         (Helper, False),
         (Functional, False),
     ],
@@ -548,6 +564,27 @@ class Parent(nn.Module):
         return Product.apply(x, self.child.weight)
 
 
+class Attribute(Raw):
+    """Holds the autograd function as an attribute."""
+
+    def __init__(self, w):
+        super().__init__(w)
+        self.product = Product.apply
+
+    def forward(self, x):
+        return self.product(x, self.w)
+
+
+def clamped(layer, args):
+    layer.weight.data.clamp_(-1, 1)
+
+
+def linear_with_a_hook():
+    layer = nn.Linear(48, 48)
+    layer.register_forward_pre_hook(clamped)
+    return layer
+
+
 class WritingLinear(nn.Linear):
     def forward(self, x):
         self.weight.data.clamp_(-1, 1)
@@ -567,6 +604,9 @@ class WritingLinear(nn.Linear):
         (lambda: CustomLinear(48, 48), "weight", "autograd function Product"),
         (lambda: Parent(), "child.weight", "autograd function Product"),
         (lambda: WritingLinear(48, 48), "weight", "changes it in place"),
+        (lambda: Attribute(None), "w", "autograd function Product"),
+        (linear_with_a_hook, "weight", "changes it in place"),
+        (lambda: nn.utils.weight_norm(nn.Linear(48, 48)), "weight_v", "a hook (WeightNorm)"),
     ],
 )
 def test_uses_that_need_floats_are_found(make, name, reason):
@@ -598,7 +638,7 @@ def test_a_parameter_without_source_stays_float():
     made = namespace["Made"]()
     (entry,) = plan(made)
     assert entry.low_bit is None
-    assert entry.reason
+    assert entry.reason == "the source of Made.forward is not available"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -76,6 +77,24 @@ _FIXED = {
     "layerdrop": 0.0,
     "use_cache": False,
 }
+_DEPTHS = {
+    "depths", "depth", "layers", "num_blocks", "encoder_depths", "decoder_depths", "stage_depths",
+    "stage_num_blocks", "layer_depths", "blocks_per_stage", "num_layers", "num_encoder_blocks",
+    "hidden_layers", "stage_layers",
+}  # fmt: skip
+
+
+def _strips() -> dict:
+    """The kernels, strides and paddings that PaddleOCR's detectors have no defaults for."""
+    kernels = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+    for ratio, k in (("longratio", 7), ("midratio", 5), ("shortratio", 3)):
+        half = k // 2
+        kernels[f"vertical_long_to_small_conv_{ratio}"] = [[k, 1], [1, 1], [half, 0]]
+        kernels[f"horizontal_small_to_long_conv_{ratio}"] = [[1, k], [1, 1], [0, half]]
+        kernels[f"symmetric_conv_long_{ratio}"] = [[k, k], [1, 1], [half, half]]
+    return kernels
+
+
 # What the names above cannot say: sizes that must fit each other in a way of their own.
 OVERRIDES = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -83,9 +102,45 @@ OVERRIDES = {
     "codegen": {"rotary_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "reformer": {"is_decoder": True},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"]},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds": False},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}},
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 2,
+        }
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "esmc": {"num_key_value_heads": 4},
+    "chameleon": {"vocabulary_map": {"<image>": 90}},
+    "emu3": {"vocabulary_map": {"<image>": 90, "<|extra_200|>": 91}},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "blt": {"encoder_hash_byte_group_vocab": 99},
+    "kyutai_speech_to_text": {"vocab_size": 99, "pad_token_id": 3, "audio_pad_token_id": 98},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "dots3_note": {"vision_config": {"hidden_size": 64}},
+    "beit": {"out_indices": [3, 5, 7, 11]},
+    "t5gemma": {"is_encoder_decoder": True},
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    # Models of time series must be told how far to look; they have no default for it.
+    **{
+        name: {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2],
+               "num_time_features": 2}
+        for name in ("autoformer", "informer", "time_series_transformer")
+    },
+    # Their widths come from image sides and checkpoints' own numbers of channels.
+    "perceiver": {
+        "d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2,
+        "num_cross_attention_heads": 1, "num_self_attention_heads": 4, "d_model": 64,
+    },
+    "pp_ocrv5_server_det": {"intraclass_block_config": _strips()},
+    "pp_ocrv6_medium_det": {"intraclass_block_config": _strips()},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"num_layers": 1, "head_dim": 8, "num_key_value_heads": 4},
     "dbrx": {
@@ -153,33 +208,57 @@ def cases(tasks=tuple(TASKS)) -> list[Case]:
     return [case for case in found if case.task in tasks]
 
 
-def build(case: Case) -> nn.Module:
-    """A small model of `case` with random weights, in evaluation mode; raises NotSmall."""
+# How much is made small: everything; only the numbers of layers, tokens and experts, where widths
+# must fit each other; only widths, where layers are named by number; nothing.
+_WIDTHS = {name for v in (64, 96, 48, 16, 8, 32) for name in _SMALL[v].split()} | {"patch_size"}
+_WIDTHS.remove("image_size")
+_COUNTS = {*_BY_NAME, *_FIXED} - _WIDTHS - {n for n in _BY_NAME if n.endswith(("heads", "head"))}
+DEGREES = {
+    "small": {*_BY_NAME, *_FIXED},
+    "shallow": _COUNTS,
+    "narrow": {*_BY_NAME, *_FIXED} - {n for n in _BY_NAME if "layer" in n} - {"depth"},
+    "default": set(_FIXED) - {"patch_size"},
+}
+
+
+def build(case: Case) -> Iterator[nn.Module]:
+    """Models of `case` with random weights, in evaluation mode, from the smallest up.
+
+    The first that accepts an input is the one to test. Raises NotSmall, with the reason of the
+    smallest, if there is none.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     cls = getattr(transformers, case.class_name, None)
     if cls is None:
         raise NotSmall("the class is not exported by this transformers")
-    config_class = CONFIG_MAPPING[case.model_type]
-    try:
-        config = _config_for(cls, small_config(config_class, OVERRIDES.get(case.model_type)))
-        with torch.device("meta"):
-            size = sum(p.numel() for p in cls(config).parameters())
-        if size > MOST_PARAMETERS:
-            raise NotSmall(f"{size / 1e6:.0f} million parameters")
-        torch.manual_seed(0)
-        model = cls(config).eval()
-    except NotSmall:
-        raise
-    except Exception as error:
-        raise NotSmall(f"{type(error).__name__}: {_first_line(error)}") from error
-    randomize(model)
-    return model
+    reasons = []
+    for degree in DEGREES:
+        try:
+            overrides = OVERRIDES.get(case.class_name, OVERRIDES.get(case.model_type))
+            config = _config_for(
+                cls, small_config(CONFIG_MAPPING[case.model_type], overrides, degree)
+            )
+            with torch.device("meta"):
+                size = sum(p.numel() for p in cls(config).parameters())
+            if size > MOST_PARAMETERS:
+                raise NotSmall(f"{size / 1e6:.0f} million parameters")
+            torch.manual_seed(0)
+            model = cls(config).eval()
+        except Exception as error:
+            kind = "" if isinstance(error, NotSmall) else f"{type(error).__name__}: "
+            reasons.append(f"{kind}{first_line(error)}")
+            continue
+        randomize(model)
+        yield model
+    if len(reasons) == len(DEGREES):
+        raise NotSmall(reasons[0])
 
 
-def small_config(config_class, overrides: dict | None = None):
+def small_config(config_class, overrides: dict | None = None, degree: str = "small"):
     """The default configuration with small numbers, nested configurations included."""
+    overrides = {**(overrides or {})}
     known = set(inspect.signature(config_class.__init__).parameters)
     for base in config_class.__mro__:
         known |= set(getattr(base, "__annotations__", ()))
@@ -189,7 +268,15 @@ def small_config(config_class, overrides: dict | None = None):
         known |= set(default.to_dict())
     except Exception:
         pass  # some need arguments: their signature has told the names
-    values = {name: value for name, value in {**_BY_NAME, **_FIXED}.items() if name in known}
+    wanted = DEGREES[degree]
+    values = {
+        name: value
+        for name, value in {**_BY_NAME, **_FIXED}.items()
+        if name in known and name in wanted
+    }
+    per_stage = any(
+        isinstance(_value(default, name), list | tuple) for name in ("num_heads", "embed_dims")
+    )
     for name in [*values]:
         usual = _value(default, name)
         if isinstance(usual, list | tuple):  # one number per stage: as it is; sides: two of them
@@ -197,31 +284,63 @@ def small_config(config_class, overrides: dict | None = None):
                 values[name] = [values[name]] * 2
             else:
                 del values[name]
+        elif per_stage and name in _WIDTHS and name != "image_size":
+            del values[name]  # it is multiplied from stage to stage, beside the numbers of heads
+    if degree in ("small", "shallow"):
+        for name in known & _DEPTHS:
+            usual = _value(default, name)
+            if isinstance(usual, list | tuple) and all(isinstance(n, int) for n in usual):
+                values[name] = [1] * len(usual)
     rope = _value(default, "rope_parameters")
     model_type = getattr(config_class, "model_type", "")
-    if isinstance(rope, dict) and any(part in model_type for part in _THREE_AXES):
-        values["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}  # half of head_dim 16
+    if (
+        "head_dim" in wanted
+        and isinstance(rope, dict)
+        and ("mrope_section" in rope or any(part in model_type for part in _THREE_AXES))
+    ):
+        turned = 8 * (rope.get("partial_rotary_factor") or 1)  # of head_dim 16, half
+        sections = [2, 3, 3] if turned == 8 else [1, 1, 2]
+        values["rope_parameters"] = {**rope, "mrope_section": sections}
     if "qk_rope_head_dim" in values:
         values.pop("head_dim", None)  # latent attention derives it, and has a key per head
         if "num_key_value_heads" in values:
             values["num_key_value_heads"] = values.get("num_attention_heads", 4)
-    for name, sub_class in (getattr(config_class, "sub_configs", None) or {}).items():
-        nested = _value(default, name)
-        sub_class = type(nested) if hasattr(nested, "to_dict") else sub_class
-        if hasattr(sub_class, "to_dict"):
+    for name, spec in (getattr(config_class, "sub_configs_defaults", None) or {}).items():
+        if name in overrides and not isinstance(overrides[name], dict):
+            continue
+        usual = _value(default, name)
+        if usual is None and default is not None and name not in overrides and spec.optional:
+            continue
+        nested = _nested_class(usual, spec)
+        if nested is not None:
+            given = {**spec.init_kwargs, **overrides.pop(name, {})}
+            given = {**given, **OVERRIDES.get(getattr(nested, "model_type", ""), {}), **given}
             try:
-                values[name] = small_config(sub_class)
+                values[name] = small_config(nested, given, degree)
             except Exception:
                 continue
-    values.update(overrides or {})
+    values.update(overrides)
     as_dicts = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in values.items()}
-    only_given = {k: v for k, v in values.items() if k not in _FIXED or k in (overrides or {})}
+    only_given = {k: v for k, v in values.items() if k not in _FIXED or k in overrides}
     for attempt in (values, as_dicts, only_given):
         try:
             return config_class(**attempt)
         except Exception as error:
             last = error
     raise last
+
+
+def _nested_class(usual, spec):
+    """The class of a nested configuration. A backbone of timm gives way to the one of transformers
+    that its field falls back to; a nested model without such a field is left as it is."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = getattr(usual, "model_type", "")
+    if hasattr(usual, "to_dict") and not model_type.startswith("timm"):
+        return type(usual)
+    if spec.model_type in CONFIG_MAPPING and not spec.model_type.startswith("timm"):
+        return CONFIG_MAPPING[spec.model_type]
+    return spec.config_class if hasattr(spec.config_class, "to_dict") else None
 
 
 def _value(config, name: str):
@@ -258,57 +377,5 @@ def randomize(model: nn.Module) -> None:
                 parameter.add_(0.1 * noise.to(parameter.dtype))
 
 
-def inputs(model: nn.Module) -> list[dict]:
-    """Candidate inputs, the likeliest first; the first that the float model accepts is taken."""
-    config = model.config
-    text = getattr(config, "get_text_config", lambda: config)()
-    generator = torch.Generator().manual_seed(2)
-    vocabulary = min(getattr(text, "vocab_size", None) or 90, 90)
-    ids = torch.randint(3, max(4, vocabulary), (2, 10), generator=generator)
-    accepted = set(inspect.signature(model.forward).parameters)
-    vision = getattr(config, "vision_config", None) or config
-    size = getattr(vision, "image_size", None) or 32
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    frames = getattr(vision, "num_frames", None) or getattr(vision, "frames_per_clip", None) or 4
-    patch = getattr(vision, "patch_size", None) or 8
-    patch = patch if isinstance(patch, int) else patch[0]
-    patch = channels * (getattr(vision, "temporal_patch_size", None) or 1) * patch**2
-    mels = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 8
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    candidates = [
-        {"input_ids": ids},
-        {"input_ids": ids, "decoder_input_ids": ids[:, :4]},
-        {"pixel_values": normal(2, channels, height, width)},
-        {"pixel_values": normal(1, channels, 64, 64)},
-        {"pixel_values": normal(1, channels, 224, 224)},
-        {"pixel_values": normal(1, channels, 256, 256)},
-        {"pixel_values": normal(1, channels, 384, 384)},
-        {"pixel_values": normal(1, frames, channels, height, width)},
-        {"pixel_values_videos": normal(1, frames, channels, height, width)},
-        {"pixel_values": normal(2, channels, height, width), "input_ids": ids},
-        {"hidden_states": normal(16, patch), "grid_thw": torch.tensor([[1, 4, 4]])},
-        {"pixel_values": normal(16, patch), "grid_thw": torch.tensor([[1, 4, 4]])},
-        {"input_values": normal(2, 4000)},
-        {"input_values": normal(2, 4000), "decoder_input_ids": ids[:, :4]},
-        {"input_features": normal(2, mels, 256), "decoder_input_ids": ids[:, :4]},
-        {"input_features": normal(2, 64, mels), "decoder_input_ids": ids[:, :4]},
-        {"input_features": normal(2, 64, mels)},
-        {"input_features": normal(2, 64, 2 * mels)},
-        {"input_features": normal(2, mels, 64)},
-        {"input_values": normal(2, 1, 4000)},
-        {"input_values": normal(2, 64, mels)},
-        {"input_values": normal(2, 1024, mels)},
-        {"input_features": normal(2, 64, getattr(config, "feature_projection_input_dim", 160))},
-        {"input_features": normal(2, 64, getattr(config, "input_feat_per_channel", 80))},
-        {"pixel_values": normal(1, channels, 64, 64), "input_ids": ids},
-        {"inputs_embeds": normal(2, 10, 64)},
-    ]
-    return [c for c in candidates if set(c) <= accepted or "kwargs" in accepted]
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import tempfile
 import time
 import warnings
@@ -13,7 +14,7 @@ from torch import nn
 
 import ipex_llm
 from ipex_llm import LowBitTensor
-from zoo import builders
+from zoo import builders, inputs
 
 # fp32 on both sides: the same rounded weights, so what differs is the order of summation and the
 # 15 bits that activations keep. Deep models with norms amplify that; a wrong weight, scale or
@@ -42,8 +43,7 @@ def run_case(case: builders.Case, low_bits=("sym_int4", "nf4"), save: bool = Tru
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = builders.build(case)
-            arguments, expected = _reference(model)
+            model, arguments, expected = _built(case)
         except builders.NotSmall as error:
             return [_result(case, low_bit, "not built", str(error)) for low_bit in low_bits]
         results = []
@@ -54,7 +54,7 @@ def run_case(case: builders.Case, low_bits=("sym_int4", "nf4"), save: bool = Tru
                 _check(case, copy.deepcopy(model), arguments, expected, low_bit, save, result)
             except Exception as error:
                 result.status = "failed"
-                result.detail = f"{type(error).__name__}: {builders._first_line(error)}"
+                result.detail = f"{type(error).__name__}: {builders.first_line(error)}"
             result.seconds = round(time.perf_counter() - started, 2)
             results.append(result)
         return results
@@ -64,20 +64,38 @@ def _result(case, low_bit, status, detail) -> Result:
     return Result(case.task, case.model_type, case.class_name, low_bit, status, detail)
 
 
+def _built(case: builders.Case):
+    """The smallest model that accepts an input, that input, and its output."""
+    reasons = []
+    for model in builders.build(case):
+        try:
+            return model, *_reference(model)
+        except builders.NotSmall as error:
+            reasons.append(str(error))
+    raise builders.NotSmall(reasons[-1])
+
+
 def _reference(model: nn.Module):
     """The first candidate input that the float model accepts, and its output."""
-    reasons = []
-    for arguments in builders.inputs(model):
+    if type(model).forward is nn.Module.forward:
+        raise builders.NotSmall("it has no forward: it is used through methods of other names")
+    main, reasons = getattr(model, "main_input_name", "input_ids"), []
+    for arguments in inputs.candidates(model):
         try:
             output = call(model, arguments)
         except Exception as error:
-            reasons.append(f"{'+'.join(arguments)}: {type(error).__name__}")
-            continue
-        tensors = floats(output)
-        if tensors and all(t.isfinite().all() for t in tensors):
-            return arguments, output
-        reasons.append(f"{'+'.join(arguments)}: no finite output")
-    raise builders.NotSmall(f"no input is known ({'; '.join(reasons[:3])})")
+            reason = f"{'+'.join(arguments)}: {type(error).__name__}: {builders.first_line(error)}"
+        else:
+            tensors = floats(output)
+            if tensors and all(t.isfinite().any() and not t.isnan().any() for t in tensors):
+                return arguments, output
+            reason = f"{'+'.join(arguments)}: no finite output"
+        # The most telling refusal: of the arguments that include the model's own main input.
+        reasons.append((main in arguments, len(arguments), reason))
+    if os.environ.get("ZOO_REASONS"):
+        print(*(r[2] for r in reasons), sep="\n   ")
+    reason = max(reasons, key=lambda r: r[:2], default=(0, 0, "none has its arguments"))[2]
+    raise builders.NotSmall(f"no input is known ({reason})")
 
 
 def call(model: nn.Module, arguments: dict):

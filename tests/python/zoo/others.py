@@ -220,7 +220,7 @@ def run_case(case: OtherCase, low_bits=("sym_int4", "nf4"), save: bool = True):
                 _check(case, copy.deepcopy(model), low_bit, save, result)
             except Exception as error:
                 result.status = "failed"
-                result.detail = f"{type(error).__name__}: {builders._first_line(error)}"
+                result.detail = f"{type(error).__name__}: {builders.first_line(error)}"
             result.seconds = round(time.perf_counter() - started, 2)
             results.append(result)
         return results

@@ -28,7 +28,12 @@ def main() -> int:
     parser.add_argument("--only", help="a part of the class's name")
     parser.add_argument("--low-bits", default="sym_int4,nf4")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="append the results here as they come, one per line; a class that already has an "
+        "'ok' for each type there is not run again",
+    )
     parser.add_argument("--write", type=Path, help="write the table here (docs/models.md)")
     parser.add_argument("--no-save", action="store_true", help="leave out save and load")
     arguments = parser.parse_args()
@@ -39,9 +44,11 @@ def main() -> int:
     cases = builders.cases(tasks) + ([*others.cases()] if "other" in tasks else [])
     cases = [c for c in cases if not arguments.only or arguments.only in c.class_name]
     low_bits = tuple(arguments.low_bits.split(","))
-    results = run_all(cases, low_bits, arguments.jobs, not arguments.no_save)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(r) for r in results], indent=1) + "\n")
+    done = _passed(arguments.json, low_bits)
+    left = [c for c in cases if c.id not in done]
+    results = [r for c in cases for r in done.get(c.id, ())]
+    results += run_all(left, low_bits, arguments.jobs, not arguments.no_save, arguments.json)
+    results.sort(key=lambda r: (r.task, r.model_type, r.class_name, r.low_bit))
     text = table(results)
     if arguments.write:
         arguments.write.write_text(text, encoding="utf-8")
@@ -52,7 +59,23 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def run_all(cases, low_bits, jobs: int, save: bool):
+def _passed(path: Path | None, low_bits) -> dict[str, list]:
+    """Case id -> its results in the file, for the cases that passed with every type."""
+    from zoo import builders, checks
+
+    found: dict[str, dict] = collections.defaultdict(dict)
+    if path is not None and path.exists():
+        for line in path.read_text().splitlines():
+            r = checks.Result(**json.loads(line))
+            found[builders.Case(r.task, r.model_type, r.class_name).id][r.low_bit] = r
+    return {
+        name: [by_type[low_bit] for low_bit in low_bits]
+        for name, by_type in found.items()
+        if all(low_bit in by_type and by_type[low_bit].status == "ok" for low_bit in low_bits)
+    }
+
+
+def run_all(cases, low_bits, jobs: int, save: bool, path: Path | None = None):
     results = []
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_start) as pool:
@@ -60,15 +83,19 @@ def run_all(cases, low_bits, jobs: int, save: bool):
         for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
             case = futures[future]
             try:
-                results += future.result()
+                new = future.result()
             except Exception as error:  # the process died
                 from zoo import checks
 
                 detail = f"{type(error).__name__}: {error}"
-                results += [checks._result(case, b, "failed", detail) for b in low_bits]
+                new = [checks._result(case, b, "failed", detail) for b in low_bits]
+            results += new
+            if path is not None:
+                with path.open("a") as file:
+                    file.writelines(json.dumps(vars(r)) + "\n" for r in new)
             print(f"\r{done}/{len(cases)} {case.class_name:50.50}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return sorted(results, key=lambda r: (r.task, r.model_type, r.class_name, r.low_bit))
+    return results
 
 
 def _start() -> None:
