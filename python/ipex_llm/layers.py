@@ -67,9 +67,8 @@ def role_of(module: nn.Module, attribute: str, parameter: torch.Tensor, uses) ->
             must_shrink=True,
         )
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and attribute.startswith("weight_"):
-        return _yes(
-            "recurrent", f"{type(module).__name__}: expanded once per call", must_shrink=True
-        )
+        how = "two products" if isinstance(module, nn.RNNCellBase) else "expanded once"
+        return _yes("recurrent", f"{type(module).__name__}: {how} per call", must_shrink=True)
     if isinstance(module, _ConvNd):
         return _convolution(module, attribute, parameter)
     return _raw(module, attribute, parameter, uses)
@@ -88,13 +87,16 @@ def _convolution(module: _ConvNd, attribute: str, parameter: torch.Tensor) -> Ro
             stored_shape=stored,
             must_shrink=True,
         )
-    # One expansion costs n * k element reads, the convolution n * k multiplications per output
-    # position, of which images and spectrograms have hundreds: only depthwise kernels, whose rows
-    # of a few taps would be padded to a block of 32 inputs, are left.
+    # An expansion costs about as much as the convolution does per output position, of which images
+    # and spectrograms have hundreds; where they are few, the product needs none. Only depthwise
+    # kernels, whose rows of a few taps would be padded to a block of 32 inputs, are left.
     if module.groups != 1 and k < 32:
         return _no(f"a grouped convolution (only {k} weights per output)")
     return _yes(
-        "convolution", "a convolution, expanded on use", stored_shape=stored, must_shrink=True
+        "convolution",
+        "a convolution: a product where it has few output positions, else expanded on use",
+        stored_shape=stored,
+        must_shrink=True,
     )
 
 
@@ -361,55 +363,75 @@ def _additive(mask, dtype):
 
 
 class ConvolutionForward(Mixin):
-    """1x1 kernels and patch embeddings as one low-bit product; other kernels expand the weight."""
+    """Convolutions as one low-bit product over the windows of the input.
+
+    1x1 kernels and patch embeddings read every input element once, so that this is the convolution
+    itself. Windows that overlap repeat the input: worth it where they are fewer than the output
+    channels, which makes them smaller than the expanded weight would be. Elsewhere the weight is
+    expanded, which costs little beside the convolution.
+    """
 
     def forward(self, x, *args, **kwargs):
         weight = _low_bit(self, "weight")
         if weight is None or args or kwargs or torch.compiler.is_exporting():
             return super().forward(x, *args, **kwargs)
         spatial = len(self.kernel_size)
-        if not is_matrix_product(self) or x.dim() not in (spatial + 1, spatial + 2):
+        served = (
+            self.groups == 1
+            and x.dim() in (spatial + 1, spatial + 2)
+            and weight.stored_shape == (weight.shape[0], math.prod(weight.shape[1:]))
+        )
+        if not served:
             return super().forward(x)
-        if weight.stored_shape != (weight.shape[0], math.prod(weight.shape[1:])):
-            return super().forward(x)
-        return _patches(self, x, weight, spatial)
+        batched = x.dim() == spatial + 2
+        inputs = x if batched else x.unsqueeze(0)
+        if not is_matrix_product(self):
+            inputs = _padded(self, inputs)
+            positions = inputs.shape[0] * math.prod(_counts(self, inputs))
+            if not 0 < positions <= self.out_channels:
+                return super().forward(x)
+        out = _convolve(self, inputs, weight, spatial)
+        return out if batched else out.squeeze(0)
 
 
-def _patches(conv, x, weight, spatial: int):
-    batched = x.dim() == spatial + 2
-    if not batched:
-        x = x.unsqueeze(0)
+def _padded(conv, x):
+    """`x` with what the convolution pads it by, in its mode."""
+    widths = conv._reversed_padding_repeated_twice
+    if not any(widths):
+        return x
+    return F.pad(x, widths, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+
+
+def _reach(conv) -> list[int]:
+    """Input elements from the first to the last tap of the kernel, per dimension."""
+    return [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+
+
+def _counts(conv, x) -> list[int]:
+    """Windows per dimension of a padded input."""
+    sizes = zip(x.shape[2:], _reach(conv), conv.stride, strict=True)
+    return [(size - reach) // stride + 1 if size >= reach else 0 for size, reach, stride in sizes]
+
+
+def _convolve(conv, x, weight, spatial: int):
     if x.shape[1] != conv.in_channels:
         raise RuntimeError(
             f"expected input to have {conv.in_channels} channels, got {x.shape[1]} in "
             f"{tuple(x.shape)}"
         )
-    kernel = conv.kernel_size
-    if _is_one(kernel):
-        x = x[(slice(None), slice(None), *(slice(None, None, s) for s in conv.stride))]
-        columns = x.movedim(1, -1)
-    else:
-        counts = [size // k for size, k in zip(x.shape[2:], kernel, strict=True)]
-        if min(counts) == 0:
-            raise RuntimeError(
-                f"kernel size {kernel} is larger than the input {tuple(x.shape[2:])}"
-            )
-        x = x[
-            (
-                slice(None),
-                slice(None),
-                *(slice(0, c * k) for c, k in zip(counts, kernel, strict=True)),
-            )
-        ]
-        shape = [x.shape[0], x.shape[1]]
-        for count, k in zip(counts, kernel, strict=True):
-            shape += [count, k]
-        x = x.reshape(shape)  # [B, C, o1, k1, o2, k2, ...]
-        outer = [2 + 2 * i for i in range(spatial)]
-        inner = [3 + 2 * i for i in range(spatial)]
-        columns = x.permute(0, *outer, 1, *inner).flatten(spatial + 1)
-    out = ops.linear(columns, weight.packed, conv.bias, *weight.numbers).movedim(-1, 1)
-    return out if batched else out.squeeze(0)
+    if min(_counts(conv, x)) == 0:
+        raise RuntimeError(
+            f"kernel size {conv.kernel_size} is larger than the input {tuple(x.shape[2:])}"
+        )
+    windows = x  # [B, C, ...] -> [B, C, outputs..., taps...]
+    for i, (reach, stride, dilation) in enumerate(
+        zip(_reach(conv), conv.stride, conv.dilation, strict=True)
+    ):
+        windows = windows.unfold(2 + i, reach, stride)[..., ::dilation]
+    outer = range(2, 2 + spatial)
+    taps = range(2 + spatial, 2 + 2 * spatial)
+    columns = windows.permute(0, *outer, 1, *taps).flatten(spatial + 1)
+    return ops.linear(columns, weight.packed, conv.bias, *weight.numbers).movedim(-1, 1)
 
 
 class EmbeddingBagForward(Mixin):
@@ -482,6 +504,38 @@ class RecurrentForward(Mixin):
             super().flatten_parameters()
 
 
+class CellForward(Mixin):
+    """nn.RNNCell, nn.LSTMCell, nn.GRUCell: a step is two products, from the packed bytes."""
+
+    def forward(self, input, hx=None):
+        served = (
+            all(_low_bit(self, name) is not None for name in ("weight_ih", "weight_hh"))
+            and input.dim() in (1, 2)
+            and input.shape[-1] == self.input_size
+            and not torch.compiler.is_exporting()
+        )
+        if not served:
+            return super().forward(input, hx)
+        is_lstm = isinstance(self, nn.LSTMCell)
+        if hx is None:
+            hx = input.new_zeros(*input.shape[:-1], self.hidden_size)
+            hx = (hx, hx) if is_lstm else hx
+        h = hx[0] if is_lstm else hx
+        if h.shape != (*input.shape[:-1], self.hidden_size):
+            return super().forward(input, hx)  # torch says what is wrong
+        a = F.linear(input, self.weight_ih, self.bias_ih)
+        b = F.linear(h, self.weight_hh, self.bias_hh)
+        if is_lstm:
+            i, f, g, o = (a + b).chunk(4, dim=-1)
+            c = f.sigmoid() * hx[1] + i.sigmoid() * g.tanh()
+            return o.sigmoid() * c.tanh(), c
+        if isinstance(self, nn.GRUCell):
+            (ar, az, an), (br, bz, bn) = a.chunk(3, dim=-1), b.chunk(3, dim=-1)
+            new = (an + (ar + br).sigmoid() * bn).tanh()
+            return new + (az + bz).sigmoid() * (h - new)
+        return (a + b).tanh() if self.nonlinearity == "tanh" else (a + b).relu()
+
+
 def refresh_flat_weights(module: nn.Module) -> None:
     """Recurrent layers keep a second list of their weights, which must follow a replacement."""
     if isinstance(module, nn.RNNBase):
@@ -504,6 +558,7 @@ _MIXINS = (
     (lambda m: _has_forward(m, nn.EmbeddingBag), EmbeddingBagForward),
     (lambda m: _has_forward(m, nn.Bilinear), BilinearForward),
     (lambda m: isinstance(m, nn.RNNBase), RecurrentForward),
+    (lambda m: _has_forward(m, nn.RNNCell, nn.LSTMCell, nn.GRUCell), CellForward),
 )
 
 

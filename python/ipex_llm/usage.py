@@ -211,7 +211,8 @@ def _uses_in_class(cls: type, children: tuple) -> tuple[tuple[tuple[str, ...], U
     for name in _ENTRY_POINTS:
         function = _method(cls, name)
         if function is not None and not _is_torchs(function):
-            reader.read(function, {"self": _Ref(())}, depth=0)
+            (first, *_) = [*inspect.signature(function).parameters, "self"]
+            reader.read(function, {first: _Ref(())}, depth=0)
     return tuple(dict.fromkeys(reader.found))
 
 

@@ -93,15 +93,29 @@ def test_convolutions_that_are_matrix_products(make, size, monkeypatch):
     ("make", "size"),
     [
         (lambda: nn.Conv2d(8, 32, 3, padding=1), (2, 8, 6, 6)),
-        (lambda: nn.Conv1d(16, 32, 3, stride=2, padding=1), (2, 16, 9)),
-        (lambda: nn.Conv2d(8, 32, 3, padding="same", padding_mode="reflect"), (2, 8, 6, 6)),
-        (lambda: nn.Conv2d(8, 32, 4, stride=4, dilation=2), (2, 8, 16, 16)),
+        (lambda: nn.Conv1d(16, 32, 3, stride=2, padding=1), (2, 16, 40)),
         (lambda: nn.Conv1d(128, 64, 3, groups=2), (2, 128, 9)),
         (lambda: nn.ConvTranspose2d(32, 8, 2, stride=2), (1, 32, 4, 4)),
     ],
 )
 def test_other_convolutions_expand_their_weight_on_use(make, size):
     check(make(), torch.randn(size))
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: nn.Conv2d(8, 48, 3, padding=1), (1, 8, 6, 7)),
+        (lambda: nn.Conv2d(8, 48, (3, 2), padding=(0, 1), stride=(1, 2)), (8, 7, 9)),
+        (lambda: nn.Conv1d(16, 48, 3, stride=2, padding=1, bias=False), (2, 16, 9)),
+        (lambda: nn.Conv1d(16, 48, 3, padding="same", padding_mode="circular"), (2, 16, 5)),
+        (lambda: nn.Conv2d(8, 48, 4, padding="same", padding_mode="reflect"), (1, 8, 6, 6)),
+        (lambda: nn.Conv2d(8, 48, 4, stride=4, dilation=2), (2, 8, 16, 16)),
+        (lambda: nn.Conv3d(4, 48, 2, padding=1), (1, 4, 2, 2, 3)),
+    ],
+)
+def test_convolutions_with_few_windows_are_products(make, size, monkeypatch):
+    check(make(), torch.randn(size), monkeypatch=monkeypatch)
 
 
 def test_convolutions_that_would_not_shrink_stay_float():
@@ -322,8 +336,24 @@ def test_lstm_projections():
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_recurrent_cells(kind):
-    check(kind(40, 64), torch.randn(2, 40), packed={"weight_ih", "weight_hh"})
+@pytest.mark.parametrize("shape", [(2,), ()])
+def test_recurrent_cells(kind, shape, monkeypatch):
+    state = torch.randn(*shape, 64)
+    if kind is nn.LSTMCell:
+        state = (state, torch.randn(*shape, 64))
+    packed = {"weight_ih", "weight_hh"}
+    for more in ((), (state,)):
+        x = torch.randn(*shape, 40)
+        layer = check(kind(40, 64), x, *more, packed=packed, monkeypatch=monkeypatch)
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(torch.randn(2, 3, 40))
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(*shape, 41))
+
+
+def test_a_relu_cell():
+    cell = nn.RNNCell(40, 64, nonlinearity="relu", bias=False)
+    check(cell, torch.randn(2, 40), packed={"weight_ih", "weight_hh"})
 
 
 # ---- experts -------------------------------------------------------------
@@ -443,6 +473,11 @@ class EinsumRows(Raw):
         return torch.einsum("bi,oi->bo", x, weight)
 
 
+class OtherName(Raw):
+    def forward(this, x):
+        return x @ this.w
+
+
 class Helper(Raw):
     def forward(self, x):
         return self.project(x, self.w)
@@ -483,6 +518,7 @@ class Listed(nn.Module):
         (EinsumRows, False),
         (Property, False),
         (Helper, False),
+        (OtherName, True),
         (Functional, False),
     ],
 )

@@ -70,17 +70,23 @@ def _built(case: builders.Case):
     for model in builders.build(case):
         try:
             return model, *_reference(model)
+        except builders.NoRecipe:
+            raise
         except builders.NotSmall as error:
             reasons.append(str(error))
-    raise builders.NotSmall(reasons[-1])
+    raise builders.NotSmall(reasons[0])
 
 
 def _reference(model: nn.Module):
     """The first candidate input that the float model accepts, and its output."""
     if type(model).forward is nn.Module.forward:
-        raise builders.NotSmall("it has no forward: it is used through methods of other names")
+        raise builders.NoRecipe("it has no forward: it is used through methods of other names")
     main, reasons = getattr(model, "main_input_name", "input_ids"), []
-    for arguments in inputs.candidates(model):
+    try:
+        candidates = [*inputs.candidates(model)]
+    except LookupError as error:
+        raise builders.NoRecipe(str(error)) from error
+    for arguments in candidates:
         try:
             output = call(model, arguments)
         except Exception as error:

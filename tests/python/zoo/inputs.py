@@ -32,6 +32,10 @@ def candidates(model: nn.Module) -> Iterator[dict]:
     if open_ended and len(accepted) < 2:  # a forward(*args, **kwargs) that hands everything on
         accepted |= {"input_ids", "pixel_values", "input_values", "inputs_embeds"}
     makers = Makers(model.config)
+    seeds = {name for seed in makers.seeds(accepted) for name in seed}
+    missing = [n for n in required if n not in seeds and not hasattr(makers, n)]
+    if missing:
+        raise LookupError(f"its forward takes {', '.join(missing)}")
     companions = [n for n in (*required, *_COMPANIONS) if n in accepted]
     if "query_embeds" in accepted:
         companions.append("encoder_hidden_states")
@@ -128,7 +132,7 @@ class Makers:
         channels = _number(self.vision, "num_channels", "in_channels", "in_chans") or 3
         yield self.normal(2, channels, *size)
         patch = self.patch()
-        for side in dict.fromkeys((64, 8 * patch, 224, 384)):
+        for side in dict.fromkeys((64, 32, 8 * patch, 224, 384)):
             if (side, side) != size:
                 yield self.normal(1, channels, side, side)
 

@@ -14,10 +14,12 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tests" / "python"), str(ROOT / "scripts")]
+LONGEST = 900  # seconds for one class
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -27,7 +29,9 @@ def main() -> int:
     parser.add_argument("--tasks", help="comma-separated; all by default")
     parser.add_argument("--only", help="a part of the class's name")
     parser.add_argument("--low-bits", default="sym_int4,nf4")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="0 runs nothing: what --json holds"
+    )
     parser.add_argument(
         "--json",
         type=Path,
@@ -44,8 +48,8 @@ def main() -> int:
     cases = builders.cases(tasks) + ([*others.cases()] if "other" in tasks else [])
     cases = [c for c in cases if not arguments.only or arguments.only in c.class_name]
     low_bits = tuple(arguments.low_bits.split(","))
-    done = _passed(arguments.json, low_bits)
-    left = [c for c in cases if c.id not in done]
+    done = _done(arguments.json, low_bits, only_passed=arguments.jobs > 0)
+    left = [c for c in cases if c.id not in done] if arguments.jobs else []
     results = [r for c in cases for r in done.get(c.id, ())]
     results += run_all(left, low_bits, arguments.jobs, not arguments.no_save, arguments.json)
     results.sort(key=lambda r: (r.task, r.model_type, r.class_name, r.low_bit))
@@ -59,8 +63,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _passed(path: Path | None, low_bits) -> dict[str, list]:
-    """Case id -> its results in the file, for the cases that passed with every type."""
+def _done(path: Path | None, low_bits, only_passed: bool) -> dict[str, list]:
+    """Case id -> its last results in the file, for the cases that have one for every type."""
     from zoo import builders, checks
 
     found: dict[str, dict] = collections.defaultdict(dict)
@@ -71,29 +75,50 @@ def _passed(path: Path | None, low_bits) -> dict[str, list]:
     return {
         name: [by_type[low_bit] for low_bit in low_bits]
         for name, by_type in found.items()
-        if all(low_bit in by_type and by_type[low_bit].status == "ok" for low_bit in low_bits)
+        if set(low_bits) <= set(by_type)
+        and (not only_passed or all(by_type[b].status == "ok" for b in low_bits))
     }
 
 
 def run_all(cases, low_bits, jobs: int, save: bool, path: Path | None = None):
-    results = []
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, initializer=_start) as pool:
-        futures = {pool.submit(_run, case, low_bits, save): case for case in cases}
-        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            case = futures[future]
-            try:
-                new = future.result()
-            except Exception as error:  # the process died
-                from zoo import checks
+    """The results of all cases; a class that kills its process or hangs fails alone."""
+    from zoo import checks
 
+    context = multiprocessing.get_context("spawn")
+    waiting, results = collections.deque(cases), []
+    lock = threading.Lock()
+
+    def work() -> None:
+        pool = None
+        while True:
+            with lock:
+                if not waiting:
+                    break
+                case = waiting.popleft()
+            pool = pool or concurrent.futures.ProcessPoolExecutor(1, context, initializer=_start)
+            try:
+                new = pool.submit(_run, case, low_bits, save).result(timeout=LONGEST)
+            except Exception as error:  # the process died, or does not come back
                 detail = f"{type(error).__name__}: {error}"
                 new = [checks._result(case, b, "failed", detail) for b in low_bits]
-            results += new
-            if path is not None:
-                with path.open("a") as file:
-                    file.writelines(json.dumps(vars(r)) + "\n" for r in new)
-            print(f"\r{done}/{len(cases)} {case.class_name:50.50}", end="", file=sys.stderr)
+                for process in list(pool._processes.values()):
+                    process.kill()
+                pool = None
+            with lock:
+                results.extend(new)
+                if path is not None:
+                    with path.open("a") as file:
+                        file.writelines(json.dumps(vars(r)) + "\n" for r in new)
+                done = len(cases) - len(waiting)
+                print(f"\r{done}/{len(cases)} {case.class_name:50.50}", end="", file=sys.stderr)
+        if pool is not None:
+            pool.shutdown()
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     print(file=sys.stderr)
     return results
 
