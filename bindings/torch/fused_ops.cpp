@@ -161,6 +161,9 @@ AttentionSpec read_attention(Reader& in) {
   }
   a.norm = in.norm(a.in[0].layout.k);
   a.norm_over_heads = in.flag();
+  a.norm_last = in.flag();
+  LOWBIT_CHECK(!(a.norm_over_heads && a.norm_last), ErrorCode::kValue,
+               "fused_register: a norm over all heads comes before the rotation");
   a.q_norm = in.norm(a.norm_over_heads ? std::int64_t{a.heads} * a.head_dim : a.head_dim);
   a.k_norm = in.norm(a.norm_over_heads ? std::int64_t{a.kv_heads} * a.head_dim : a.head_dim);
   const std::int64_t rope = in.integer();
@@ -173,8 +176,12 @@ AttentionSpec read_attention(Reader& in) {
                    a.rope.begin + a.rope.width <= a.head_dim && a.rope.table_step >= 1 &&
                    a.rope.table_step <= 2,
                ErrorCode::kValue, "fused_register: a rotation outside the head");
+  a.cross = in.flag();
+  a.sinks = in.vector(a.heads, &a.sinks_dtype);
+  a.mixed_norm = in.norm(std::int64_t{a.heads} * a.head_dim);
   a.out = in.matrix();
   a.out_norm = in.norm(a.out.layout.n);
+  a.post_norm = in.norm(a.out.layout.n);
   a.residual = in.flag();
   a.scale = in.real();
   a.softcap = in.real();
@@ -202,8 +209,10 @@ MlpSpec read_mlp(Reader& in) {
                    (!m.gated || m.up_offset <= columns - m.width),
                ErrorCode::kValue, "fused_register: the MLP's columns lie outside its projections");
   m.norm = in.norm(m.in[0].layout.k);
+  m.inner_norm = in.norm(m.width);
   m.down = in.matrix();
   m.out_norm = in.norm(m.down.layout.n);
+  m.post_norm = in.norm(m.down.layout.n);
   m.residual = in.flag();
   m.multiplier = in.real();
   return m;
@@ -295,23 +304,23 @@ void check_rope(const char* op, const BlockSpec& spec, std::int64_t width) {
 }
 
 void set_mask(const char* op, const std::optional<Tensor>& mask, std::int64_t positions,
-              std::int64_t heads, BlockCall& call) {
+              std::int64_t heads, const BlockCall& call, MaskView& view) {
   if (!mask) {
     return;
   }
   check_cpu(op, "mask", *mask);
   switch (mask->scalar_type()) {
     case ScalarType::Bool:
-      call.mask_kind = MaskKind::kBool;
+      view.kind = MaskKind::kBool;
       break;
     case ScalarType::Float:
-      call.mask_kind = MaskKind::kFloat32;
+      view.kind = MaskKind::kFloat32;
       break;
     case ScalarType::Half:
-      call.mask_kind = MaskKind::kFloat16;
+      view.kind = MaskKind::kFloat16;
       break;
     case ScalarType::BFloat16:
-      call.mask_kind = MaskKind::kBFloat16;
+      view.kind = MaskKind::kBFloat16;
       break;
     default:
       fail(ErrorCode::kType, op, ": mask must be bool or float, got ",
@@ -324,10 +333,10 @@ void set_mask(const char* op, const std::optional<Tensor>& mask, std::int64_t po
   LOWBIT_CHECK(shaped && (positions <= 1 || mask->stride(3) == 1), ErrorCode::kValue, op,
                ": mask must broadcast to [", call.batch, ", ", heads, ", ", call.tokens, ", ",
                positions, "] with inner stride 1, got ", shape_text(*mask));
-  call.mask = mask->data_ptr();
-  call.mask_batch_stride = mask->size(0) > 1 ? mask->stride(0) : 0;
-  call.mask_head_stride = mask->size(1) > 1 ? mask->stride(1) : 0;
-  call.mask_stride = mask->size(2) > 1 ? mask->stride(2) : 0;
+  view.data = mask->data_ptr();
+  view.batch_stride = mask->size(0) > 1 ? mask->stride(0) : 0;
+  view.head_stride = mask->size(1) > 1 ? mask->stride(1) : 0;
+  view.stride = mask->size(2) > 1 ? mask->stride(2) : 0;
 }
 
 CacheView cache_view(const char* op, const Tensor& keys, const Tensor& values,
@@ -353,6 +362,7 @@ CacheView cache_view(const char* op, const Tensor& keys, const Tensor& values,
   view.value_batch_stride = values.stride(0);
   view.value_head_stride = values.stride(1);
   view.value_stride = values.stride(2);
+  view.positions = positions;
   return view;
 }
 
@@ -364,7 +374,8 @@ Tensor like(const Tensor& x) {
 Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
                     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                     std::vector<Tensor> keys, std::vector<Tensor> values, std::int64_t past,
-                    const std::optional<Tensor>& mask, bool causal, std::int64_t precision) {
+                    const std::optional<Tensor>& mask, const std::optional<Tensor>& cross_mask,
+                    bool causal, std::int64_t precision) {
   const char* op = "fused_blocks";
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
   BlockCall call = call_of(op, x, precision);
@@ -387,12 +398,13 @@ Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
     check_rope(op, spec, rope_width);
     if (spec.attention.heads > 0) {
       LOWBIT_CHECK(i < keys.size(), ErrorCode::kValue, op, ": no keys for block ", i);
-      caches[i] = cache_view(op, keys[i], values[i], spec.attention, call, past + call.tokens);
-      if (call.mask_kind == MaskKind::kNone) {
-        set_mask(op, mask, past + call.tokens, spec.attention.heads, call);
-      }
-      LOWBIT_CHECK(call.mask_head_stride == 0 || handles.size() == 1, ErrorCode::kValue, op,
-                   ": a mask per head is for one block at a time");
+      const bool cross = spec.attention.cross;
+      LOWBIT_CHECK(keys[i].dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions");
+      const std::int64_t positions = cross ? keys[i].size(2) : past + call.tokens;
+      caches[i] = cache_view(op, keys[i], values[i], spec.attention, call, positions);
+      // The masks hold for all blocks: the last strides set are those of each.
+      set_mask(op, cross ? cross_mask : mask, positions, spec.attention.heads, call,
+               cross ? call.cross_mask : call.mask);
     }
   }
   Tensor out = like(x);
@@ -424,6 +436,24 @@ std::tuple<Tensor, Tensor, Tensor> fused_project(const Tensor& x_given, std::int
   return {q, k, v};
 }
 
+std::tuple<Tensor, Tensor> fused_columns(const Tensor& x_given, std::int64_t handle,
+                                         std::int64_t precision) {
+  const char* op = "fused_columns";
+  const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
+  const std::shared_ptr<const Block> block = block_of(op, handle);
+  BlockSpec spec = block->spec;
+  spec.attention.rope = {};  // nothing is rotated here
+  LOWBIT_CHECK(spec.attention.heads > 0, ErrorCode::kValue, op,
+               ": this block has no attention half");
+  const BlockCall call = call_of(op, x, precision);
+  check_hidden(op, spec, call);
+  const std::int64_t sizes[3] = {call.batch, call.tokens, columns_of(spec.attention.in)};
+  Tensor normed = like(x);
+  Tensor projected = empty_cpu(sizes, 3, x.scalar_type());
+  columns(spec, call, normed.data_ptr(), projected.data_ptr(), torch_threads());
+  return {normed, projected};
+}
+
 Tensor fused_attend(const Tensor& x_given, std::int64_t handle, const Tensor& q_given,
                     const Tensor& keys, const Tensor& values, const std::optional<Tensor>& mask,
                     bool causal, std::int64_t precision) {
@@ -446,7 +476,7 @@ Tensor fused_attend(const Tensor& x_given, std::int64_t handle, const Tensor& q_
   call.past = positions - call.tokens;
   LOWBIT_CHECK(!causal || call.past >= 0, ErrorCode::kValue, op, ": ", call.tokens,
                " tokens attend causally to ", positions, " positions");
-  set_mask(op, mask, positions, a.heads, call);
+  set_mask(op, mask, positions, a.heads, call, a.cross ? call.cross_mask : call.mask);
   Tensor out = like(x);
   call.out = out.data_ptr();
   attend(block->spec, call, q.data_ptr(), cache, positions, torch_threads());
@@ -460,6 +490,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   using namespace lowbit::binding;
   m.impl("fused_blocks", LOWBIT_BOX(fused_blocks));
   m.impl("fused_project", LOWBIT_BOX(fused_project));
+  m.impl("fused_columns", LOWBIT_BOX(fused_columns));
   m.impl("fused_attend", LOWBIT_BOX(fused_attend));
 }
 

@@ -57,15 +57,17 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def("fused_register(Tensor[] tensors, int[] integers, float[] floats) -> int handle");
   m.def("fused_release(int handle) -> ()");
   // Runs blocks one after the other; keys and values [batch, kv_heads, capacity, head_dim] of every
-  // block get the new positions behind the `past` ones they hold. mask: bool or float, broadcast
-  // against [batch, heads, tokens, past + tokens].
+  // block get the new positions behind the `past` ones they hold; a cross attention reads all of
+  // them. Masks: bool or float, broadcast against [batch, heads, tokens, positions].
   m.def(
       "fused_blocks(Tensor x, int[] handles, Tensor? cos, Tensor? sin, Tensor[] keys, "
-      "Tensor[] values, int past, Tensor? mask, bool causal, int precision) -> Tensor");
+      "Tensor[] values, int past, Tensor? mask, Tensor? cross_mask, bool causal, int precision) -> "
+      "Tensor");
   // An attention half in two parts, for caches that are not ours.
   m.def(
       "fused_project(Tensor x, int handle, Tensor? cos, Tensor? sin, int precision) -> "
       "(Tensor q, Tensor k, Tensor v)");
+  m.def("fused_columns(Tensor x, int handle, int precision) -> (Tensor normed, Tensor columns)");
   m.def(
       "fused_attend(Tensor x, int handle, Tensor q, Tensor keys, Tensor values, Tensor? mask, "
       "bool causal, int precision) -> Tensor");

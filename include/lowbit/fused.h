@@ -1,11 +1,13 @@
 // Decoder blocks as single operators: what is between two residual additions, described by data.
 //
-//   attention half   h   = x + a * norm'(Wo attention(rope(norm(Wqkv norm(x))), cache))
-//   MLP half         out = h + b * norm'(Wdown (act(Wgate norm(h)) * Wup norm(h)))
+//   attention half   h   = norm"(x + a * norm'(Wo norm(attention(rope(norm(Wqkv norm(x))),
+//   cache)))) MLP half         out = norm"(h + b * norm'(Wdown norm(act(Wgate norm(h)) * Wup
+//   norm(h))))
 //
 // Either half may be absent, every norm may be absent, a plain MLP has no gate, and in a parallel
-// block both halves read x. All arithmetic between the packed products is float32; the result does
-// not depend on the number of threads.
+// block both halves read x. A cross attention takes keys and values that others made. All
+// arithmetic between the packed products is float32; the result does not depend on the number of
+// threads.
 #pragma once
 
 #include <cstddef>
@@ -85,13 +87,23 @@ struct AttentionSpec {
   std::vector<PackedMatrix> in;  // projections of one input: q, k, v or fused
   HeadMap q, k, v;
   int heads = 0, kv_heads = 0, head_dim = 0;  // heads == 0: no attention half
-  NormSpec q_norm, k_norm;                    // before the rotation
-  bool norm_over_heads = false;               // q_norm, k_norm see all heads as one vector
+  NormSpec q_norm, k_norm;
+  bool norm_last = false;        // after the rotation, not before it
+  bool norm_over_heads = false;  // q_norm, k_norm see all heads as one vector
   RopeSpec rope;
   float scale = 1;    // of the scores
   float softcap = 0;  // > 0: softcap * tanh(score / softcap)
+  // [heads]: a score that every token has besides those of the positions, with no value; nullptr:
+  // none.
+  const void* sinks = nullptr;
+  DType sinks_dtype = DType::kFloat32;
+  // Keys and values are given and the same for every token: `in` makes queries only, nothing is
+  // appended, and `k`, `v`, `k_norm` are unused.
+  bool cross = false;
+  NormSpec mixed_norm;  // of all heads together, before `out`
   PackedMatrix out;
   NormSpec out_norm;
+  NormSpec post_norm;  // of the sum
   float multiplier = 1;
   bool residual = true;
 };
@@ -103,8 +115,10 @@ struct MlpSpec {
   std::int64_t width = 0;                       // inputs of `down`; 0: no MLP half
   bool gated = true;
   Activation activation = Activation::kSilu;
+  NormSpec inner_norm;  // before `down`
   PackedMatrix down;
   NormSpec out_norm;
+  NormSpec post_norm;  // of the sum
   float multiplier = 1;
   bool residual = true;
 };
@@ -123,6 +137,14 @@ struct CacheView {
   DType dtype = DType::kFloat32;
   std::int64_t key_batch_stride = 0, key_head_stride = 0, key_stride = 0;
   std::int64_t value_batch_stride = 0, value_head_stride = 0, value_stride = 0;
+  std::int64_t positions = 0;  // of a cross attention; otherwise past + tokens count
+};
+
+// Element (b, h, t, p) at b * batch_stride + h * head_stride + t * stride + p.
+struct MaskView {
+  const void* data = nullptr;
+  MaskKind kind = MaskKind::kNone;
+  std::int64_t batch_stride = 0, head_stride = 0, stride = 0;
 };
 
 struct BlockCall {
@@ -138,23 +160,27 @@ struct BlockCall {
   std::int64_t rope_batch_stride = 0, rope_stride = 0;
   // Positions already in the cache; the new ones are written behind them.
   std::int64_t past = 0;
-  // Element (b, h, t, p) at b * mask_batch_stride + h * mask_head_stride + t * mask_stride + p.
-  const void* mask = nullptr;
-  MaskKind mask_kind = MaskKind::kNone;
-  std::int64_t mask_batch_stride = 0, mask_head_stride = 0, mask_stride = 0;
+  MaskView mask;
+  MaskView cross_mask;  // of cross attentions
   bool causal = false;  // token t sees the positions up to past + t, besides what the mask says
   Precision precision = Precision::kAuto;
 };
 
 // Runs `blocks` one after the other, each on the result of the one before, appending to and
-// attending over caches[i]. The residual stream stays float32 between blocks. Arguments are trusted
-// but for shapes that disagree: Error(kValue).
+// attending over caches[i] (a cross attention only reads it). The residual stream stays float32
+// between blocks. Arguments are trusted but for shapes that disagree: Error(kValue).
 void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheView> caches,
                 const BlockCall& call, const Threads& threads = serial_threads());
 
 // The first part of an attention half, for caches that others keep: queries, keys and values,
 // normed and rotated, [batch, heads, tokens, head_dim] each, in the dtype of the call.
 void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, void* v,
+             const Threads& threads = serial_threads());
+
+// The projections of an attention half as they leave the products, for whoever looks at them or
+// replaces some: `normed` [batch, tokens, hidden] and `columns` [batch, tokens, all columns], in
+// the dtype of the call.
+void columns(const BlockSpec& block, const BlockCall& call, void* normed, void* columns,
              const Threads& threads = serial_threads());
 
 // The rest of the block: q as project() made it, keys and values of `positions` positions.

@@ -88,6 +88,10 @@ struct Work {
   std::int64_t rows;  // batch * tokens
 };
 
+void normalize(const Work& work, const NormSpec& norm, float* row, std::int64_t n) {
+  if (norm.kind != NormKind::kNone) work.kernels.norm(norm, row, n, row);
+}
+
 // ---- projections -------------------------------------------------------------------------------
 
 // Where one head of the projected row lies.
@@ -151,8 +155,9 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
       }
       for (int h = 0; h < count_of_heads; ++h) {
         float* head = buffer + h * d;
-        if (!spec.norm_over_heads) kernels.norm(head_norm, head, d, head);
+        if (!spec.norm_over_heads && !spec.norm_last) kernels.norm(head_norm, head, d, head);
         if (rotated) kernels.rotate(spec.rope, cos, sin, head);
+        if (spec.norm_last) kernels.norm(head_norm, head, d, head);
         if (scale != 1) {
           for (int i = 0; i < d; ++i) head[i] *= scale;
         }
@@ -161,6 +166,7 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
     };
     const bool rotated = spec.rope.kind != RopeKind::kNone;
     emit(spec.q, spec.kv_heads * group, spec.q_norm, rotated, q_scale, q);
+    if (spec.cross) return;
     emit(spec.k, spec.kv_heads, spec.k_norm, rotated, 1, k);
     emit(spec.v, spec.kv_heads, NormSpec{}, false, 1, v);
   });
@@ -179,6 +185,8 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
                   const CacheView& cache, std::int64_t positions, std::int64_t begin,
                   std::int64_t end, float* out) {
   const BlockCall& call = work.call;
+  const MaskView& mask = spec.cross ? call.cross_mask : call.mask;
+  const bool causal = call.causal && !spec.cross;
   const int d = spec.head_dim;
   const int group = spec.heads / spec.kv_heads;
   const std::int64_t width = std::int64_t{spec.heads} * d;
@@ -209,13 +217,24 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
   std::vector<float> partials(splits > 1 ? static_cast<std::size_t>(tasks * partial_floats)
                                          : std::size_t{0});
 
-  const auto finish = [&](const Strip& strip, int kv, const float* acc, const float* sum) {
+  const auto finish = [&](const Strip& strip, int kv, const float* acc, const float* max,
+                          const float* sum) {
     for (std::int64_t t = 0; t < strip.count; ++t) {
       for (int i = 0; i < group; ++i) {
         const std::int64_t r = t * group + i;
         float* to = out + (strip.first - begin + t) * width + (kv * group + i) * d;
         // Nothing seen: zero, as torch's own kernels give.
-        const float factor = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
+        float factor = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
+        if (spec.sinks != nullptr && sum[r] != 0) {
+          // The sink may be larger than every score by any amount: to infinity, and the result to
+          // 0.
+          float sink;
+          work.kernels.load(
+              static_cast<const char*>(spec.sinks) +
+                  static_cast<std::size_t>(kv * group + i) * dtype_bytes(spec.sinks_dtype),
+              spec.sinks_dtype, 1, &sink);
+          factor = 1.0f / (sum[r] + std::exp(sink - max[r]));
+        }
         for (int j = 0; j < d; ++j) to[j] = acc[r * d + j] * factor;
       }
     }
@@ -242,16 +261,16 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
       for (int i = 0; i < group; ++i) {
         const std::int64_t r = t * group + i;
         std::copy_n(q + ((strip.first + t) * spec.heads + kv * group + i) * d, d, packed + r * d);
-        limits[r] = call.causal ? std::min(positions, call.past + s + 1) : positions;
+        limits[r] = causal ? std::min(positions, call.past + s + 1) : positions;
         last = std::max(last, limits[r]);
-        if (call.mask_kind != MaskKind::kNone) {
-          const std::int64_t bytes = call.mask_kind == MaskKind::kBool      ? 1
-                                     : call.mask_kind == MaskKind::kFloat32 ? 4
-                                                                            : 2;
-          masks[r] = static_cast<const char*>(call.mask) +
-                     (b * call.mask_batch_stride + (kv * group + i) * call.mask_head_stride +
-                      s * call.mask_stride) *
-                         bytes;
+        if (mask.kind != MaskKind::kNone) {
+          const std::int64_t bytes = mask.kind == MaskKind::kBool      ? 1
+                                     : mask.kind == MaskKind::kFloat32 ? 4
+                                                                       : 2;
+          masks[r] =
+              static_cast<const char*>(mask.data) +
+              (b * mask.batch_stride + (kv * group + i) * mask.head_stride + s * mask.stride) *
+                  bytes;
         }
       }
     }
@@ -268,9 +287,9 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
     args.value_stride = cache.value_stride;
     args.begin = split * kTaskPositions;
     args.end = splits > 1 ? std::min(last, args.begin + kTaskPositions) : last;
-    args.limits = call.causal ? limits : nullptr;
-    args.masks = call.mask_kind != MaskKind::kNone ? masks : nullptr;
-    args.mask_kind = call.mask_kind;
+    args.limits = causal ? limits : nullptr;
+    args.masks = mask.kind != MaskKind::kNone ? masks : nullptr;
+    args.mask_kind = mask.kind;
     args.softcap = spec.softcap;
     args.scratch = rest;
     if (splits > 1) {
@@ -285,7 +304,7 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
     args.max = max;
     args.sum = sum;
     work.kernels.attend(args);
-    finish(strip, kv, acc, sum);
+    finish(strip, kv, acc, max, sum);
   };
   const std::int64_t cost = tokens * spec.heads * positions * d;
   if (tasks == 1 || work.threads.count() == 1 || cost < kSerialWork) {
@@ -325,22 +344,24 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
         base_max[r] = most;
       }
     }
-    finish(strip, static_cast<int>(pair % spec.kv_heads), base, base_sum);
+    finish(strip, static_cast<int>(pair % spec.kv_heads), base, base_max, base_sum);
   }
 }
 
 // ---- halves ------------------------------------------------------------------------------------
 
-// to += multiplier * norm(update), or to = that without a residual.
-void merge(const Work& work, const NormSpec& norm, float multiplier, bool residual, float* update,
-           std::int64_t count, float* to) {
+// to = post_norm(to + multiplier * out_norm(update)), without `to` inside where there is no
+// residual.
+template <typename Half>
+void merge(const Work& work, const Half& half, float* update, std::int64_t count, float* to) {
   const std::int64_t hidden = work.call.hidden;
   for_tokens(count, work.threads, [&](std::int64_t t) {
     float* row = update + t * hidden;
-    if (norm.kind != NormKind::kNone) work.kernels.norm(norm, row, hidden, row);
+    normalize(work, half.out_norm, row, hidden);
     float* target = to + t * hidden;
-    if (!residual) std::fill_n(target, hidden, 0.0f);
-    work.kernels.add(row, multiplier, hidden, target);
+    if (!half.residual) std::fill_n(target, hidden, 0.0f);
+    work.kernels.add(row, half.multiplier, hidden, target);
+    normalize(work, half.post_norm, target, hidden);
   });
 }
 
@@ -366,10 +387,11 @@ void mlp_chunk(const Work& work, const MlpSpec& spec, const float* from, std::in
     work.kernels.activate(spec.activation, row + spec.gate_offset,
                           spec.gated ? row + spec.up_offset : nullptr, spec.width,
                           inner + t * spec.width);
+    normalize(work, spec.inner_norm, inner + t * spec.width, spec.width);
   });
   multiply({spec.down}, inner, count, spec.width, update, hidden, work.call.precision,
            work.threads);
-  merge(work, spec.out_norm, spec.multiplier, spec.residual, update, count, to);
+  merge(work, spec, update, count, to);
 }
 
 // Attention over the cache, output projection, and the MLP half, for tokens [begin, end) of x; the
@@ -389,10 +411,12 @@ void finish_chunk(const Work& work, const BlockSpec& block, const float* q, cons
     float* mixed = rest;
     float* update = mixed + count * width;
     attend_chunk(work, block.attention, q, cache, positions, begin, end, mixed);
+    for_tokens(count, work.threads, [&](std::int64_t t) {
+      normalize(work, block.attention.mixed_norm, mixed + t * width, width);
+    });
     multiply({block.attention.out}, mixed, count, width, update, hidden, work.call.precision,
              work.threads);
-    merge(work, block.attention.out_norm, block.attention.multiplier, block.attention.residual,
-          update, count, rows);
+    merge(work, block.attention, update, count, rows);
   }
   if (mlp) {
     mlp_chunk(work, block.mlp, block.parallel ? before : rows, count, rows, rest);
@@ -481,9 +505,10 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
                       v_target, memory);
       }
     }
+    const std::int64_t positions = a.cross ? cache.positions : call.past + call.tokens;
     for (std::int64_t begin = 0; begin < rows; begin += chunk) {
-      finish_chunk(work, block, q, cache, call.past + call.tokens, begin,
-                   std::min(rows, begin + chunk), x, memory);
+      finish_chunk(work, block, q, cache, positions, begin, std::min(rows, begin + chunk), x,
+                   memory);
     }
   }
   work.kernels.store(x, call.dtype, rows * hidden, call.out);
@@ -506,6 +531,31 @@ void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, vo
   for (std::int64_t begin = 0; begin < rows; begin += chunk) {
     project_chunk(work, a, x, begin, std::min(rows, begin + chunk), 1, target(q, a.heads),
                   target(k, a.kv_heads), target(v, a.kv_heads), x + rows * hidden);
+  }
+}
+
+void columns(const BlockSpec& block, const BlockCall& call, void* normed, void* columns,
+             const Threads& threads) {
+  const std::int64_t rows = call.batch * call.tokens, hidden = call.hidden;
+  if (rows == 0) return;
+  check(block, call);
+  const Work work{cpu::fused_kernels(), call, threads, rows};
+  const AttentionSpec& a = block.attention;
+  const std::int64_t width = columns_of(a.in), chunk = chunk_of(rows);
+  const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(call.dtype));
+  float* x = floats(2, chunk * (hidden + width));
+  float* projected = x + chunk * hidden;
+  for (std::int64_t begin = 0; begin < rows; begin += chunk) {
+    const std::int64_t count = std::min(chunk, rows - begin);
+    work.kernels.load(static_cast<const char*>(call.x) + begin * hidden * element, call.dtype,
+                      count * hidden, x);
+    for_tokens(count, threads,
+               [&](std::int64_t t) { normalize(work, a.norm, x + t * hidden, hidden); });
+    multiply(a.in, x, count, hidden, projected, width, call.precision, threads);
+    work.kernels.store(x, call.dtype, count * hidden,
+                       static_cast<char*>(normed) + begin * hidden * element);
+    work.kernels.store(projected, call.dtype, count * width,
+                       static_cast<char*>(columns) + begin * width * element);
   }
 }
 

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse import forward, prove
+from ipex_llm.fuse.attention import written_out
 from ipex_llm.fuse.describe import Description
-from ipex_llm.fuse.observe import Unobservable, observe
+from ipex_llm.fuse.learn import wait
+from ipex_llm.fuse.observe import Unobservable, knows_inputs, observe, rerun
 from ipex_llm.fuse.recognise import (
     Unrecognised,
     find_attention_module,
@@ -40,6 +42,10 @@ def fuse_model(model: nn.Module) -> nn.Module:
     report: dict[str, Any] = {"reason": "", "entries": []}
     model.__dict__[_REPORT] = report
     try:
+        _check(model)
+        if not knows_inputs(model):
+            _learn_later(model, report)
+            return model
         with torch.inference_mode(False):
             _fuse(model, report["entries"])
     except Unobservable as error:
@@ -53,16 +59,27 @@ def fuse_model(model: nn.Module) -> nn.Module:
 
 def fuse_later(model: nn.Module) -> nn.Module:
     """Fuses at the first call without gradients."""
+    if not knows_inputs(model):
+        return fuse_model(model)  # which waits for calls as well
     model.__dict__[forward.PENDING] = True
     model.__dict__[_REPORT] = {"reason": "done at the first call without gradients", "entries": []}
     return swap_class(model, forward.FusesAtFirstCall)
 
 
-def _fuse(model: nn.Module, entries: list[dict[str, Any]]) -> None:
+def _check(model: nn.Module) -> None:
     if not any(isinstance(p, LowBitTensor) for p in model.parameters()):
         raise Unobservable("no low-bit weights")
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise Unobservable("not on the CPU")
+
+
+def _learn_later(model: nn.Module, report: dict[str, Any]) -> None:
+    if not wait(model, report["entries"]):
+        raise Unobservable("not a transformers model, and no list of blocks in it")
+    report["waiting"] = "blocks are looked at when they are first called without gradients"
+
+
+def _fuse(model: nn.Module, entries: list[dict[str, Any]]) -> None:
     seen = observe(model)
     config = model.config.get_text_config()
     known: list[Description] = []
@@ -74,26 +91,49 @@ def _fuse(model: nn.Module, entries: list[dict[str, Any]]) -> None:
             continue
         if not _takes_hidden(module, seen[name]):
             continue
-        entry = {"name": name, "module": type(module).__name__, "fused": "", "reason": ""}
-        try:
-            description, proof = _accept(module, seen[name], config, known)
-        except Unrecognised as error:
-            entry["reason"] = str(error)
-        except Exception as error:
-            _log.debug("fusing %s", name, exc_info=True)
-            entry["reason"] = f"{type(error).__name__}: {error}"
-        else:
-            swap_class(module, forward.Fused)
-            module.__dict__[forward.STATE] = forward.State(description)
-            entry["fused"] = description.parts()
-            entry["agreement"] = proof.agreement
-            entry["error_ratio"] = proof.error_ratio
+        if accept_into(module, name, seen[name], config, known, entries):
             done.append(name)
-        entries.append(entry)
     for name, module in model.named_modules():
         for child, blocks in module.named_children():
             if isinstance(blocks, nn.ModuleList) and _is_stack(name, child, blocks, seen):
                 _accept_stack(module, child, config)
+    if done:
+        _check_running(model, entries)
+
+
+def _check_running(model: nn.Module, entries: list[dict[str, Any]]) -> None:
+    """Undoes everything if the model does not run any more: it may use what a block left out."""
+    try:
+        rerun(model)
+    except Exception as error:
+        _log.debug("fused model raises", exc_info=True)
+        for module in model.modules():
+            module.__dict__.pop(forward.STATE, None)
+            module.__dict__.pop(forward.STACK, None)
+        for entry in entries:
+            if entry["fused"]:
+                entry["fused"] = ""
+                entry["reason"] = f"the model raised {type(error).__name__} with it: {error}"
+
+
+def accept_into(module, name, scenarios, config, known, entries) -> bool:
+    """Fuses one module if it is recognised and proved, and writes the entry of the report."""
+    entry = {"name": name, "module": type(module).__name__, "fused": "", "reason": ""}
+    entries.append(entry)
+    try:
+        description, proof = _accept(module, scenarios, config, known)
+    except Unrecognised as error:
+        entry["reason"] = str(error)
+    except Exception as error:
+        _log.debug("fusing %s", name, exc_info=True)
+        entry["reason"] = f"{type(error).__name__}: {error}"
+    else:
+        swap_class(module, forward.Fused)
+        module.__dict__[forward.STATE] = forward.State(description)
+        entry["fused"] = description.parts()
+        entry["agreement"] = proof.agreement
+        entry["error_ratio"] = proof.error_ratio
+    return bool(entry["fused"])
 
 
 def _is_stack(name: str, child: str, blocks: nn.ModuleList, seen) -> bool:
@@ -110,6 +150,8 @@ def _is_stack(name: str, child: str, blocks: nn.ModuleList, seen) -> bool:
         description = state.description
         a, m = description.attention, description.mlp
         if a is None or m is None or not (a.residual and m.residual) or a.layer_idx < 0:
+            return False
+        if description.cross is not None or description.bias or description.flag:
             return False
         arguments.append([prove.named(block, step) for steps in scenarios for step in steps])
     for step in zip(*arguments, strict=True):
@@ -172,19 +214,41 @@ def _recognise(module, scenarios, config) -> Description:
         arguments[name] = x
         seen = record(copied, (), arguments)
         prove.count_of(seen.result)
+        if x.dim() == 3:
+            for call in seen.calls:  # with the tokens of the batch, which is one, in a row or not
+                if call.input.dim() == 2:
+                    call.input = call.input[None]
+                if call.output.dim() == 2:
+                    call.output = call.output[None]
+        seen.attention = seen.attention or written_out(seen, arguments)
         if len(linears(seen)) < 2:
             raise Unrecognised("fewer than two low-bit products")
         tables = prove.tables_of(arguments)
+        memories = {
+            key: value
+            for key, value in arguments.items()
+            if key != name and isinstance(value, torch.Tensor) and value.dim() == 3
+            if value.is_floating_point()
+        }
         reasons = []
-        for find in (find_block, find_attention_module, find_mlp_module):
+        for find in (
+            lambda: find_block(seen, x, tables, memories),
+            lambda: find_attention_module(seen, x, tables),
+            lambda: find_mlp_module(seen, x),
+        ):
             try:
-                description = find(seen, x) if find is find_mlp_module else find(seen, x, tables)
+                description = find()
             except Unrecognised as error:
                 reasons.append(str(error))
                 continue
             if seen.attention and arguments[name].shape[1] > 1:
                 call = seen.attention[0]
                 description.causal = call.causal if call.mask is None else None
+                mask = next((arguments[k] for k in forward._MASK & arguments.keys()), None)
+                if isinstance(mask, torch.Tensor) and mask.dim() == 2 and call.mask is None:
+                    description.flag = True
+                if description.attention is not None and call.bias is not None:
+                    description.bias = next(k for k, v in arguments.items() if v is call.bias)
             return description
     raise Unrecognised(reasons[0] if seen.attention else reasons[-1])
 

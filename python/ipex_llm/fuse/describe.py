@@ -68,12 +68,17 @@ class Attention:
     q_norm: Norm = field(default_factory=Norm)
     k_norm: Norm = field(default_factory=Norm)
     norm_over_heads: bool = False
+    norm_last: bool = False  # norms of queries and keys after the rotation
     rope: str = "none"
     rope_begin: int = 0
     rope_width: int = 0
     rope_step: int = 1
     softcap: float = 0.0
+    sinks: str = ""  # the parameter's name, "" for none
+    cross: bool = False  # keys and values of something else, the same for every token
+    mixed_norm: Norm = field(default_factory=Norm)  # of all heads together, before `output`
     out_norm: Norm = field(default_factory=Norm)
+    post_norm: Norm = field(default_factory=Norm)  # of the sum with the residual
     multiplier: float = 1.0
     residual: bool = True
     layer_idx: int = -1  # of the cache; -1: no cache was passed
@@ -88,9 +93,29 @@ class Mlp:
     up: int  # column; -1: no gate, act(x) alone
     activation: str
     norm: Norm = field(default_factory=Norm)
+    inner_norm: Norm = field(default_factory=Norm)  # before `output`
     out_norm: Norm = field(default_factory=Norm)
+    post_norm: Norm = field(default_factory=Norm)  # of the sum with the residual
     multiplier: float = 1.0
     residual: bool = True
+
+
+def _read(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a half, whose norms and heads have become dicts."""
+    kinds = {"q": Heads, "k": Heads, "v": Heads}
+    return {
+        name: kinds.get(name, Norm)(**value) if isinstance(value, dict) else value
+        for name, value in data.items()
+    }
+
+
+@dataclass
+class Memory:
+    """What a cross attention attends to: keys and values are whole outputs of two linears."""
+
+    argument: str  # the encoder's result
+    keys: str
+    values: str
 
 
 @dataclass
@@ -99,32 +124,34 @@ class Description:
 
     attention: Attention | None = None
     mlp: Mlp | None = None
+    cross: Attention | None = None  # between the two
+    memory: Memory | None = None  # of `cross`
     parallel: bool = False
     # What the module's forward returns: 0 the tensor itself, n a tuple of it and n - 1 times None.
     returns: int = 0
     # Without a mask, several tokens see what is before them (True), everything (False), or it was
     # never observed (None).
     causal: bool | None = None
+    # Whether what else the original returns are tensors (attention weights), left out here.
+    drops: bool = False
+    bias: str = ""  # the argument that is added to the scores
+    # Proved to compute the same in training mode: nothing like a dropout is inside.
+    any_mode: bool = False
+    # The mask is a flag: given, [tokens, tokens] or larger, it stands for causal attention.
+    flag: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Description:
-        attention = mlp = None
-        if data["attention"] is not None:
-            values = dict(data["attention"])
-            for name in ("norm", "q_norm", "k_norm", "out_norm"):
-                values[name] = Norm(**values[name])
-            for name in "qkv":
-                values[name] = Heads(**values[name])
-            attention = Attention(**values)
-        if data["mlp"] is not None:
-            values = dict(data["mlp"])
-            for name in ("norm", "out_norm"):
-                values[name] = Norm(**values[name])
-            mlp = Mlp(**values)
-        return cls(attention, mlp, data["parallel"], data["returns"], data["causal"])
+        parts = {"attention": Attention, "mlp": Mlp, "cross": Attention, "memory": Memory}
+        return cls(
+            **{
+                name: parts[name](**_read(value)) if isinstance(value, dict) else value
+                for name, value in data.items()
+            }
+        )
 
     def signature(self) -> str:
         """Equal for blocks that differ in their place in the model only."""
@@ -137,9 +164,24 @@ class Description:
         names = []
         if self.attention is not None:
             names.append("attention")
+        if self.cross is not None:
+            names.append("cross attention")
         if self.mlp is not None:
             names.append("MLP")
-        return " and ".join(names)
+        return ", ".join(names[:-1]) + " and " + names[-1] if names[1:] else names[0]
+
+    def arguments(self) -> dict[str, str]:
+        """Arguments with a role that only the description knows: name -> attribute of Call."""
+        named = {self.bias: "bias"} if self.bias else {}
+        if self.memory is not None:
+            named |= {self.memory.argument: "memory", "encoder_attention_mask": "cross_mask"}
+        return named
+
+    def stages(self) -> list[Description]:
+        """What is registered: a cross attention comes between the halves, as a block of its own."""
+        if self.cross is None:
+            return [self]
+        return [Description(self.attention), Description(self.cross, self.mlp)]
 
 
 class Unfit(Exception):
@@ -149,28 +191,36 @@ class Unfit(Exception):
 class Handle:
     """A registered block: the number by which the operators know it, freed with this object.
 
-    `number` is None where the tensors do not fit, for the reason in `unfit`.
+    `number` is None where the tensors do not fit, for the reason in `unfit`. What follows a cross
+    attention has the number `second`.
     """
 
     def __init__(self, module: nn.Module, description: Description) -> None:
-        writer = _Writer(module)
-        self.number: int | None = None
+        self.numbers: list[int] = []
         self.unfit: str | None = None
-        try:
-            writer.block(description)
-            self.number = _ops.fused_register(writer.tensors, writer.integers, writer.floats)
-        except (Unfit, RuntimeError) as error:
-            self.unfit = str(error)
-        unique = {(id(entry[0]), entry[1]): entry for entry in writer.watched}
+        watched: list[tuple[dict, str, Any]] = []
+        self.vectors: list[tuple[torch.Tensor, int]] = []
+        for stage in description.stages():
+            writer = _Writer(module)
+            try:
+                writer.block(stage)
+                number = _ops.fused_register(writer.tensors, writer.integers, writer.floats)
+                self.numbers.append(number)
+            except (Unfit, RuntimeError) as error:
+                self.unfit = str(error)
+            watched += writer.watched
+            self.vectors += writer.vectors
+        self.number = self.numbers[0] if self.unfit is None else None
+        self.second = self.numbers[-1] if self.unfit is None else None
+        unique = {(id(entry[0]), entry[1]): entry for entry in watched}
         self.mappings = [entry[0] for entry in unique.values()]
         self.keys = [entry[1] for entry in unique.values()]
         self.values = [entry[2] for entry in unique.values()]
-        self.vectors = writer.vectors
 
     def __del__(self) -> None:
-        number = self.__dict__.get("number")
-        if number is not None and _ops is not None:
-            _ops.fused_release(number)
+        for number in self.__dict__.get("numbers", ()):
+            if _ops is not None:
+                _ops.fused_release(number)
 
     def is_current(self) -> bool:
         """Whether every module and parameter is still the one that was registered."""
@@ -237,6 +287,13 @@ class _Writer:
             self.vector(self.parameter(module, "bias"))
         self.floats += [norm.eps, norm.offset]
 
+    def sinks(self, path: str) -> None:
+        if not path:
+            self.vector(None)
+            return
+        owner, _, name = path.rpartition(".")
+        self.vector(self.parameter(self.submodule(owner), name))
+
     def matrix(self, name: str) -> None:
         module = self.submodule(name)
         weight = self.parameter(module, "weight")
@@ -269,7 +326,7 @@ class _Writer:
             for heads in (a.q, a.k, a.v):
                 self.heads(heads)
             self.norm(a.norm)
-            self.integers.append(int(a.norm_over_heads))
+            self.integers += [int(a.norm_over_heads), int(a.norm_last)]
             self.norm(a.q_norm)
             self.norm(a.k_norm)
             self.integers += [
@@ -278,8 +335,12 @@ class _Writer:
                 a.rope_width,
                 a.rope_step,
             ]
+            self.integers.append(int(a.cross))
+            self.sinks(a.sinks)
+            self.norm(a.mixed_norm)
             self.matrix(a.output)
             self.norm(a.out_norm)
+            self.norm(a.post_norm)
             self.integers.append(int(a.residual))
             self.floats += [a.scale, a.softcap, a.multiplier]
         if m is None:
@@ -290,8 +351,10 @@ class _Writer:
             gated = m.up >= 0
             self.integers += [m.gate, max(m.up, 0), int(gated), ACTIVATIONS.index(m.activation)]
             self.norm(m.norm)
+            self.norm(m.inner_norm)
             self.matrix(m.output)
             self.norm(m.out_norm)
+            self.norm(m.post_norm)
             self.integers.append(int(m.residual))
             self.floats.append(m.multiplier)
         self.integers.append(int(description.parallel))

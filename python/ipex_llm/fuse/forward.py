@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ipex_llm.errors import translate
 from ipex_llm.fuse import cache as caches
+from ipex_llm.fuse import cross
+from ipex_llm.fuse.attention import bias_for
 from ipex_llm.fuse.describe import Description, Handle, Unfit
 from ipex_llm.layers import Mixin
 from ipex_llm.ops import _ops, _state
@@ -33,8 +35,8 @@ STATE = "_lowbit_fused"
 
 # Arguments by the role that transformers' names give them.
 _HIDDEN = frozenset(("hidden_states", "x", "inputs", "input", "hidden_state"))
-_MASK = frozenset(("attention_mask",))
-_CACHE = frozenset(("past_key_values", "past_key_value", "layer_past", "cache"))
+_MASK = frozenset(("attention_mask", "mask"))
+_CACHE = frozenset(("past_key_values", "past_key_value", "layer_past", "cache", "kv_cache"))
 _ROPE = frozenset(("position_embeddings", "rotary_pos_emb"))
 # Without effect on what is computed here: positions are in the rotation tables, and a cache that is
 # there is used.
@@ -44,9 +46,17 @@ _IGNORED = frozenset(("position_ids", "cache_position", "use_cache"))
 class Call:
     """The arguments of one call, by role; `refused` names the first that is not understood."""
 
-    __slots__ = ("cos", "hidden", "mask", "past", "refused", "sin")
+    __slots__ = (
+        *("bias", "cos", "cross_mask", "hidden", "mask", "memory", "own", "past", "refused"),
+        "sin",
+    )
 
-    def __init__(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any], own: dict[str, str]
+    ) -> None:
+        """`own`: arguments of the module that its description names, to the roles they have."""
+        self.bias = self.cross_mask = self.memory = None
+        self.own = own
         self.hidden = self.mask = self.past = self.cos = self.sin = None
         self.refused: str | None = None
         if len(args) > len(names):
@@ -68,6 +78,8 @@ class Call:
             self.mask = value
         elif name in _CACHE:
             self.past = value
+        elif name in self.own:
+            setattr(self, self.own[name], value)
         elif name in _ROPE:
             if not isinstance(value, tuple) or len(value) != 2:
                 self.refused = name
@@ -100,6 +112,8 @@ class State:
         """Binds anew at the next call."""
         self.handle: Handle | None = None
         self.names: tuple[str, ...] = ()
+        self.own = self.description.arguments()
+        self.hooked = False  # hooks on projections, which are served
         self.modules: list[nn.Module] = []
         self.hook_id = -1
 
@@ -127,9 +141,15 @@ class State:
         if self.hook_id != RemovableHandle.next_id:
             if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
                 return False
+            served = [module.get_submodule(name) for name in cross.hookable(self.description)]
+            self.hooked = False
             for inner in self.modules:
-                if inner._forward_hooks or inner._forward_pre_hooks:
+                if inner._forward_pre_hooks:
                     return False
+                if inner._forward_hooks:
+                    if inner not in served:
+                        return False
+                    self.hooked = True
             self.hook_id = RemovableHandle.next_id
         return True
 
@@ -139,7 +159,9 @@ class Fused(Mixin):
 
     def forward(self, *args, **kwargs):
         state = self.__dict__.get(STATE)
-        if state is None or self.training or _is_grad_enabled() or _is_compiling():
+        if state is None or _is_grad_enabled() or _is_compiling():
+            return super().forward(*args, **kwargs)
+        if self.training and not state.description.any_mode:
             return super().forward(*args, **kwargs)
         stack = _local.stack
         if stack is not None:
@@ -166,8 +188,10 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
     """What the module's forward returns, or None if the original has to be asked."""
     if not state.ready(module):
         return None
-    call = Call(state.names, args, kwargs)
+    call = Call(state.names, args, kwargs, state.own)
     x = call.hidden
+    if state.description.drops and (module._forward_hooks or module._forward_pre_hooks):
+        return None  # a hook may be there for the attention weights
     if call.refused is not None or x.dtype not in _FLOATS or not x.is_cpu:
         return None
     if x.dim() != 3 and not (x.dim() == 2 and state.description.attention is None):
@@ -184,10 +208,13 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
                 return None
             flat = x.dim() == 2  # tokens that a router has picked
             x = x.unsqueeze(0) if flat else x
-            out = _blocks(x, [number], None, None, [], [], 0, None, False, precision)
+            out = _blocks(x, [number], None, None, [], [], 0, None, None, False, precision)
             out = out.squeeze(0) if flat else out
         else:
-            out = _run_attention(description, call, number, precision)
+            if description.cross is None and not state.hooked and type(call.past) is not dict:
+                out = _run_attention(description, call, number, precision)
+            else:
+                out = cross.run(module, state, call, _run_attention, precision)
             if out is None:
                 return None
     except RuntimeError as error:
@@ -206,6 +233,10 @@ def _run_attention(description: Description, call: Call, number: int, precision:
             return None
     else:
         cos = sin = None
+    if description.flag:
+        if tokens > 1 and (mask is None or mask.dim() != 2):
+            return None
+        mask = None
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
             return None
@@ -213,6 +244,10 @@ def _run_attention(description: Description, call: Call, number: int, precision:
             return None
         if mask.stride(3) != 1:
             mask = mask.contiguous()
+    if description.bias:
+        mask = _with_bias(mask, call.bias, x, a.heads)
+        if mask is None:
+            return None
     causal = False
     if mask is None and tokens > 1:
         if description.causal is None:
@@ -225,7 +260,7 @@ def _run_attention(description: Description, call: Call, number: int, precision:
         shape = (batch, a.kv_heads, tokens, a.head_dim)
         keys = torch.empty(shape, dtype=x.dtype)
         values = torch.empty(shape, dtype=x.dtype)
-        return _blocks(x, [number], cos, sin, [keys], [values], 0, mask, causal, precision)
+        return _blocks(x, [number], cos, sin, [keys], [values], 0, mask, None, causal, precision)
     if a.layer_idx < 0 or not caches.is_cache(past) or getattr(past, "layers", None) is None:
         return None
     layer = caches.layer_of(past, a.layer_idx)
@@ -238,9 +273,8 @@ def _run_attention(description: Description, call: Call, number: int, precision:
             return None  # a mask is due here; the original knows what its absence means
         if mask is not None and mask.shape[3] != held + tokens:
             return None
-        out = _blocks(
-            x, [number], cos, sin, [key_buffer], [value_buffer], held, mask, causal, precision
-        )
+        buffers = [key_buffer], [value_buffer]
+        out = _blocks(x, [number], cos, sin, *buffers, held, mask, None, causal, precision)
         layer.advance(tokens)
         return out
     if causal and past.get_seq_length(a.layer_idx):
@@ -257,6 +291,21 @@ def _run_attention(description: Description, call: Call, number: int, precision:
     if causal and keys.shape[2] != tokens:  # room that the cache holds already
         keys, values = keys[:, :, :tokens], values[:, :, :tokens]
     return _attend(x, number, q, keys, values, mask, causal, precision)
+
+
+def _with_bias(mask, bias, x: torch.Tensor, heads: int) -> torch.Tensor | None:
+    """Mask and bias as one mask [batch or 1, heads, tokens or 1, positions]."""
+    if not isinstance(bias, torch.Tensor):
+        return None
+    batch, tokens, _ = x.shape
+    bias = bias_for(bias, batch, heads, tokens, bias.shape[-1])
+    if bias is None or mask is None:
+        return bias if bias is None or bias.stride(3) == 1 else bias.contiguous()
+    if mask.shape[3] != bias.shape[3]:
+        return None
+    if mask.dtype is torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return mask + bias
 
 
 # ---- all blocks in one operator ------------------------------------------------------------------
@@ -325,9 +374,9 @@ class Stack:
         for block, state in zip(self.blocks, states, strict=True):
             if state is None or block._forward_hooks or block._forward_pre_hooks:
                 return None
-            if block.training or not state.ready(block):
+            if block.training or not state.ready(block) or state.hooked:
                 return None
-        call = Call(states[0].names, args, kwargs)
+        call = Call(states[0].names, args, kwargs, states[0].own)
         x, mask, past = call.hidden, call.mask, call.past
         if call.refused is not None or type(x) is not torch.Tensor or x.dim() != 3:
             return None
@@ -364,7 +413,8 @@ class Stack:
             return None
         numbers = [state.handle.number for state in states]
         try:
-            out = _blocks(x, numbers, cos, sin, keys, values, held, mask, False, _state.precision)
+            precision = _state.precision
+            out = _blocks(x, numbers, cos, sin, keys, values, held, mask, None, False, precision)
         except RuntimeError as error:
             raise translate(error) from None
         for layer in layers:

@@ -6,11 +6,14 @@ a cache, a batch with left padding.
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import nn
 
 from ipex_llm.fuse.prove import Step
-from ipex_llm.fuse.trace import undisturbed
+from ipex_llm.fuse.trace import preserved, undisturbed
 from ipex_llm.tensor import LowBitTensor
 
 
@@ -29,75 +32,49 @@ def worth_watching(module: nn.Module) -> bool:
     return False
 
 
+def knows_inputs(model: nn.Module) -> bool:
+    """Whether the model says how it is called: transformers' models do."""
+    return getattr(model, "config", None) is not None and hasattr(model, "main_input_name")
+
+
+# (batch, prompt, one token, several, padding at the left)
+_RUNS = ((1, (12, 1, 3), 0), (2, (9, 1, 3), 4))
+_SOURCE = 14  # tokens of an encoder: no length that a decoder has
+
+
 def observe(model: nn.Module) -> dict[str, list[list[Step]]]:
     """Module name -> scenarios of steps, for every module worth watching that was called."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "main_input_name"):
-        raise Unobservable("not a transformers model: its inputs are not known")
-    if model.main_input_name != "input_ids":
-        raise Unobservable(f"its main input is {model.main_input_name}, not token ids")
-    if getattr(config, "is_encoder_decoder", False):
-        raise Unobservable("an encoder-decoder model")
+    inputs = _Inputs(model)
     watched = {name: m for name, m in model.named_modules() if name and worth_watching(m)}
     seen: dict[str, list[list[Step]]] = {name: [] for name in watched}
     training = [m for m in model.modules() if m.training]
     handles = []
     current: dict[str, list[Step]] = {}
-    valid: list[torch.Tensor] = []
 
     def note(name):
         def hook(module, args, kwargs):
             steps = current.setdefault(name, [])
-            steps.append(Step(args, kwargs, valid[0]))
+            steps.append(Step(args, kwargs, inputs.valid(args, kwargs)))
 
         return hook
-
-    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
-    if vocabulary < 8:
-        raise Unobservable("its vocabulary is not known")
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(batch: int, tokens: int) -> torch.Tensor:
-        # Not the first and last ones: padding and other special tokens live there.
-        return torch.randint(4, vocabulary - 1, (batch, tokens), generator=generator)
 
     try:
         for module in training:
             module.training = False
         for name, module in watched.items():
             handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
-        with undisturbed(None):
-            runs = [(1, (12, 1, 3), 0), (2, (9, 1, 3), 4)]
-            cached = True
-            while runs:
-                batch, lengths, padding = runs.pop(0)
+        with preserved(model), undisturbed(None):
+            for run in _RUNS:
                 current.clear()
-                past = None
-                mask = torch.ones((batch, 0), dtype=torch.long)
-                for length in lengths:
-                    extra = torch.ones((batch, length), dtype=torch.long)
-                    if padding and past is None:
-                        extra[1, :padding] = 0
-                    mask = torch.cat((mask, extra), 1)
-                    valid[:] = [extra.bool()]
-                    arguments = {"input_ids": ids(batch, length), "use_cache": cached}
-                    if padding:
-                        arguments["attention_mask"] = mask
-                    if past is not None:
-                        arguments["past_key_values"] = past
-                    try:
-                        out = model(**arguments)
-                    except Exception:
-                        if not cached or past is not None or any(seen.values()):
-                            raise
-                        # Models without attention have no length to ask their cache for.
-                        cached = False
-                        runs = [(1, (12,), 0), (2, (9,), 4)]
-                        current.clear()
-                        break
-                    past = getattr(out, "past_key_values", None)
-                    if past is None:
-                        break  # no cache: one step tells all
+                try:
+                    inputs.run(*run)
+                except Exception:
+                    # Models without attention have no length to ask their cache for.
+                    if not inputs.cached or any(seen.values()):
+                        raise
+                    inputs.cached = False
+                    current.clear()
+                    inputs.run(*run)
                 for name, steps in current.items():
                     seen[name].append(list(steps))
     except Exception as error:
@@ -111,3 +88,123 @@ def observe(model: nn.Module) -> dict[str, list[list[Step]]]:
         for module in training:
             module.training = True
     return {name: scenarios for name, scenarios in seen.items() if scenarios}
+
+
+def rerun(model: nn.Module) -> None:
+    """Runs what observe() ran first, for its own sake."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        with preserved(model), undisturbed(None):
+            inputs = _Inputs(model)
+            try:
+                inputs.run(*_RUNS[0])
+            except Exception:
+                inputs.cached = False
+                inputs.run(*_RUNS[0])
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Inputs:
+    """Makes inputs for a model from what its configuration says, and runs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.config = model, model.config
+        self.generator = torch.Generator().manual_seed(1)
+        self.cached = True
+        self.decodes = bool(getattr(self.config, "is_encoder_decoder", False))
+        self.takes = set(inspect.signature(model.forward).parameters)
+        self.main = model.main_input_name
+        self.masks: list[torch.Tensor] = []
+        text = self.config.get_text_config()
+        self.vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+        if (self.main == "input_ids" or self.decodes) and self.vocabulary < 8:
+            raise Unobservable("its vocabulary is not known")
+        if self.main != "input_ids" and self._signal(1) is None:
+            raise Unobservable(f"its main input is {self.main}, whose shape is not known")
+
+    def valid(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Which tokens of the hidden states among the arguments are not padding."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3:
+                for mask in self.masks:
+                    if mask.shape == value.shape[:2]:
+                        return mask
+                return torch.ones(value.shape[:2], dtype=torch.bool)
+        return self.masks[-1]
+
+    def run(self, batch: int, lengths: tuple[int, ...], padding: int) -> None:
+        """A prompt and what follows; without a cache, one step tells all."""
+        first = self._source(batch, padding) if self.main != "input_ids" or self.decodes else {}
+        prefix = "decoder_" if self.decodes else ""
+        if not self.decodes and self.main != "input_ids":
+            self.masks = [torch.ones((batch, 1), dtype=torch.bool)]
+            self.model(**first)
+            return
+        past = None
+        mask = torch.ones((batch, 0), dtype=torch.long)
+        for length in lengths:
+            new = torch.ones((batch, length), dtype=torch.long)
+            if padding and past is None:
+                new[1, :padding] = 0
+            mask = torch.cat((mask, new), 1)
+            self.masks = [*self.masks[:1], new.bool()] if self.decodes else [new.bool()]
+            arguments = {**first, f"{prefix}input_ids": self._ids(batch, length)}
+            if self._accepts("use_cache"):
+                arguments["use_cache"] = self.cached
+            if padding:
+                arguments[f"{prefix}attention_mask"] = mask
+            if past is not None:
+                arguments["past_key_values"] = past
+            out = self.model(**arguments)
+            past = getattr(out, "past_key_values", None)
+            if past is None or not self.cached:
+                return
+            if self.decodes:
+                first.pop(self.main, None)
+                first["encoder_outputs"] = (out.encoder_last_hidden_state,)
+
+    def _accepts(self, name: str) -> bool:
+        return name in self.takes or "kwargs" in self.takes
+
+    def _ids(self, batch: int, tokens: int) -> torch.Tensor:
+        # Not the first and last ones: padding and other special tokens live there.
+        shape = (batch, tokens)
+        return torch.randint(4, self.vocabulary - 1, shape, generator=self.generator)
+
+    def _source(self, batch: int, padding: int) -> dict[str, torch.Tensor]:
+        """What the encoder reads."""
+        if self.main != "input_ids":
+            self.masks = [torch.ones((batch, 1), dtype=torch.bool)]
+            return {self.main: self._signal(batch)}
+        mask = torch.ones((batch, _SOURCE), dtype=torch.long)
+        if padding:
+            mask[1, -padding:] = 0
+        self.masks = [mask.bool()]
+        source = {"input_ids": self._ids(batch, _SOURCE)}
+        return {**source, "attention_mask": mask} if padding else source
+
+    def _signal(self, batch: int) -> torch.Tensor | None:
+        """Pictures or spectrograms; None where the configuration does not tell their shape."""
+        config = self.config
+        if self.main == "pixel_values":
+            vision = getattr(config, "vision_config", config)
+            channels, size = (getattr(vision, n, None) for n in ("num_channels", "image_size"))
+            if not isinstance(channels, int) or size is None:
+                return None
+            sides = (size, size) if isinstance(size, int) else tuple(size)
+            shape = (batch, channels, *sides)
+        elif self.main == "input_features":
+            mels, frames = (
+                getattr(config, n, None) for n in ("num_mel_bins", "max_source_positions")
+            )
+            if not isinstance(mels, int) or not isinstance(frames, int):
+                return None
+            shape = (batch, mels, 2 * frames)
+        else:
+            return None
+        noise = torch.randn(shape, generator=self.generator)
+        return noise.to(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))

@@ -7,6 +7,8 @@ what the module adds to its input: a small error in a large residual stream woul
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +47,8 @@ class Step:
     args: tuple
     kwargs: dict[str, Any]
     valid: torch.Tensor  # bool [batch, tokens]
+    # Modules below whose hooks keep what the module gives and put everything kept in its place.
+    hooked: tuple[str, ...] = ()
 
 
 @dataclass
@@ -92,15 +96,22 @@ def fresh_cache(step_value, config):
     """An empty cache of the kind that the model made; None where the module takes none."""
     if step_value is None:
         return None
-    from transformers.cache_utils import DynamicCache
+    if type(step_value) is dict:
+        return {}
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+    if type(step_value) is EncoderDecoderCache:
+        return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
     if type(step_value) is not DynamicCache:
         raise Unrecognised(f"a cache of type {type(step_value).__name__}")
     return DynamicCache(config=config)
 
 
 def filled_layer(cache) -> int:
-    """The only layer that holds something."""
+    """The only layer that holds something; -1 for a cache that has no layers."""
+    if type(cache) is dict:
+        return -1
+    cache = getattr(cache, "self_attention_cache", cache)
     filled = [i for i, layer in enumerate(cache.layers) if getattr(layer, "is_initialized", False)]
     if len(filled) != 1:
         raise Unrecognised(f"{len(filled)} layers of the cache are written in one call")
@@ -112,20 +123,41 @@ def filled_layer(cache) -> int:
 
 def outputs(module: nn.Module, steps: list[Step], dtype: torch.dtype, config, seed: int):
     """Runs the steps one after the other on one cache: [(x, result)], and the cache."""
+    return _run(module, steps, dtype, config, seed, dtype)
+
+
+def _run(module: nn.Module, steps: list[Step], dtype, config, seed: int, rounded: torch.dtype):
+    """As `outputs`, with hidden states that were rounded to another type before."""
     results = []
     cache = None
-    for number, step in enumerate(steps):
-        arguments = converted(named(module, step), dtype)
-        name = hidden_name(arguments)
-        x = random_hidden(arguments[name].shape, seed + number).to(dtype)
-        arguments[name] = x
-        for key in _CACHE & arguments.keys():
-            if number == 0:
-                cache = fresh_cache(arguments[key], config)
-            arguments[key] = cache
-        result = module(**arguments)
-        results.append((x.clone(), result))
+    kept: dict[nn.Module, torch.Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for name in steps[0].hooked:
+            handle = module.get_submodule(name).register_forward_hook(_keeps(kept))
+            hooks.callback(handle.remove)
+        for number, step in enumerate(steps):
+            arguments = converted(named(module, step), dtype)
+            name = hidden_name(arguments)
+            x = random_hidden(arguments[name].shape, seed + number).to(rounded).to(dtype)
+            arguments[name] = x
+            for key in _CACHE & arguments.keys():
+                if number == 0:
+                    cache = fresh_cache(arguments[key], config)
+                    cache = kept if type(cache) is dict else cache
+                arguments[key] = cache
+            results.append((x.clone(), module(**arguments)))
     return results, cache
+
+
+def _keeps(kept: dict[nn.Module, torch.Tensor]):
+    """A hook that keeps what its module gives, appended to what it gave before."""
+
+    def hook(module, _args, output):
+        before = kept.get(module)
+        kept[module] = output if before is None else torch.cat((before, output), 1)
+        return kept[module]
+
+    return hook
 
 
 def count_of(result) -> int:
@@ -133,10 +165,25 @@ def count_of(result) -> int:
     if isinstance(result, torch.Tensor):
         return 0
     if type(result) is tuple and result and isinstance(result[0], torch.Tensor):
-        if all(value is None for value in result[1:]):
+        # Attention weights may be among them, which `output_attentions` asks for or hooks read.
+        if all(value is None or _is_weights(value, result[0]) for value in result[1:]):
             return len(result)
         raise Unrecognised("returns more than the hidden states")
     raise Unrecognised(f"returns a {type(result).__name__}")
+
+
+def _is_weights(value, hidden: torch.Tensor) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 4
+        and hidden.dim() == 3
+        and (value.shape[0], value.shape[2]) == hidden.shape[:2]
+    )
+
+
+def drops(result) -> bool:
+    """Whether a fused form leaves out something that `result` has."""
+    return not isinstance(result, torch.Tensor) and any(v is not None for v in result[1:])
 
 
 def tensor_of(result) -> torch.Tensor:
@@ -152,7 +199,8 @@ def prove(
 ) -> Proof:
     """Raises Unrecognised if the fused form differs from the module in any scenario."""
     a = description.attention
-    residual = (a is None or a.residual) and (description.mlp is None or description.mlp.residual)
+    halves = [half for half in (a, description.mlp) if half is not None]
+    residual = all(half.residual and half.post_norm.kind == "none" for half in halves)
     worst = 0.0
     with undisturbed():
         original = shadow(module)
@@ -161,8 +209,11 @@ def prove(
         for seed, steps in enumerate(scenarios):
             expected, cache = outputs(original, steps, torch.float32, config, 100 * seed)
             description.returns = count_of(expected[0][1])
+            description.drops = drops(expected[0][1])
             if a is not None and seed == 0:
                 a.layer_idx = -1 if cache is None else filled_layer(cache)
+            if seed == 0:
+                description.any_mode = _same_in_training(module, steps, expected, config)
             state = fused.__dict__[STATE] = State(description)
             state.required = True
             got, fused_cache = outputs(fused, steps, torch.float32, config, 100 * seed)
@@ -179,6 +230,20 @@ def prove(
     if dtype == torch.float32:
         return Proof(worst)
     return Proof(worst, _working_error(module, description, scenarios, config, dtype))
+
+
+def _same_in_training(module: nn.Module, steps: list[Step], expected, config) -> bool:
+    """Whether training mode, if the module is in it, changes nothing: some never leave it."""
+    if not module.training:
+        return False
+    copied = shadow(module)
+    for inner, original in zip(copied.modules(), module.modules(), strict=True):
+        inner.training = original.training
+    got, _ = outputs(copied, steps, torch.float32, config, 0)
+    return all(
+        torch.equal(tensor_of(have), tensor_of(want))
+        for (_, want), (_, have) in zip(expected, got, strict=True)
+    )
 
 
 def prove_stack(module: nn.Module, child: str, config) -> None:
@@ -231,9 +296,17 @@ def _kept(tensor: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def _same_cache(cache, fused_cache, index: int) -> None:
+    if type(cache) is dict:
+        return  # the modules' own outputs, in the next token's attention
+    cache = getattr(cache, "self_attention_cache", cache)
+    fused_cache = getattr(fused_cache, "self_attention_cache", fused_cache)
     want, have = cache.layers[index], fused_cache.layers[index]
     if want.get_seq_length() != have.get_seq_length() or want.keys.shape != have.keys.shape:
         raise Unrecognised("leaves the cache with another length")
+    # A later call may go to the original, which reads what the fused form wrote.
+    for w, h in ((want.keys, have.keys), (want.values, have.values)):
+        if not float((w - h).abs().max()) <= TOLERANCE * float(w.abs().max()):
+            raise Unrecognised("leaves other keys or values in the cache")
 
 
 def _working_error(module, description, scenarios, config, dtype) -> float:
@@ -250,7 +323,7 @@ def _working_error(module, description, scenarios, config, dtype) -> float:
             # The exact module gets the rounded inputs: their rounding is nobody's error.
             rounded = [_rounded(step, dtype) for step in steps]
             with undisturbed():
-                want, _ = _outputs_of_rounded(exact, rounded, config, seed, dtype)
+                want, _ = _run(exact, rounded, torch.float32, config, 100 * seed, dtype)
             for i, candidate in enumerate((original, fused)):
                 have, _ = outputs(candidate, steps, dtype, config, 100 * seed)
                 for step, (_, w), (_, h) in zip(steps, want, have, strict=True):
@@ -265,28 +338,11 @@ def _working_error(module, description, scenarios, config, dtype) -> float:
 
 
 def _rounded(step: Step, dtype: torch.dtype) -> Step:
-    return Step(
-        converted(converted(step.args, dtype), torch.float32),
-        converted(converted(step.kwargs, dtype), torch.float32),
-        step.valid,
+    return dataclasses.replace(
+        step,
+        args=converted(converted(step.args, dtype), torch.float32),
+        kwargs=converted(converted(step.kwargs, dtype), torch.float32),
     )
-
-
-def _outputs_of_rounded(module, steps, config, seed, dtype):
-    """As `outputs` in float32, with hidden states rounded to `dtype`."""
-    results = []
-    cache = None
-    for number, step in enumerate(steps):
-        arguments = converted(named(module, step), torch.float32)
-        name = hidden_name(arguments)
-        x = random_hidden(arguments[name].shape, 100 * seed + number).to(dtype).float()
-        arguments[name] = x
-        for key in _CACHE & arguments.keys():
-            if number == 0:
-                cache = fresh_cache(arguments[key], config)
-            arguments[key] = cache
-        results.append((x, module(**arguments)))
-    return results, cache
 
 
 __all__ = ["Proof", "Step", "caches", "prove"]

@@ -8,12 +8,14 @@ nothing needs to be complete.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ipex_llm.fuse.describe import Attention, Description, Heads, Mlp, Norm
+from ipex_llm.fuse.attention import owner_of
+from ipex_llm.fuse.describe import Attention, Description, Heads, Memory, Mlp, Norm
 from ipex_llm.fuse.trace import Attended, Record, Seen
 from ipex_llm.tensor import LowBitTensor
 
@@ -125,21 +127,20 @@ def find_attention(
     record: Record,
     source: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor] | None,
+    which: int = 0,
 ) -> tuple[Attention, Seen]:
     """The attention that reads `source` (perhaps through a norm), and the call of its last linear.
+
+    `which` of the recorded ones; a block with a cross attention has two.
 
     Row 0 of the probe is at position 0, where a rotation does nothing: there queries and keys can
     be found in the outputs of the linears as they are.
     """
     if source.dim() != 3:
         raise Unrecognised("hidden states without a batch")
-    if len(record.attention) != 1:
-        raise Unrecognised(
-            "attention that is not one call of scaled_dot_product_attention"
-            if not record.attention
-            else f"{len(record.attention)} attention calls"
-        )
-    call = record.attention[0]
+    if not record.attention:
+        raise Unrecognised("no attention, or one whose scores are not understood")
+    call = record.attention[which]
     if call.query.dim() != 4 or call.query.shape[0] != source.shape[0]:
         raise Unrecognised("attention over other than [batch, heads, tokens, size]")
     heads, head_dim = call.query.shape[1], call.query.shape[3]
@@ -148,7 +149,7 @@ def find_attention(
     if call.key.shape[2] != source.shape[1]:
         raise Unrecognised("attention over something else than its own input")
 
-    groups, norm, _normed = _projections(record, source)
+    groups, norm = _projections(record, source, call)
     outputs = torch.cat([c.output.reshape(*source.shape[:2], -1) for c in groups], dim=-1)
 
     value = call.value
@@ -162,20 +163,18 @@ def find_attention(
     if key_heads.shape[1] != kv_heads:
         raise Unrecognised("keys and values with different numbers of heads")
     rope = _Rope(tables)
-    k_norm, k_over, k_at = _heads_of(record, outputs, key_heads, rope)
-    q_norm, q_over, q_at = _heads_of(record, outputs, call.query, rope)
-    if q_over != k_over and "none" not in (q_norm.kind, k_norm.kind):
-        raise Unrecognised("norms of queries and keys over different widths")
+    k = _heads_of(record, outputs, key_heads, rope)
+    q = _heads_of(record, outputs, call.query, rope)
+    if k.factor != 1:
+        raise Unrecognised("keys that are multiplied before they are stored")
+    if "none" not in (q.norm.kind, k.norm.kind):
+        if (q.over_heads, q.norm_last) != (k.over_heads, k.norm_last):
+            raise Unrecognised("norms of queries and keys at different places")
 
-    # The last linear: the one that reads the attention's output.
-    mixed = call.output.transpose(1, 2).reshape(*source.shape[:2], heads * head_dim)
-    last = next((c for c in linears(record) if same(c.input, mixed)), None)
-    if last is None:
-        raise Unrecognised("nothing reads the attention's output as it is")
-
+    mixed_norm, last = _reader(record, call)
     per_group = heads // kv_heads
-    used = _used(groups, q_at + k_at + v_at, head_dim)
-    q_at, k_at, v_at = (_moved(groups, used, at) for at in (q_at, k_at, v_at))
+    used = _used(groups, q.columns + k.columns + v_at, head_dim)
+    q_at, k_at, v_at = (_moved(groups, used, at) for at in (q.columns, k.columns, v_at))
     return (
         Attention(
             inputs=[c.name for c in used],
@@ -186,11 +185,15 @@ def find_attention(
             q=_map(q_at, per_group),
             k=_map(k_at, 1),
             v=_map(v_at, 1),
-            scale=call.scale,
+            scale=call.scale * q.factor,
+            softcap=call.softcap,
+            sinks="" if call.sinks is None else owner_of(record.module, call.sinks),
             norm=norm,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            norm_over_heads=q_over or k_over,
+            mixed_norm=mixed_norm,
+            q_norm=q.norm,
+            k_norm=k.norm,
+            norm_over_heads=q.over_heads or k.over_heads,
+            norm_last=q.norm_last or k.norm_last,
             rope=rope.kind,
             rope_begin=rope.begin,
             rope_width=rope.width,
@@ -200,7 +203,65 @@ def find_attention(
     )
 
 
-def _projections(record: Record, source: torch.Tensor) -> tuple[list[Seen], Norm, torch.Tensor]:
+def _reader(record: Record, call: Attended) -> tuple[Norm, Seen]:
+    """The linear that reads the attention's output, or a norm of it, which comes first."""
+    batch, _, tokens, _ = call.output.shape
+    mixed = call.output.transpose(1, 2).reshape(batch, tokens, -1)
+    for norm, tensor in _after(record, mixed):
+        for last in linears(record):
+            if same(last.input, tensor):
+                return norm, last
+    raise Unrecognised("nothing reads the attention's output as it is, or a known norm of it")
+
+
+def find_cross(
+    record: Record, source: torch.Tensor, memories: dict[str, torch.Tensor], which: int
+) -> tuple[Attention, Memory, Seen]:
+    """As find_attention, for keys and values that come from another tensor."""
+    call = record.attention[which]
+    if call.query.dim() != 4 or call.query.shape != call.output.shape:
+        raise Unrecognised("cross attention over other than [batch, heads, tokens, size]")
+    _, heads, _, head_dim = call.query.shape
+    kv_heads = call.key.shape[1]
+    if heads % kv_heads or call.value.shape != call.key.shape:
+        raise Unrecognised("cross attention with unusual keys and values")
+    memory = None
+    for name, tensor in memories.items():
+        readers = [c for c in linears(record) if same(c.input, tensor)]
+        flat = [t.transpose(1, 2).flatten(2) for t in (call.key, call.value)]
+        made = [next((c.name for c in readers if same(c.output, t)), None) for t in flat]
+        if None not in made:
+            memory = Memory(name, *made)
+    if memory is None:
+        raise Unrecognised("keys and values of the cross attention that are no projections")
+    groups, norm = _projections(record, source, call)
+    outputs = torch.cat([c.output for c in groups], dim=-1)
+    q = _heads_of(record, outputs, call.query, _Rope(None))
+    mixed_norm, last = _reader(record, call)
+    used = _used(groups, q.columns, head_dim)
+    attention = Attention(
+        inputs=[c.name for c in used],
+        output=last.name,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        q=_map(_moved(groups, used, q.columns), heads // kv_heads),
+        k=Heads(),
+        v=Heads(),
+        scale=call.scale * q.factor,
+        softcap=call.softcap,
+        cross=True,
+        norm=norm,
+        q_norm=q.norm,
+        norm_over_heads=q.over_heads,
+        mixed_norm=mixed_norm,
+    )
+    return attention, memory, last
+
+
+def _projections(
+    record: Record, source: torch.Tensor, attention: Attended
+) -> tuple[list[Seen], Norm]:
     """The linears that read `source` or a norm of it."""
     candidates: list[tuple[Norm, torch.Tensor]] = [(Norm(), source)]
     for call in record.calls:
@@ -208,13 +269,10 @@ def _projections(record: Record, source: torch.Tensor) -> tuple[list[Seen], Norm
             norm = norm_of(call, source.shape[-1])
             if norm is not None:
                 candidates.append((norm, call.output))
-    attention = record.attention[0] if record.attention else None
     for norm, tensor in candidates:
-        found = [c for c in linears(record) if same(c.input, tensor)]
-        if attention is not None:
-            found = [c for c in found if _feeds(c, attention)]
+        found = [c for c in linears(record) if same(c.input, tensor) and _feeds(c, attention)]
         if found:
-            return found, norm, tensor
+            return found, norm
     raise Unrecognised("no projection reads the module's input, or a known norm of it")
 
 
@@ -246,43 +304,88 @@ def _column(outputs: torch.Tensor, head: torch.Tensor) -> int | None:
     return None
 
 
-def _heads_of(
-    record: Record, outputs: torch.Tensor, heads: torch.Tensor, rope: _Rope
-) -> tuple[Norm, bool, list[int]]:
-    """norm, whether it is over all heads at once, and the column of every head."""
+@dataclass
+class _Found:
+    """Where queries or keys come from."""
+
+    columns: list[int]  # of every head
+    norm: Norm = field(default_factory=Norm)
+    over_heads: bool = False  # the norm sees all heads as one vector
+    norm_last: bool = False  # after the rotation
+    factor: float = 1.0
+
+
+def _heads_of(record: Record, outputs: torch.Tensor, heads: torch.Tensor, rope: _Rope) -> _Found:
+    """How `heads` come out of the columns `outputs`: a factor, a norm, a rotation."""
+    factor = 1.0
     first = heads[0, :, :1]  # [heads, 1, size] at position 0
     columns = [_column(outputs[:, :1], head) for head in first]
+    if any(c is None for c in columns):
+        factor = _proportion(outputs[0, 0], heads[0, 0, 0]) or 1.0
+        columns = [_column(outputs[:, :1], head / factor) for head in first]
+        if abs(factor - rope.first) <= 1e-3 * rope.first:
+            factor = 1.0  # it is in the tables
     if all(c is not None for c in columns):
         plain = [outputs[0, :, c : c + heads.shape[3]] for c in columns]
-        if rope.fits(torch.stack(plain), heads[0]):
-            return Norm(), False, columns
-    # Through a norm per head, or over all heads.
+        if rope.fits(torch.stack(plain), heads[0] / factor):
+            return _Found(columns, factor=factor)
+    # Through a norm per head, or over all heads, before the rotation or after it.
     for call in record.calls:
         if not call.is_leaf or call.input.shape != call.output.shape:
             continue
         size = call.input.shape[-1]
-        tokens = outputs.shape[1]
         if call.input.numel() != heads.numel():
             continue
-        if size == heads.shape[3]:
-            layouts = [call.output, call.output.transpose(1, 2)] if call.output.dim() == 4 else []
-            sources = [call.input, call.input.transpose(1, 2)] if call.output.dim() == 4 else []
-        elif size == heads.shape[1] * heads.shape[3]:
-            split = (1, tokens, heads.shape[1], heads.shape[3])
-            layouts = [call.output.reshape(split).transpose(1, 2)]
-            sources = [call.input.reshape(split).transpose(1, 2)]
-        else:
-            continue
-        for layout, source in zip(layouts, sources, strict=True):
-            if layout.shape != heads.shape:
-                continue
-            if not equal(layout[0, :, 0], heads[0, :, 0]) or not rope.fits(layout[0], heads[0]):
-                continue
-            norm = norm_of(call, size)
-            columns = [_column(outputs, head) for head in source[0]]
-            if norm is not None and all(c is not None for c in columns):
-                return norm, size != heads.shape[3], columns
+        for normed, source in _layouts(call, heads):
+            for last in (False, True):
+                state = rope.state
+                if last:
+                    if size != heads.shape[3] or not equal(normed, heads[0]):
+                        continue
+                    columns = [_column(outputs[:, :1], head[:1]) for head in source]
+                else:
+                    at_zero = (normed[:, 0], normed[:, 0] * rope.first)
+                    if not any(equal(t, heads[0, :, 0]) for t in at_zero):
+                        continue
+                    if not rope.fits(normed, heads[0]):
+                        continue
+                    columns = [_column(outputs, head) for head in source]
+                if all(c is not None for c in columns):
+                    plain = [outputs[0, :, c : c + heads.shape[3]] for c in columns]
+                    if not last or rope.fits(torch.stack(plain), source):
+                        norm = norm_of(call, size)
+                        if norm is not None:
+                            return _Found(columns, norm, size != heads.shape[3], last)
+                rope.state = state
     raise Unrecognised("queries or keys that are not projected, normed and rotated as usual")
+
+
+def _layouts(call: Seen, heads: torch.Tensor):
+    """(output, input) of a norm as [heads, tokens, size], in the ways that fit `heads`."""
+    count, tokens, size = heads.shape[1:]
+    pair = (call.output, call.input)
+    if call.input.shape[-1] == size and call.input.dim() == 4:
+        ways = (pair, tuple(t.transpose(1, 2) for t in pair))
+    elif call.input.shape[-1] == count * size:
+        split = (1, tokens, count, size)
+        ways = (tuple(t.reshape(split).transpose(1, 2) for t in pair),)
+    else:
+        return
+    for normed, source in ways:
+        if normed.shape == heads.shape:
+            yield normed[0], source[0]
+
+
+def _proportion(row: torch.Tensor, head: torch.Tensor) -> float | None:
+    """f where `head` is f times some columns of the row; None if there is none."""
+    windows = row.unfold(0, head.numel(), 1)
+    squares = windows.square().sum(1).clamp_min(1e-30)
+    f = windows @ head / squares
+    off = (windows * f[:, None] - head).abs().amax(1)
+    best = int(off.argmin())
+    if float(off[best]) > _TOLERANCE * float(head.abs().max()) or float(f[best]) == 0:
+        return None
+    return float(f[best])
 
 
 class _Rope:
@@ -292,6 +395,16 @@ class _Rope:
         self.tables = tables
         self.kind, self.begin, self.width, self.step = "none", 0, 0, 1
         self.known = False
+        # What a rotation by nothing multiplies with: not 1 in some ways of stretching positions.
+        self.first = 1.0 if tables is None else float(tables[0].flatten()[0])
+
+    @property
+    def state(self):
+        return self.kind, self.begin, self.width, self.step, self.known
+
+    @state.setter
+    def state(self, state) -> None:
+        self.kind, self.begin, self.width, self.step, self.known = state
 
     def fits(self, before: torch.Tensor, after: torch.Tensor) -> bool:
         """Whether [heads, tokens, size] becomes `after`."""
@@ -415,7 +528,11 @@ def find_mlp(record: Record, source: torch.Tensor, others: Iterable[str] = ()) -
         for last in calls:
             if last in first:
                 continue
-            found = _gate_and_up(first, last)
+            inner_norm, found = Norm(), _gate_and_up(first, last.input)
+            if found is None:
+                through = find_norm(record, last.input)
+                if through is not None:
+                    inner_norm, found = through[0], _gate_and_up(first, through[1])
             if found is None:
                 reason = "an MLP with an unknown activation or gate"
                 continue
@@ -429,15 +546,16 @@ def find_mlp(record: Record, source: torch.Tensor, others: Iterable[str] = ()) -
                     up=up,
                     activation=activation,
                     norm=norm,
+                    inner_norm=inner_norm,
                 ),
                 last,
             )
     raise Unrecognised(reason)
 
 
-def _gate_and_up(first: list[Seen], last: Seen):
-    """Which of the linears `first` give last.input as act(gate) * up or act(gate)."""
-    inner = last.input.reshape(-1, last.input.shape[-1])
+def _gate_and_up(first: list[Seen], target: torch.Tensor):
+    """Which of the linears `first` give `target` as act(gate) * up or act(gate)."""
+    inner = target.reshape(-1, target.shape[-1])
     width = inner.shape[-1]
     wide = [c for c in first if c.output.numel() // c.output.shape[-1] == inner.shape[0]]
     parts = []  # (calls, column, [rows, width])
@@ -491,28 +609,28 @@ def _after(record: Record, update: torch.Tensor) -> list[tuple[Norm, torch.Tenso
     return ways
 
 
-def find_block(record: Record, x: torch.Tensor, tables) -> Description:
-    """Both halves with their residuals: a decoder block."""
+def find_block(record: Record, x: torch.Tensor, tables, memories=None) -> Description:
+    """Both halves with their residuals: a block. `memories`: what a cross attention may read."""
     out = first_result(record)
     if out.shape != x.shape:
         raise Unrecognised("the result has another shape than the hidden states")
+    calls = len(record.attention)
+    if calls > 2 or (calls == 2 and not memories):
+        raise Unrecognised(f"{calls} attention calls")
     attention, last = find_attention(record, x, tables)
     others = {*attention.inputs, attention.output}
+    if calls == 2:
+        return _find_cross_block(record, x, out, attention, last, memories)
     reason = ""
     for out_norm, update in _after(record, last.output.reshape(x.shape)):
-        attention.out_norm = out_norm
-        # One after the other: something reads x + a * update.
-        for base, a in _sums(record, x, update):
-            try:
-                mlp, mlp_last = find_mlp(record, base, others)
-            except Unrecognised as error:
-                reason = str(error)
+        # One after the other: something reads x + a * update, or a norm of that.
+        for base, a, post_norm in _sums(record, x, update):
+            mlp, why = _mlp_half(record, base, out, others)
+            if mlp is None:
+                reason = why
                 continue
-            for mlp_norm, mlp_update in _after(record, mlp_last.output.reshape(x.shape)):
-                b = _factor(out, base, mlp_update)
-                if b is not None:
-                    attention.multiplier, mlp.multiplier, mlp.out_norm = a, b, mlp_norm
-                    return Description(attention, mlp)
+            attention.multiplier, attention.out_norm, attention.post_norm = a, out_norm, post_norm
+            return Description(attention, mlp)
         # Side by side: the MLP reads x, or the norm that the attention reads.
         try:
             mlp, mlp_last = find_mlp(record, x, others)
@@ -522,13 +640,66 @@ def find_block(record: Record, x: torch.Tensor, tables) -> Description:
         total = update + mlp_last.output.reshape(x.shape)
         a = _factor(out, x, total)
         if a is not None:
+            attention.out_norm = out_norm
             attention.multiplier = mlp.multiplier = a
             return Description(attention, mlp, parallel=True)
     raise Unrecognised(reason or "the halves do not add up to the result")
 
 
+def _mlp_half(record, base, out, others) -> tuple[Mlp | None, str]:
+    """The MLP between `base` and the block's result, or why there is none."""
+    try:
+        mlp, last = find_mlp(record, base, others)
+    except Unrecognised as error:
+        return None, str(error)
+    found = _last_sum(record, base, last.output.reshape(base.shape), out)
+    if found is None:
+        return None, ""
+    mlp.multiplier, mlp.out_norm, mlp.post_norm = found
+    return mlp, ""
+
+
+def _find_cross_block(record, x, out, attention, last, memories) -> Description:
+    reason = ""
+    for out_norm, update in _after(record, last.output.reshape(x.shape)):
+        for base, a, post_norm in _sums(record, x, update):
+            try:
+                cross, memory, cross_last = find_cross(record, base, memories, 1)
+            except Unrecognised as error:
+                reason = str(error)
+                continue
+            others = {*attention.inputs, attention.output, *cross.inputs, cross.output}
+            for cross_norm, cross_update in _after(record, cross_last.output.reshape(x.shape)):
+                for after, c, cross_post in _sums(record, base, cross_update):
+                    mlp, why = _mlp_half(record, after, out, others)
+                    if mlp is None:
+                        reason = why
+                        continue
+                    attention.multiplier, attention.out_norm = a, out_norm
+                    attention.post_norm = post_norm
+                    cross.multiplier, cross.out_norm, cross.post_norm = c, cross_norm, cross_post
+                    return Description(attention, mlp, cross=cross, memory=memory)
+    raise Unrecognised(reason or "the parts do not add up to the result")
+
+
+def _last_sum(
+    record: Record, base: torch.Tensor, update: torch.Tensor, out: torch.Tensor
+) -> tuple[float, Norm, Norm] | None:
+    """(b, norm', norm") in out = norm"(base + b * norm'(update))."""
+    totals = [(Norm(), out)]
+    through = find_norm(record, out)
+    if through is not None:
+        totals.append(through)
+    for post_norm, total in totals:
+        for norm, normed in _after(record, update):
+            b = _factor(total, base, normed)
+            if b is not None and b != 0:
+                return b, norm, post_norm
+    return None
+
+
 def _sums(record: Record, x: torch.Tensor, update: torch.Tensor):
-    """Tensors of the record that are x + a * update, each once."""
+    """(tensor, a, norm): tensors of the record that are x + a * update, and norms of such."""
     seen: list[torch.Tensor] = []
     for call in record.calls:
         tensor = call.input
@@ -536,18 +707,30 @@ def _sums(record: Record, x: torch.Tensor, update: torch.Tensor):
             continue
         seen.append(tensor)
         a = _factor(tensor, x, update)
-        if a is not None and a != 0:
-            yield tensor, a
+        if a is None or a == 0:
+            continue
+        yield tensor, a, Norm()
+        through = find_norm_after(record, tensor)
+        if through is not None:
+            yield through[1], a, through[0]
 
 
 def find_attention_module(record: Record, x: torch.Tensor, tables) -> Description:
     """A module that is attention alone: its result is that of its last linear."""
+    if len(record.attention) > 1:
+        raise Unrecognised(f"{len(record.attention)} attention calls")
     attention, last = find_attention(record, x, tables)
     out = first_result(record)
-    if not same(out, last.output.reshape(out.shape)):
-        raise Unrecognised("the attention's result is changed after its last linear")
-    attention.residual = False
-    return Description(attention=attention)
+    if out.shape != x.shape:
+        raise Unrecognised("the result has another shape than the hidden states")
+    update = last.output.reshape(x.shape)
+    for residual in (False, True):
+        found = _last_sum(record, x if residual else torch.zeros_like(x), update, out)
+        if found is not None:
+            attention.multiplier, attention.out_norm, attention.post_norm = found
+            attention.residual = residual
+            return Description(attention=attention)
+    raise Unrecognised("the attention's result is changed after its last linear")
 
 
 def find_mlp_module(record: Record, x: torch.Tensor) -> Description:

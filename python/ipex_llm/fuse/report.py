@@ -15,6 +15,7 @@ class Report:
     """One entry per module that was looked at; str() is a table."""
 
     reason: str = ""  # why nothing was tried, if so
+    waiting: str = ""  # what has to happen first, if something has
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -30,6 +31,8 @@ class Report:
         if self.reason:
             return f"optimize_llm: nothing fused: {self.reason}"
         lines = [f"optimize_llm: {len(self.fused)} modules fused"]
+        if self.waiting and not self.entries:
+            lines[0] += f"; {self.waiting}"
         for entries in _runs(self.entries):
             first = entries[0]
             name = first["name"] if len(entries) == 1 else f"{first['name']} ... ({len(entries)})"
@@ -66,4 +69,4 @@ def optimization_report(model: nn.Module) -> Report:
     data = model.__dict__.get(_REPORT)
     if data is None:
         return Report(reason="optimize_llm has not looked at this model")
-    return Report(data["reason"], data["entries"])
+    return Report(data["reason"], data.get("waiting", ""), data["entries"])

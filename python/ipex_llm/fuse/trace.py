@@ -99,6 +99,41 @@ def undisturbed(precision: str | None = "fp32"):
         torch.set_rng_state(rng)
 
 
+_SMALL_BUFFER = 1 << 18  # elements: masks and tables of positions, not activations kept somewhere
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module):
+    """Puts attributes, submodules and buffers of all modules back as they were before.
+
+    A forward may store what it saw, stretch its position tables, or exchange modules for good
+    because an input was short.
+    """
+    before = []
+    for module in model.modules():
+        inner = {name: dict(module.__dict__[name]) for name in ("_modules", "_buffers")}
+        values = [
+            (b, b.clone())
+            for b in module._buffers.values()
+            if b is not None and b.numel() <= _SMALL_BUFFER and not b.is_sparse
+        ]
+        before.append((module, dict(module.__dict__), inner, values))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, attributes, inner, values in before:
+                for name in module.__dict__.keys() - attributes.keys():
+                    del module.__dict__[name]
+                module.__dict__.update(attributes)
+                for name, entries in inner.items():
+                    module.__dict__[name].clear()
+                    module.__dict__[name].update(entries)
+                for buffer, value in values:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
 def converted(value: Any, dtype: torch.dtype) -> Any:
     """Float tensors inside tuples and dicts in `dtype`; caches and the like stay."""
     if isinstance(value, torch.Tensor):
@@ -123,7 +158,7 @@ class Seen:
 
 @dataclass
 class Attended:
-    """One call of scaled_dot_product_attention."""
+    """One call of scaled_dot_product_attention, or of the products that compute the same."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -132,16 +167,44 @@ class Attended:
     causal: bool
     scale: float
     output: torch.Tensor
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None  # [heads], a parameter
+    bias: torch.Tensor | None = None  # added to the scores, an argument
+
+
+@dataclass
+class Product:
+    """One batched product of two tensors that are not weights."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass
+class Softmax:
+    input: torch.Tensor
+    output: torch.Tensor
 
 
 @dataclass
 class Record:
     calls: list[Seen] = field(default_factory=list)
     attention: list[Attended] = field(default_factory=list)
+    # Products and softmaxes in their order, for attention written out.
+    steps: list[Product | Softmax] = field(default_factory=list)
+    module: nn.Module | None = None
     result: Any = None
 
     def of(self, name: str) -> list[Seen]:
         return [call for call in self.calls if call.name == name]
+
+
+_PRODUCTS = frozenset(
+    (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
+)
+_SUMS_OF_PRODUCTS = frozenset((torch.baddbmm, torch.Tensor.baddbmm))
+_SOFTMAXES = frozenset((F.softmax, torch.softmax, torch.Tensor.softmax))
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -154,7 +217,18 @@ class _AttentionMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._note(result, *args, **kwargs)
+        elif func in _SOFTMAXES:
+            self.record.steps.append(Softmax(args[0] if args else kwargs["input"], result))
+        elif func in _PRODUCTS and len(args) == 2:
+            self._note_product(*args, result)
+        elif func in _SUMS_OF_PRODUCTS:
+            factors = args[1:] if len(args) == 3 else (kwargs["batch1"], kwargs["batch2"])
+            self._note_product(*factors, result)
         return result
+
+    def _note_product(self, a, b, output) -> None:
+        if a.dim() >= 3 and b.dim() >= 3 and type(b) is torch.Tensor:
+            self.record.steps.append(Product(a, b, output))
 
     def _note(
         self,
@@ -185,7 +259,7 @@ def first_tensor(value: Any) -> torch.Tensor | None:
 
 def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Record:
     """Runs a shadow with its modules and attention calls recorded."""
-    seen = Record()
+    seen = Record(module=module)
     handles = []
 
     def note(name: str):

@@ -115,6 +115,8 @@ struct Shape {
   Activation activation;
   float softcap;
   MaskKind mask;
+  // Sinks, norms of the mixed values, inside the MLP and after the sums, head norms that come last.
+  bool dressed = false;
 };
 
 std::string name_of(const testing::TestParamInfo<Shape>& info) {
@@ -154,6 +156,8 @@ class Block : public testing::TestWithParam<Shape> {
   std::vector<float> norm1 = floats(s.hidden, 0.3f, 1), norm2 = floats(s.hidden, 0.3f, 1);
   std::vector<float> bias1 = floats(s.hidden, 0.3f);
   std::vector<float> head_norm = floats(s.head_dim, 0.3f);
+  std::vector<float> mixed_norm = floats(s.heads * s.head_dim, 0.3f, 1);
+  std::vector<float> inner_norm = floats(s.width, 0.3f, 1), sinks = floats(s.heads);
   std::int64_t positions = s.past + s.tokens;
   std::vector<float> x = floats(s.batch * s.tokens * s.hidden);
   std::vector<float> keys = floats(s.batch * s.kv_heads * (positions + 3) * s.head_dim);
@@ -201,6 +205,18 @@ class Block : public testing::TestWithParam<Shape> {
     m.norm.weight = norm2.data();
     m.down = down.packed;
     block.parallel = s.parallel;
+    if (s.dressed) {
+      a.norm_last = true;
+      a.sinks = sinks.data();
+      a.mixed_norm = a.norm;
+      a.mixed_norm.kind = NormKind::kRms;
+      a.mixed_norm.weight = mixed_norm.data();
+      a.mixed_norm.bias = nullptr;
+      m.inner_norm = a.mixed_norm;
+      m.inner_norm.weight = inner_norm.data();
+      a.post_norm = m.post_norm = a.norm;
+      m.post_norm.weight = norm2.data();
+    }
 
     call.x = x.data();
     call.batch = s.batch;
@@ -219,11 +235,11 @@ class Block : public testing::TestWithParam<Shape> {
         bool_mask.push_back(seen);
         float_mask.push_back(seen ? 0.5f * normal(random) : -1e9f);
       }
-      call.mask_kind = s.mask;
-      call.mask = s.mask == MaskKind::kBool ? static_cast<const void*>(bool_mask.data())
-                                            : static_cast<const void*>(float_mask.data());
-      call.mask_batch_stride = s.tokens * positions;
-      call.mask_stride = positions;
+      call.mask.kind = s.mask;
+      call.mask.data = s.mask == MaskKind::kBool ? static_cast<const void*>(bool_mask.data())
+                                                 : static_cast<const void*>(float_mask.data());
+      call.mask.batch_stride = s.tokens * positions;
+      call.mask.stride = positions;
     }
   }
 
@@ -240,13 +256,21 @@ class Block : public testing::TestWithParam<Shape> {
             s.head_dim};
   }
 
+  // A head normed and rotated, in the order of the block.
+  Vector placed(const NormSpec& head_norm, Vector head, std::int64_t token) const {
+    if (!block.attention.norm_last) head = norm(head_norm, std::move(head));
+    head = rotated(std::move(head), token);
+    return block.attention.norm_last ? norm(head_norm, std::move(head)) : head;
+  }
+
   Vector rotated(Vector head, std::int64_t token) const {
-    const int half = s.rope.width / 2;
-    for (int p = 0; p < half && s.rope.kind != RopeKind::kNone; ++p) {
-      const bool halves = s.rope.kind == RopeKind::kHalves;
-      const std::size_t i = static_cast<std::size_t>(s.rope.begin + (halves ? p : 2 * p));
+    const RopeSpec& rope = block.attention.rope;
+    const int half = rope.width / 2;
+    for (int p = 0; p < half && rope.kind != RopeKind::kNone; ++p) {
+      const bool halves = rope.kind == RopeKind::kHalves;
+      const std::size_t i = static_cast<std::size_t>(rope.begin + (halves ? p : 2 * p));
       const std::size_t j = i + static_cast<std::size_t>(halves ? half : 1);
-      const std::size_t at = static_cast<std::size_t>(token * s.head_dim + p * s.rope.table_step);
+      const std::size_t at = static_cast<std::size_t>(token * s.head_dim + p * rope.table_step);
       const double a = head[i], b = head[j], c = cos[at], d = sin[at];
       head[i] = a * c - b * d;
       head[j] = b * c + a * d;
@@ -271,16 +295,16 @@ class Block : public testing::TestWithParam<Shape> {
       const Vector pq = q.times(normed), pk = k.times(normed), pv = v.times(normed);
       Vector all;
       for (int h = 0; h < s.heads; ++h) {
-        const Vector head = rotated(
-            norm(block.attention.q_norm, Vector(pq.begin() + h * d, pq.begin() + (h + 1) * d)),
-            t % s.tokens);
+        const Vector head =
+            placed(block.attention.q_norm, Vector(pq.begin() + h * d, pq.begin() + (h + 1) * d),
+                   t % s.tokens);
         all.insert(all.end(), head.begin(), head.end());
       }
       queries.push_back(all);
       for (int h = 0; h < s.kv_heads; ++h) {
-        const Vector head = rotated(
-            norm(block.attention.k_norm, Vector(pk.begin() + h * d, pk.begin() + (h + 1) * d)),
-            t % s.tokens);
+        const Vector head =
+            placed(block.attention.k_norm, Vector(pk.begin() + h * d, pk.begin() + (h + 1) * d),
+                   t % s.tokens);
         for (std::int64_t i = 0; i < d; ++i) {
           const std::int64_t p = s.past + t % s.tokens;
           at(keys, t / s.tokens, h, p)[i] = static_cast<float>(head[static_cast<std::size_t>(i)]);
@@ -311,6 +335,9 @@ class Block : public testing::TestWithParam<Shape> {
           most = std::max(most, score);
         }
         for (double& w : weights) sum += w = std::exp(w - most);
+        if (s.dressed) {
+          sum += std::exp(static_cast<double>(sinks[static_cast<std::size_t>(h)]) - most);
+        }
         for (std::int64_t p = 0; p < positions; ++p) {
           for (std::int64_t i = 0; i < d; ++i) {
             mixed[static_cast<std::size_t>(h * d + i)] +=
@@ -320,16 +347,18 @@ class Block : public testing::TestWithParam<Shape> {
       }
       Vector row(x.begin() + t * s.hidden, x.begin() + (t + 1) * s.hidden);
       const Vector before = row;
-      const Vector update = o.times(mixed);
+      const Vector update = o.times(norm(block.attention.mixed_norm, mixed));
       for (std::size_t i = 0; i < row.size(); ++i) row[i] += 0.7f * update[i];
+      row = norm(block.attention.post_norm, row);
       const Vector normed = norm(block.mlp.norm, s.parallel ? before : row);
       Vector inner = gate.times(normed);
       const Vector other = up.times(normed);
       for (std::size_t i = 0; i < inner.size(); ++i) {
         inner[i] = activation(s.activation, inner[i]) * (s.gated ? other[i] : 1);
       }
-      const Vector last = down.times(inner);
+      const Vector last = down.times(norm(block.mlp.inner_norm, inner));
       for (std::size_t i = 0; i < row.size(); ++i) row[i] += last[i];
+      row = norm(block.mlp.post_norm, row);
       result.insert(result.end(), row.begin(), row.end());
     }
     return result;
@@ -411,8 +440,49 @@ INSTANTIATE_TEST_SUITE_P(
                           false, true, false, Activation::kTanh, 0, MaskKind::kBool},
                     Shape{"many_tokens", 2, 1, 8, 16, 16, 1, 600, 2,
                           RopeSpec{RopeKind::kHalves, 0, 8, 1}, NormKind::kRms, false, false, true,
-                          false, Activation::kSigmoid, 0, MaskKind::kNone}),
+                          false, Activation::kSigmoid, 0, MaskKind::kNone},
+                    Shape{"dressed", 4, 2, 16, 64, 96, 2, 3, 5, kHalf, NormKind::kLayer, true, true,
+                          true, false, Activation::kSilu, 0, MaskKind::kBool, true},
+                    Shape{"dressed_long_cache", 4, 2, 16, 64, 96, 1, 1, 1100, kHalf, NormKind::kRms,
+                          true, false, false, false, Activation::kGelu, 0, MaskKind::kNone, true}),
     name_of);
+
+// A cross attention reads keys and values as they are: what an ordinary attention writes and reads.
+TEST_P(Block, CrossAttentionReadsWhatIsThere) {
+  if (call.causal && s.tokens > 1) GTEST_SKIP() << "a cross attention is never causal";
+  block.attention.rope = {};
+  const Vector want = expected();
+  block.attention.cross = true;
+  std::vector<float> out(x.size());
+  call.out = out.data();
+  const std::vector<float> before = keys;
+  const BlockSpec* const blocks[] = {&block};
+  CacheView cache = view(keys, values);
+  cache.positions = positions;
+  std::swap(call.mask, call.cross_mask);
+  run_blocks(blocks, {&cache, 1}, call);
+  expect_near(out, want);
+  EXPECT_EQ(keys, before);
+}
+
+TEST_P(Block, ColumnsAreTheProjectionsOfTheNorm) {
+  const std::int64_t rows = s.batch * s.tokens;
+  const std::int64_t width = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  std::vector<float> normed(x.size()), projected(static_cast<std::size_t>(rows * width));
+  columns(block, call, normed.data(), projected.data());
+  Vector want_normed, want;
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const Vector row = norm(block.attention.norm,
+                            Vector(x.begin() + t * s.hidden, x.begin() + (t + 1) * s.hidden));
+    want_normed.insert(want_normed.end(), row.begin(), row.end());
+    for (const Weight* weight : {&q, &k, &v}) {
+      const Vector part = weight->times(row);
+      want.insert(want.end(), part.begin(), part.end());
+    }
+  }
+  expect_near(normed, want_normed);
+  expect_near(projected, want);
+}
 
 TEST(Kernels, NothingSeenGivesZeroAndNanStays) {
   const cpu::FusedKernels& kernels = cpu::fused_kernels();

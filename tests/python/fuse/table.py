@@ -12,6 +12,7 @@ import argparse
 import copy
 import multiprocessing
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -53,7 +54,7 @@ def examine(case) -> dict:
     ipex_llm.optimize_model(plain, optimize_llm=False)
     ipex_llm.optimize_model(fused)
     report = ipex_llm.optimization_report(fused)
-    parts = {part for e in report.fused for part in e["fused"].split(" and ")}
+    parts = {part for e in report.fused for part in re.split(", | and ", e["fused"])}
     row["fused"] = " and ".join(sorted(parts))
     row["n"] = len(report.fused)
     row["left"] = report.reason or _reasons(report)

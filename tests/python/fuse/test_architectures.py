@@ -1,0 +1,42 @@
+"""Fused against unfused on tiny models of transformers' architectures, one per kind of structure.
+
+All of them: `python tests/python/fuse/table.py`, which writes docs/fusion-models.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import table
+
+from zoo import builders
+
+BOTH = "MLP and attention"
+# What each stands for: the parts that must be fused.
+SAMPLE = {
+    "gpt-sw3": BOTH,  # fused q, k, v in a transposed matrix
+    "opt": BOTH,  # queries multiplied before the attention
+    "bloom": BOTH,  # ALiBi as an argument, attention written out, weights returned
+    "bert": BOTH,  # norms after the sums
+    "cohere": BOTH,  # halves side by side
+    "gemma2": BOTH,  # softcap, norms before and after each half
+    "gpt_oss": "attention",  # sinks
+    "hunyuan_v1_dense": BOTH,  # norms of queries and keys after the rotation
+    "olmo2": BOTH,  # norms over all heads
+    "bitnet": BOTH,  # norms inside the halves
+    "deepseek_v3": "MLP",  # latent attention
+    "mamba": "",  # no part that is known
+}
+
+
+def case_of(name: str):
+    return next(c for c in builders.cases(("causal_lm",)) if c.model_type == name)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_logits_and_tokens_are_those_of_the_unfused_model(name):
+    row = table.examine(case_of(name))
+    assert row["status"] == "ok", row
+    assert row["fused"] == SAMPLE[name], row["left"]
