@@ -239,6 +239,8 @@ def _decide(group, options: Options, skip: _SkipList, uses: usage.Uses) -> Entry
     elif type(parameter) not in (nn.Parameter, torch.Tensor, nn.Buffer):
         # DTensor, FlatParameter, other packages' quantized tensors: their bytes are not ours.
         entry.reason = f"is a {type(parameter).__name__}, whose storage another library manages"
+    elif parameter.layout != torch.strided:
+        entry.reason = f"stored as {str(parameter.layout).removeprefix('torch.')}, not densely"
     elif parameter.numel() == 0:
         entry.reason = "has no elements"
     elif parameter.dim() < 2:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipex_llm import LowBitTensor, ops, optimize_model
+from ipex_llm import LowBitTensor, ops, optimize_model, plan
 from references import assert_close, dequantized, exact
 
 
@@ -646,8 +646,6 @@ class WritingLinear(nn.Linear):
     ],
 )
 def test_uses_that_need_floats_are_found(make, name, reason):
-    from ipex_llm import plan
-
     torch.manual_seed(0)
     module = make()
     entry = next(e for e in plan(module) if e.name == name)
@@ -669,12 +667,24 @@ def test_a_parameter_without_source_stays_float():
         "        return x @ self.w\n",
         namespace,
     )
-    from ipex_llm import plan
-
     made = namespace["Made"]()
     (entry,) = plan(made)
     assert entry.low_bit is None
     assert entry.reason == "the source of Made.forward is not available"
+
+
+@pytest.mark.parametrize("layout", ["sparse", "sparse_csr", "mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_weights_that_are_not_stored_densely_stay(layout):
+    layer = nn.Linear(48, 32, bias=False)
+    weight = getattr(layer.weight.detach(), f"to_{layout}")()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    model = nn.Sequential(layer, nn.Linear(32, 16))
+    optimize_model(model)
+    assert layer.weight.layout == weight.layout
+    assert isinstance(model[1].weight, LowBitTensor)
+    (entry,) = (e for e in plan(model) if e.name == "0.weight")
+    assert "not densely" in entry.reason
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ _SMALL = {
         decoder_hidden_dim vision_embed_dim output_dim proj_dim d_embed audio_hidden_size
         cross_attention_hidden_size tokenizer_hidden_size qformer_hidden_size width
         text_embed_dim out_hidden_size lru_width entity_emb_size dim_model rnn_hidden_size
-        hidden_size_per_layer_input emb_dim""",
+        hidden_size_per_layer_input emb_dim adapter_in_dim adapter_out_dim""",
     96: """intermediate_size ffn_dim n_inner d_ff encoder_ffn_dim decoder_ffn_dim dim_ff
         ffn_hidden_size dim_feedforward shared_expert_intermediate_size mlp_dim d_inner
         shared_intermediate_size intermediate_size_mlp moe_shared_expert_intermediate_size
@@ -29,7 +29,7 @@ _SMALL = {
         dense_intermediate_size prefix_dense_intermediate_size""",
     48: "moe_intermediate_size expert_ffn_hidden_size expert_intermediate_size",
     2: """num_hidden_layers n_layer num_layers encoder_layers decoder_layers n_layers
-        num_encoder_layers num_decoder_layers num_experts_per_tok num_experts_per_token top_k
+        num_encoder_layers num_decoder_layers num_experts_per_tok num_experts_per_token top_k top_k_experts
         moe_topk moe_top_k moe_k num_decoder_blocks num_encoder_blocks_layers num_blocks_per_stage
         depth num_key_value_heads num_kv_heads n_head_kv multi_query_group_num
         num_global_key_value_heads attention_num_key_value_heads num_selected_experts n_activated
@@ -135,13 +135,16 @@ OVERRIDES = {
     "kyutai_speech_to_text": {"vocab_size": 99, "pad_token_id": 3, "audio_pad_token_id": 98},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "mimi": {"upsample_groups": 64},
+    "kosmos-2": {"latent_query_num": 4},
+    "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "seggpt": {"image_size": [64, 32]},
     "tvp": {"max_img_size": 64, "num_frames": 2},
     "cohere_compass_text": {
         "layer_types": ["full_attention"] * 2,
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     },
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "dots3_note": {"vision_config": {"hidden_size": 64}},
     "beit": {"out_indices": [3, 5, 7, 11]},
     "t5gemma": {"is_encoder_decoder": True},
@@ -339,8 +342,9 @@ def small_config(config_class, overrides: dict | None = None, degree: str = "sma
             continue
         nested = _nested_class(usual, spec)
         if nested is not None:
-            given = {**spec.init_kwargs, **overrides.pop(name, {})}
-            given = {**given, **OVERRIDES.get(getattr(nested, "model_type", ""), {}), **given}
+            given = {k: v for k, v in spec.init_kwargs.items() if k not in wanted}
+            given.update(OVERRIDES.get(getattr(nested, "model_type", ""), {}))
+            given.update(overrides.pop(name, {}))
             try:
                 values[name] = small_config(nested, given, degree)
             except Exception:

@@ -17,8 +17,8 @@ from torch import nn
 _COMPANIONS = """bbox visual_feats visual_pos input_features_mask qformer_input_ids actions rewards
     returns_to_go timesteps past_time_features past_observed_mask future_values
     future_time_features audio_mel_mask prompt_depth target_sizes merge_sizes
-    conditioning_encoder_inputs_embeds_ image_embeds_position_mask pixel_position_ids task_inputs
-    spatial_shapes noise timestep image_sizes_""".split()
+    image_embeds_position_mask pixel_position_ids task_inputs
+    spatial_shapes noise timestep image_attention_mask moe_mm_token_type_ids""".split()
 # Arguments that one model wants and another cannot take: tried when the plain candidates fail.
 _OPTIONAL = ("decoder_input_ids", "pixel_attention_mask", "attention_mask", "padding_mask")
 
@@ -168,7 +168,7 @@ class Makers:
                 mels.append(_number(config, name))
         mels = dict.fromkeys([m for m in mels if m] + [8, 80, 128])
         for m in mels:
-            for shape in ((2, m, 256), (2, 64, m), (2, 64, 2 * m), (2, m, 64)):
+            for shape in ((2, m, 256), (2, 64, m), (2, 64, 2 * m), (2, m, 64), (2, 64, 4 * m)):
                 yield self.normal(*shape)
             yield self.normal(1, 1, 256, m)
         yield self.normal(1, next(iter(mels)), 3000)
@@ -193,6 +193,12 @@ class Makers:
         return torch.ones_like(self._ids_of(arguments))
 
     padding_mask = attention_mask
+
+    moe_mm_token_type_ids = token_type_ids
+
+    def image_attention_mask(self, arguments):
+        images = arguments["pixel_values"].shape[1] if "pixel_values" in arguments else 1
+        return torch.ones(*self._ids_of(arguments).shape, images, dtype=torch.long)
 
     def bbox(self, arguments):
         corner = torch.arange(10)[None, :, None].expand(_batch(arguments), 10, 4).clone()
