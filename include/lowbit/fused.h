@@ -129,8 +129,40 @@ struct BlockSpec {
   bool parallel = false;  // the MLP half reads x instead of h
 };
 
+// What keys and values are kept as. The numbers are part of the operators' schemas.
+enum class CacheFormat : std::uint8_t {
+  kFloat = 0,  // a float type
+  kInt8 = 1,   // codes -127 ... 127
+  kFp8 = 2,    // e4m3
+};
+inline constexpr int kCacheFormatCount = 3;
+enum class CachePart : std::uint8_t { kKeys = 0, kValues = 1 };
+
+// Quantized keys (or values) of one head: blocks of 64 positions, each of cache_block_bytes().
+// value = code * scale; a scale belongs to 32 channels of one position and is a bfloat16, rounded
+// up from absmax / 127 (fp8: 448). D is the head size rounded up to 16, with codes of zeros.
+//
+//   keys     D / 4 quads of channels    x 64 positions x 4 channels     one byte each
+//   values   16 quads of positions      x D channels   x 4 positions    one byte each
+//   scales   ceil(head size / 32)       x 64 positions                  two bytes each
+//
+// so that byte products (vpdpbusd) take both as they lie: the scores of 16 positions from 4
+// channels, and 16 channels of the result from 4 positions. int8 keys are stored as code + 128.
+inline constexpr int kCacheBlock = 64;
+inline constexpr int kCacheGroup = 32;
+constexpr std::int64_t cache_padded(std::int64_t head_dim) {
+  return (head_dim + 15) / 16 * 16;
+}
+constexpr std::int64_t cache_groups(std::int64_t head_dim) {
+  return (head_dim + kCacheGroup - 1) / kCacheGroup;
+}
+constexpr std::int64_t cache_block_bytes(std::int64_t head_dim) {
+  return kCacheBlock * (cache_padded(head_dim) + 2 * cache_groups(head_dim));
+}
+
 // Keys and values of one block: element (b, h, p, i) at b * batch_stride + h * head_stride +
-// p * stride + i.
+// p * stride + i. Quantized, the blocks of a head lie one after the other from byte b *
+// batch_stride + h * head_stride on, and `stride` is not used.
 struct CacheView {
   void* keys = nullptr;
   void* values = nullptr;
@@ -138,6 +170,7 @@ struct CacheView {
   std::int64_t key_batch_stride = 0, key_head_stride = 0, key_stride = 0;
   std::int64_t value_batch_stride = 0, value_head_stride = 0, value_stride = 0;
   std::int64_t positions = 0;  // of a cross attention; otherwise past + tokens count
+  CacheFormat format = CacheFormat::kFloat;
 };
 
 // Element (b, h, t, p) at b * batch_stride + h * head_stride + t * stride + p.
@@ -186,5 +219,25 @@ void columns(const BlockSpec& block, const BlockCall& call, void* normed, void* 
 // The rest of the block: q as project() made it, keys and values of `positions` positions.
 void attend(const BlockSpec& block, const BlockCall& call, const void* q, const CacheView& cache,
             std::int64_t positions, const Threads& threads = serial_threads());
+
+// Quantized keys or values of a cache that belong to a batch of heads, one after the other: the
+// blocks of head i start at blocks + i * stride bytes.
+struct CachedHeads {
+  std::byte* blocks = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t heads = 0;  // of all batch rows
+  std::int64_t head_dim = 0;
+  CacheFormat format = CacheFormat::kInt8;
+  CachePart part = CachePart::kKeys;
+};
+
+// Quantizes x [heads, tokens, head_dim] to the positions from `past` on, as run_blocks() does with
+// its keys and values.
+void cache_append(const CachedHeads& cache, std::int64_t past, std::int64_t tokens, const void* x,
+                  DType dtype, const Threads& threads = serial_threads());
+
+// Dequantizes positions [0, positions) to out [heads, positions, head_dim].
+void cache_read(const CachedHeads& cache, std::int64_t positions, void* out, DType dtype,
+                const Threads& threads = serial_threads());
 
 }  // namespace lowbit

@@ -3,6 +3,7 @@
 // Everything computes in float32; sums run in an order that depends on shapes alone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "lowbit/fused.h"
@@ -14,11 +15,12 @@ namespace lowbit::cpu {
 struct AttendRows {
   const float* q;  // [rows, d], already multiplied by the softmax scale
   int rows, d;
-  const void* keys;  // position p starts at element p * key_stride
+  const void* keys;  // position p starts at element p * key_stride; quantized: the first block
   const void* values;
   DType dtype;  // of keys and values
+  CacheFormat format;
   std::int64_t key_stride, value_stride;
-  std::int64_t begin, end;
+  std::int64_t begin, end;     // begin is a multiple of kCacheBlock
   const std::int64_t* limits;  // [rows]: positions >= limit are not seen; nullptr: all are
   const void* const* masks;    // [rows]: element p belongs to position p; nullptr: no mask
   MaskKind mask_kind;
@@ -44,6 +46,13 @@ struct FusedKernels {
   void (*rotate)(const RopeSpec& rope, const float* cos, const float* sin, float* head);
   std::int64_t (*attend_scratch)(int rows, int d);
   void (*attend)(const AttendRows& args);
+  // Quantizes one head of d floats to position `slot` of a block, and the first `count` positions
+  // of a block back to [count, d] floats with cache_get_scratch(d) floats of working memory.
+  void (*cache_put)(const float* x, int d, CacheFormat format, CachePart part, int slot,
+                    std::byte* block);
+  void (*cache_get)(const std::byte* block, int d, CacheFormat format, CachePart part, int count,
+                    float* to, float* scratch);
+  std::int64_t (*cache_get_scratch)(int d);
 };
 
 const FusedKernels& fused_kernels_scalar();

@@ -14,6 +14,7 @@
 
 #include "cpu/fused_kernels.h"
 #include "cpu/linear_driver.h"
+#include "fused/team.h"
 #include "lowbit/error.h"
 
 namespace lowbit {
@@ -34,6 +35,10 @@ constexpr std::int64_t kTaskPositions = 512;
 // Below about this many row-position pairs times head size, waking the pool costs more than the
 // attention of the whole block.
 constexpr std::int64_t kSerialWork = 1 << 17;
+
+// Up to this many tokens the parts of a call are so short that its threads wait for each other
+// spinning (team.h).
+constexpr std::int64_t kTeamTokens = 16;
 
 std::int64_t columns_of(const std::vector<PackedMatrix>& matrices) {
   std::int64_t columns = 0;
@@ -99,15 +104,51 @@ const float* head_of(const HeadMap& map, const float* row, int group, int index)
   return row + map.offset + group * map.group_stride + index * map.head_stride;
 }
 
+// Where token t of head h goes.
 struct HeadTarget {
   char* data;
   DType dtype;
   std::int64_t batch_stride, head_stride, stride;  // elements
-  char* at(std::int64_t b, std::int64_t h, std::int64_t t) const {
-    return data + (b * batch_stride + h * head_stride + t * stride) *
-                      static_cast<std::int64_t>(dtype_bytes(dtype));
+  CacheFormat format = CacheFormat::kFloat;
+  CachePart part = CachePart::kKeys;
+  std::int64_t past = 0;
+
+  void store(const FusedKernels& kernels, const float* head, int d, std::int64_t b, std::int64_t h,
+             std::int64_t t) const {
+    const std::int64_t start = b * batch_stride + h * head_stride;
+    if (format == CacheFormat::kFloat) {
+      const auto element = static_cast<std::int64_t>(dtype_bytes(dtype));
+      kernels.store(head, dtype, d, data + (start + (past + t) * stride) * element);
+      return;
+    }
+    const std::int64_t position = past + t;
+    kernels.cache_put(
+        head, d, format, part, static_cast<int>(position % kCacheBlock),
+        reinterpret_cast<std::byte*>(data) + start + position / kCacheBlock * cache_block_bytes(d));
   }
 };
+
+HeadTarget key_target(const CacheView& cache, std::int64_t past) {
+  return {static_cast<char*>(cache.keys),
+          cache.dtype,
+          cache.key_batch_stride,
+          cache.key_head_stride,
+          cache.key_stride,
+          cache.format,
+          CachePart::kKeys,
+          past};
+}
+
+HeadTarget value_target(const CacheView& cache, std::int64_t past) {
+  return {static_cast<char*>(cache.values),
+          cache.dtype,
+          cache.value_batch_stride,
+          cache.value_head_stride,
+          cache.value_stride,
+          cache.format,
+          CachePart::kValues,
+          past};
+}
 
 // Norms, projects and rotates tokens [begin, end) and writes queries (scaled by `q_scale`), keys
 // and values where they go.
@@ -161,7 +202,7 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
         if (scale != 1) {
           for (int i = 0; i < d; ++i) head[i] *= scale;
         }
-        kernels.store(head, target.dtype, d, target.at(b, h, s));
+        target.store(kernels, head, d, b, h, s);
       }
     };
     const bool rotated = spec.rope.kind != RopeKind::kNone;
@@ -190,7 +231,8 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
   const int d = spec.head_dim;
   const int group = spec.heads / spec.kv_heads;
   const std::int64_t width = std::int64_t{spec.heads} * d;
-  const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
+  const std::int64_t element =
+      cache.format == CacheFormat::kFloat ? static_cast<std::int64_t>(dtype_bytes(cache.dtype)) : 1;
 
   // A task is one key/value head, a run of tokens of one batch row, and a range of positions.
   const std::int64_t run = std::max(1, kTaskRows / group);
@@ -283,6 +325,7 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
     args.values = static_cast<const char*>(cache.values) +
                   (b * cache.value_batch_stride + kv * cache.value_head_stride) * element;
     args.dtype = cache.dtype;
+    args.format = cache.format;
     args.key_stride = cache.key_stride;
     args.value_stride = cache.value_stride;
     args.begin = split * kTaskPositions;
@@ -460,12 +503,9 @@ std::int64_t chunk_of(std::int64_t rows) {
   return std::min(rows, kChunkTokens);
 }
 
-}  // namespace
-
-void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheView> caches,
-                const BlockCall& call, const Threads& threads) {
+void run_all(std::span<const BlockSpec* const> blocks, std::span<const CacheView> caches,
+             const BlockCall& call, const Threads& threads) {
   const std::int64_t rows = call.batch * call.tokens, hidden = call.hidden;
-  if (rows == 0) return;
   const Work work{cpu::fused_kernels(), call, threads, rows};
   const std::int64_t chunk = chunk_of(rows);
 
@@ -490,19 +530,12 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
     if (a.heads > 0) {
       require(i < caches.size(), "every attention half needs a cache");
       cache = caches[i];
-      const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(cache.dtype));
       const HeadTarget q_target{reinterpret_cast<char*>(q), DType::kFloat32,
                                 call.tokens * a.heads * a.head_dim, a.head_dim,
                                 std::int64_t{a.heads} * a.head_dim};
-      const HeadTarget k_target{
-          static_cast<char*>(cache.keys) + call.past * cache.key_stride * element, cache.dtype,
-          cache.key_batch_stride, cache.key_head_stride, cache.key_stride};
-      const HeadTarget v_target{
-          static_cast<char*>(cache.values) + call.past * cache.value_stride * element, cache.dtype,
-          cache.value_batch_stride, cache.value_head_stride, cache.value_stride};
       for (std::int64_t begin = 0; begin < rows; begin += chunk) {
-        project_chunk(work, a, x, begin, std::min(rows, begin + chunk), a.scale, q_target, k_target,
-                      v_target, memory);
+        project_chunk(work, a, x, begin, std::min(rows, begin + chunk), a.scale, q_target,
+                      key_target(cache, call.past), value_target(cache, call.past), memory);
       }
     }
     const std::int64_t positions = a.cross ? cache.positions : call.past + call.tokens;
@@ -512,6 +545,19 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
     }
   }
   work.kernels.store(x, call.dtype, rows * hidden, call.out);
+}
+
+}  // namespace
+
+void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheView> caches,
+                const BlockCall& call, const Threads& threads) {
+  const std::int64_t rows = call.batch * call.tokens;
+  if (rows == 0) return;
+  if (rows > kTeamTokens) {
+    run_all(blocks, caches, call, threads);
+    return;
+  }
+  with_team(threads, [&](const Threads& team) { run_all(blocks, caches, call, team); });
 }
 
 void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, void* v,
@@ -589,6 +635,47 @@ void attend(const BlockSpec& block, const BlockCall& call, const void* q, const 
                  memory);
   }
   work.kernels.store(x, call.dtype, rows * hidden, call.out);
+}
+
+void cache_append(const CachedHeads& cache, std::int64_t past, std::int64_t tokens, const void* x,
+                  DType dtype, const Threads& threads) {
+  const FusedKernels& kernels = cpu::fused_kernels();
+  const std::int64_t d = cache.head_dim, element = static_cast<std::int64_t>(dtype_bytes(dtype));
+  const HeadTarget target{reinterpret_cast<char*>(cache.blocks),
+                          dtype,
+                          0,
+                          cache.stride,
+                          0,
+                          cache.format,
+                          cache.part,
+                          past};
+  threads.run(cache.heads, [&](std::int64_t head) {
+    std::vector<float> row(static_cast<std::size_t>(d));
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      kernels.load(static_cast<const char*>(x) + (head * tokens + t) * d * element, dtype, d,
+                   row.data());
+      target.store(kernels, row.data(), static_cast<int>(d), 0, head, t);
+    }
+  });
+}
+
+void cache_read(const CachedHeads& cache, std::int64_t positions, void* out, DType dtype,
+                const Threads& threads) {
+  const FusedKernels& kernels = cpu::fused_kernels();
+  const int d = static_cast<int>(cache.head_dim);
+  const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(dtype));
+  threads.run(cache.heads, [&](std::int64_t head) {
+    std::vector<float> rows(static_cast<std::size_t>(kCacheBlock * d));
+    std::vector<float> scratch(static_cast<std::size_t>(kernels.cache_get_scratch(d)));
+    for (std::int64_t p = 0; p < positions; p += kCacheBlock) {
+      const std::int64_t count = std::min<std::int64_t>(kCacheBlock, positions - p);
+      kernels.cache_get(cache.blocks + head * cache.stride + p / kCacheBlock * cache_block_bytes(d),
+                        d, cache.format, cache.part, static_cast<int>(count), rows.data(),
+                        scratch.data());
+      kernels.store(rows.data(), dtype, count * d,
+                    static_cast<char*>(out) + (head * positions + p) * d * element);
+    }
+  });
 }
 
 }  // namespace lowbit

@@ -493,6 +493,19 @@ void product_rows(int rows, const float* a, std::int64_t a_stride, const B& b, i
   }
 }
 
+std::int64_t round_to_lanes(std::int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+}  // namespace
+}  // namespace lowbit::cpu
+
+#include "cpu/generic/fused_cache.h"
+#include "cpu/generic/fused_int8.h"
+
+namespace lowbit::cpu {
+namespace {
+
 // acc[rows][d] += p[rows][count] * values. d is a multiple of kLanes.
 template <DType kType>
 void add_values(int rows, const float* p, const void* values, std::int64_t stride, int count, int d,
@@ -512,16 +525,15 @@ void add_values(int rows, const float* p, const void* values, std::int64_t strid
   }
 }
 
-std::int64_t round_to_lanes(std::int64_t n) {
-  return (n + kLanes - 1) / kLanes * kLanes;
-}
-
-// Transposed keys, scores, and for a head size that is no multiple of the vectors padded values and
-// accumulators.
+// Transposed keys, scores, padded values and accumulators (where the head size is no multiple of
+// the vectors, or the cache is quantized), and what byte products need.
 std::int64_t attend_scratch(int rows, int d) {
-  const std::int64_t padded = round_to_lanes(d);
+  const std::int64_t padded = cache_padded(d);
   std::int64_t floats = std::int64_t{kPositions} * d + std::int64_t{rows} * kPositions;
-  if (padded != d) floats += (kPositions + rows) * padded;
+  floats += (kPositions + rows) * padded;
+#if defined(LOWBIT_ATTEND_INT8)
+  floats += Int8Work::floats(rows, d);
+#endif
   return floats;
 }
 
@@ -543,25 +555,49 @@ LOWBIT_INLINE float mask_value(MaskKind kind, const void* mask, std::int64_t p) 
 
 void attend(const AttendRows& args) {
   const int rows = args.rows, d = args.d;
-  const std::int64_t padded = round_to_lanes(d);
+  const bool cached = args.format != CacheFormat::kFloat;
+  // Quantized channels are stored up to a multiple of 16, whatever the vectors.
+  const std::int64_t padded = cached ? cache_padded(d) : round_to_lanes(d);
   const bool pad = padded != d;
   float* transposed = args.scratch;
   float* scores = transposed + std::int64_t{kPositions} * d;
   float* padded_values = scores + std::int64_t{rows} * kPositions;
-  float* acc = pad ? padded_values + kPositions * padded : args.acc;
+  float* padded_acc = padded_values + kPositions * padded;
+  float* acc = pad ? padded_acc : args.acc;
+#if defined(LOWBIT_ATTEND_INT8)
+  const bool bytewise = args.format == CacheFormat::kInt8;
+  const Int8Work work(rows, d, padded_acc + rows * padded);
+  if (bytewise) prepare_queries(args.q, rows, work);
+#else
+  constexpr bool bytewise = false;
+#endif
   for (std::int64_t i = 0; i < rows * padded; ++i) acc[i] = 0;
   for (int r = 0; r < rows; ++r) {
     args.max[r] = -INFINITY;
     args.sum[r] = 0;
   }
   const std::int64_t bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+  const std::int64_t block_bytes = cache_block_bytes(d);
   for (std::int64_t first = args.begin; first < args.end; first += kPositions) {
     const int count =
         static_cast<int>(args.end - first < kPositions ? args.end - first : kPositions);
-    with_dtype(args.dtype, [&](auto type) {
-      transpose_keys<type()>(args.keys, args.key_stride, first, count, d, transposed);
-    });
-    for (int column = 0; column < kPositions; column += kColumns * kLanes) {
+    const std::byte* key_block =
+        static_cast<const std::byte*>(args.keys) + first / kPositions * block_bytes;
+    const std::byte* value_block =
+        static_cast<const std::byte*>(args.values) + first / kPositions * block_bytes;
+#if defined(LOWBIT_ATTEND_INT8)
+    if (bytewise) score_keys(rows, key_block, work, scores);
+#endif
+    if (args.format == CacheFormat::kFloat) {
+      with_dtype(args.dtype, [&](auto type) {
+        transpose_keys<type()>(args.keys, args.key_stride, first, count, d, transposed);
+      });
+    } else if (args.format == CacheFormat::kFp8) {
+      keys_to_columns<CacheFormat::kFp8>(key_block, d, transposed);
+    } else if (!bytewise) {
+      keys_to_columns<CacheFormat::kInt8>(key_block, d, transposed);
+    }
+    for (int column = 0; column < kPositions && !bytewise; column += kColumns * kLanes) {
       const auto b = [&](int i, int v) __attribute__((always_inline)) {
         return load(transposed + i * kPositions + column + v * kLanes);
       };
@@ -615,8 +651,20 @@ void attend(const AttendRows& args) {
       }
       args.sum[r] += sum_of(total);
     }
+#if defined(LOWBIT_ATTEND_INT8)
+    if (bytewise) {
+      add_cached(rows, scores, value_block, count, work, acc, padded);
+      continue;
+    }
+#endif
     const char* values = static_cast<const char*>(args.values) + first * args.value_stride * bytes;
-    if (pad) {
+    if (cached) {
+      args.format == CacheFormat::kInt8
+          ? values_to_rows<CacheFormat::kInt8>(value_block, d, count, padded, padded_values)
+          : values_to_rows<CacheFormat::kFp8>(value_block, d, count, padded, padded_values);
+      add_values<DType::kFloat32>(rows, scores, padded_values, padded, count,
+                                  static_cast<int>(padded), acc);
+    } else if (pad) {
       for (int p = 0; p < count; ++p) {
         float* to = padded_values + p * padded;
         load_floats(values + p * args.value_stride * bytes, args.dtype, d, to);
@@ -639,8 +687,8 @@ void attend(const AttendRows& args) {
 }
 
 constexpr FusedKernels kernels_named(const char* name) {
-  return {name,     load_floats, store_floats,   norm,  add_scaled,
-          activate, rotate,      attend_scratch, attend};
+  return {name,   load_floats,    store_floats, norm,      add_scaled, activate,
+          rotate, attend_scratch, attend,       cache_put, cache_get,  cache_get_scratch};
 }
 
 }  // namespace

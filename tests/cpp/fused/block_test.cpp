@@ -417,6 +417,104 @@ TEST_P(Block, TwoPartsMakeTheWhole) {
   expect_near(out, want);
 }
 
+// Blocks of a quantized cache with room for everything, filled with rubbish.
+struct Packed {
+  CachedHeads heads;
+  std::vector<std::byte> memory;
+
+  Packed(std::int64_t count, std::int64_t positions, std::int64_t d, CacheFormat format,
+         CachePart part) {
+    const std::int64_t blocks = (positions + kCacheBlock - 1) / kCacheBlock;
+    heads.stride = blocks * cache_block_bytes(d);
+    memory.assign(static_cast<std::size_t>(count * heads.stride), std::byte{0xff});
+    heads.blocks = memory.data();
+    heads.heads = count;
+    heads.head_dim = d;
+    heads.format = format;
+    heads.part = part;
+  }
+  Packed(const Packed&) = delete;
+
+  std::vector<float> read(std::int64_t positions) const {
+    std::vector<float> out(static_cast<std::size_t>(heads.heads * positions * heads.head_dim));
+    cache_read(heads, positions, out.data(), DType::kFloat32);
+    return out;
+  }
+};
+
+// docs/numerics.md, Quantized keys and values: half a step of int8; 2^-4 of the value or half the
+// smallest step of e4m3. Plus what is left of the products' own error.
+void expect_quantized(const std::vector<float>& have, const std::vector<float>& want,
+                      std::int64_t d, CacheFormat format) {
+  ASSERT_EQ(have.size(), want.size());
+  float size = 0;
+  for (float w : want) size = std::max(size, std::fabs(w));
+  const auto n = static_cast<std::int64_t>(want.size());
+  for (std::int64_t row = 0; row < n; row += d) {
+    for (std::int64_t g = row; g < row + d; g += kCacheGroup) {
+      float absmax = 0;
+      const std::int64_t end = std::min(row + d, g + kCacheGroup);
+      for (std::int64_t i = g; i < end; ++i) {
+        absmax = std::max(absmax, std::fabs(want[static_cast<std::size_t>(i)]));
+      }
+      for (std::int64_t i = g; i < end; ++i) {
+        const float w = want[static_cast<std::size_t>(i)];
+        const float step = 1.0f + 0x1p-7f;
+        const float bound = format == CacheFormat::kInt8
+                                ? absmax / 254 * step
+                                : std::max(std::fabs(w) * 0x1p-4f, absmax / 448 * 0x1p-10f * step);
+        ASSERT_NEAR(have[static_cast<std::size_t>(i)], w, bound * 1.01f + 3e-4f * size);
+      }
+    }
+  }
+}
+
+TEST_P(Block, QuantizedCachesHoldTheBoundAndAreReadAsTheyAre) {
+  const std::int64_t d = s.head_dim, heads = s.batch * s.kv_heads, rows = s.batch * s.tokens;
+  const auto part_of = [&](const std::vector<float>& all, std::int64_t stride, std::int64_t count) {
+    std::vector<float> part;
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const auto begin = all.begin() + h * stride * d;
+      part.insert(part.end(), begin, begin + count * d);
+    }
+    return part;
+  };
+  const std::vector<float> old_keys = part_of(keys, positions + 3, s.past);
+  const std::vector<float> old_values = part_of(values, positions + 3, s.past);
+  expected();  // fills in the new ones
+  for (const CacheFormat format : {CacheFormat::kInt8, CacheFormat::kFp8}) {
+    Packed k_packed(heads, positions, d, format, CachePart::kKeys);
+    Packed v_packed(heads, positions, d, format, CachePart::kValues);
+    cache_append(k_packed.heads, 0, s.past, old_keys.data(), DType::kFloat32);
+    cache_append(v_packed.heads, 0, s.past, old_values.data(), DType::kFloat32, Threaded());
+    CacheView cache;
+    cache.keys = k_packed.memory.data();
+    cache.values = v_packed.memory.data();
+    cache.format = format;
+    cache.key_head_stride = cache.value_head_stride = k_packed.heads.stride;
+    cache.key_batch_stride = cache.value_batch_stride = s.kv_heads * k_packed.heads.stride;
+    std::vector<float> out(x.size());
+    call.out = out.data();
+    const BlockSpec* const blocks[] = {&block};
+    run_blocks(blocks, {&cache, 1}, call, Threaded());
+
+    std::vector<float> k_read = k_packed.read(positions), v_read = v_packed.read(positions);
+    expect_quantized(k_read, part_of(keys, positions + 3, positions), d, format);
+    expect_quantized(v_read, part_of(values, positions + 3, positions), d, format);
+
+    // The same attention over what was read.
+    std::vector<float> q_new(static_cast<std::size_t>(rows * s.heads * d));
+    std::vector<float> k_new(static_cast<std::size_t>(rows * s.kv_heads * d)), v_new(k_new.size());
+    project(block, call, q_new.data(), k_new.data(), v_new.data());
+    const std::int64_t head = positions * d, row = s.kv_heads * head;
+    std::vector<float> want(x.size());
+    call.out = want.data();
+    attend(block, call, q_new.data(),
+           {k_read.data(), v_read.data(), DType::kFloat32, row, head, d, row, head, d}, positions);
+    expect_near(out, Vector(want.begin(), want.end()));
+  }
+}
+
 constexpr RopeSpec kHalf{RopeKind::kHalves, 0, 16, 1};
 INSTANTIATE_TEST_SUITE_P(
     Shapes, Block,
@@ -538,6 +636,72 @@ TEST(Kernels, StoresRoundToNearestAndKeepNan) {
                                                         : 0x1p-8f;
           EXPECT_LE(std::fabs(back[i] - from[i]), unit * std::fabs(from[i]) + 0x1p-25f);
         }
+      }
+    }
+  }
+}
+
+// The layout that lowbit/fused.h draws, byte by byte.
+TEST(QuantizedCache, BytesLieWhereTheyAreDrawn) {
+  constexpr int d = 20;
+  ASSERT_EQ(cache_block_bytes(d), 64 * (32 + 2));
+  std::vector<float> x(2 * d);
+  for (int i = 0; i < d; ++i) x[static_cast<std::size_t>(d + i)] = static_cast<float>(i - 8) * 8;
+  x[2 * d - 1] = 127;
+  for (const CachePart part : {CachePart::kKeys, CachePart::kValues}) {
+    Packed packed(1, 64, d, CacheFormat::kInt8, part);
+    cache_append(packed.heads, 5, 2, x.data(), DType::kFloat32);
+    for (int i = 0; i < 32; ++i) {
+      const int code = i >= d ? 0 : i == d - 1 ? 127 : (i - 8) * 8;
+      const int at =
+          part == CachePart::kKeys ? (i / 4 * 64 + 6) * 4 + i % 4 : (6 / 4 * 32 + i) * 4 + 6 % 4;
+      const auto byte = static_cast<std::uint8_t>(part == CachePart::kKeys ? code + 128 : code);
+      EXPECT_EQ(static_cast<std::uint8_t>(packed.memory[static_cast<std::size_t>(at)]), byte) << i;
+    }
+    std::uint16_t scales[2];
+    std::memcpy(scales, packed.memory.data() + 64 * 32 + 5 * 2, 4);
+    EXPECT_EQ(scales[0], 0);       // a head of zeros
+    EXPECT_EQ(scales[1], 0x3f80);  // 127 / 127
+  }
+}
+
+TEST(QuantizedCache, EveryFp8ValueComesBackAndTheRestIsRoundedToTheNearest) {
+  std::vector<float> values;
+  for (int code = 0; code < 127; ++code) {
+    const int exponent = code >> 3, mantissa = code & 7;
+    values.push_back(exponent == 0
+                         ? std::ldexp(static_cast<float>(mantissa), -9)
+                         : std::ldexp(1.0f + static_cast<float>(mantissa) / 8, exponent - 7));
+  }
+  const auto through = [](float value) {
+    Packed packed(1, 1, 4, CacheFormat::kFp8, CachePart::kValues);
+    const float row[4] = {448, value, -value, 0};
+    cache_append(packed.heads, 0, 1, row, DType::kFloat32);
+    const std::vector<float> read = packed.read(1);
+    EXPECT_EQ(read[0], 448);
+    EXPECT_EQ(read[1], -read[2]);
+    return read[1];
+  };
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    EXPECT_EQ(through(values[i]), values[i]);
+    if (i + 1 == values.size()) continue;
+    const float middle = (values[i] + values[i + 1]) / 2;
+    EXPECT_EQ(through(middle), values[i + i % 2]) << "ties to even";
+    EXPECT_EQ(through(std::nextafter(middle, 0.0f)), values[i]);
+    EXPECT_EQ(through(std::nextafter(middle, 999.0f)), values[i + 1]);
+  }
+}
+
+TEST(QuantizedCache, WhatIsNotFiniteStaysInItsGroup) {
+  for (const float bad : {NAN, INFINITY, -INFINITY}) {
+    for (const CacheFormat format : {CacheFormat::kInt8, CacheFormat::kFp8}) {
+      Packed packed(1, 2, 40, format, CachePart::kKeys);
+      std::vector<float> x(80, 1.0f);
+      x[33] = bad;
+      cache_append(packed.heads, 0, 2, x.data(), DType::kFloat32);
+      const std::vector<float> read = packed.read(2);
+      for (std::size_t i = 0; i < read.size(); ++i) {
+        EXPECT_EQ(std::isnan(read[i]), i >= 32 && i < 40) << i;
       }
     }
   }
