@@ -339,6 +339,50 @@ void set_mask(const char* op, const std::optional<Tensor>& mask, std::int64_t po
   view.stride = mask->size(2) > 1 ? mask->stride(2) : 0;
 }
 
+CacheFormat checked_cache_format(const char* op, std::int64_t number, bool quantized) {
+  LOWBIT_CHECK(number >= (quantized ? 1 : 0) && number < kCacheFormatCount, ErrorCode::kValue, op,
+               ": cache_format must be ", quantized ? "" : "0 (a float type), ",
+               "1 (int8) or 2 (fp8), got ", number);
+  return static_cast<CacheFormat>(number);
+}
+
+// Quantized keys or values: uint8 [batch, kv_heads, blocks, block_bytes], contiguous, with room for
+// `positions`.
+void check_packed_cache(const char* op, const Tensor& cache, std::int64_t head_dim,
+                        std::int64_t positions) {
+  check_cpu(op, "cache", cache);
+  LOWBIT_CHECK(cache.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
+               ": quantized keys and values must be uint8, got ",
+               torch::headeronly::toString(cache.scalar_type()));
+  LOWBIT_CHECK(head_dim > 0 && head_dim < (1 << 20) && cache.dim() == 4 && cache.is_contiguous() &&
+                   cache.size(3) == cache_block_bytes(head_dim) &&
+                   cache.size(2) >= (positions + kCacheBlock - 1) / kCacheBlock,
+               ErrorCode::kValue, op,
+               ": quantized keys and values must be contiguous [batch, kv_heads, blocks, ",
+               cache_block_bytes(head_dim), "] with blocks of 64 for ", positions,
+               " positions, got ", shape_text(cache));
+}
+
+CacheView packed_view(const char* op, const Tensor& keys, const Tensor& values,
+                      const AttentionSpec& spec, const BlockCall& call, std::int64_t positions,
+                      CacheFormat format) {
+  CacheView view;
+  view.format = format;
+  for (const Tensor* tensor : {&keys, &values}) {
+    check_packed_cache(op, *tensor, spec.head_dim, positions);
+    LOWBIT_CHECK(tensor->size(0) == call.batch && tensor->size(1) == spec.kv_heads,
+                 ErrorCode::kValue, op, ": keys and values must be [", call.batch, ", ",
+                 spec.kv_heads, ", blocks, bytes], got ", shape_text(*tensor));
+  }
+  view.keys = keys.data_ptr();
+  view.values = values.data_ptr();
+  view.key_head_stride = keys.size(2) * keys.size(3);
+  view.key_batch_stride = spec.kv_heads * view.key_head_stride;
+  view.value_head_stride = values.size(2) * values.size(3);
+  view.value_batch_stride = spec.kv_heads * view.value_head_stride;
+  return view;
+}
+
 CacheView cache_view(const char* op, const Tensor& keys, const Tensor& values,
                      const AttentionSpec& spec, const BlockCall& call, std::int64_t positions) {
   CacheView view;
@@ -375,8 +419,9 @@ Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
                     const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                     std::vector<Tensor> keys, std::vector<Tensor> values, std::int64_t past,
                     const std::optional<Tensor>& mask, const std::optional<Tensor>& cross_mask,
-                    bool causal, std::int64_t precision) {
+                    bool causal, std::int64_t precision, std::int64_t cache_format) {
   const char* op = "fused_blocks";
+  const CacheFormat format = checked_cache_format(op, cache_format, /*quantized=*/false);
   const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
   BlockCall call = call_of(op, x, precision);
   std::int64_t rope_width = 0;
@@ -401,7 +446,10 @@ Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
       const bool cross = spec.attention.cross;
       LOWBIT_CHECK(keys[i].dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions");
       const std::int64_t positions = cross ? keys[i].size(2) : past + call.tokens;
-      caches[i] = cache_view(op, keys[i], values[i], spec.attention, call, positions);
+      caches[i] =
+          cross || format == CacheFormat::kFloat
+              ? cache_view(op, keys[i], values[i], spec.attention, call, positions)
+              : packed_view(op, keys[i], values[i], spec.attention, call, positions, format);
       // The masks hold for all blocks: the last strides set are those of each.
       set_mask(op, cross ? cross_mask : mask, positions, spec.attention.heads, call,
                cross ? call.cross_mask : call.mask);
@@ -483,6 +531,55 @@ Tensor fused_attend(const Tensor& x_given, std::int64_t handle, const Tensor& q_
   return out;
 }
 
+CachedHeads cached_heads(const char* op, const Tensor& cache, std::int64_t head_dim,
+                         std::int64_t positions, std::int64_t format, std::int64_t part) {
+  check_packed_cache(op, cache, head_dim, positions);
+  LOWBIT_CHECK(part == 0 || part == 1, ErrorCode::kValue, op,
+               ": part must be 0 (keys) or 1 (values), got ", part);
+  CachedHeads heads;
+  heads.blocks = static_cast<std::byte*>(cache.data_ptr());
+  heads.stride = cache.size(2) * cache.size(3);
+  heads.heads = cache.size(0) * cache.size(1);
+  heads.head_dim = head_dim;
+  heads.format = checked_cache_format(op, format, /*quantized=*/true);
+  heads.part = static_cast<CachePart>(part);
+  return heads;
+}
+
+void cache_append_(const Tensor& cache, const Tensor& x_given, std::int64_t past,
+                   std::int64_t cache_format, std::int64_t part) {
+  const char* op = "cache_append_";
+  const DType dtype = float_dtype(op, "x", x_given.scalar_type(), false);
+  check_cpu(op, "x", x_given);
+  const Tensor x = x_given.is_contiguous() ? x_given : torch::stable::contiguous(x_given);
+  LOWBIT_CHECK(x.dim() == 4 && cache.dim() == 4 && x.size(0) == cache.size(0) &&
+                   x.size(1) == cache.size(1) && past >= 0 && past < (std::int64_t{1} << 40),
+               ErrorCode::kValue, op, ": x must be [batch, kv_heads, tokens, head_dim] of ",
+               shape_text(cache), " behind ", past, " positions, got ", shape_text(x));
+  const CachedHeads heads =
+      cached_heads(op, cache, x.size(3), past + x.size(2), cache_format, part);
+  cache_append(heads, past, x.size(2), x.data_ptr(), dtype, torch_threads());
+}
+
+Tensor cache_read(const Tensor& cache, std::int64_t positions, std::int64_t head_dim,
+                  std::int64_t cache_format, std::int64_t part, ScalarType dtype) {
+  const char* op = "cache_read";
+  LOWBIT_CHECK(positions >= 0 && positions < (std::int64_t{1} << 40), ErrorCode::kValue, op,
+               ": positions is ", positions);
+  const CachedHeads heads = cached_heads(op, cache, head_dim, positions, cache_format, part);
+  const DType out_dtype = float_dtype(op, "dtype", dtype, false);
+  const std::int64_t sizes[4] = {cache.size(0), cache.size(1), positions, head_dim};
+  Tensor out = empty_cpu(sizes, 4, dtype);
+  lowbit::cache_read(heads, positions, out.data_ptr(), out_dtype, torch_threads());
+  return out;
+}
+
+std::int64_t block_bytes_of(std::int64_t head_dim) {
+  LOWBIT_CHECK(head_dim > 0 && head_dim < (1 << 20), ErrorCode::kValue,
+               "cache_block_bytes: head_dim is ", head_dim);
+  return cache_block_bytes(head_dim);
+}
+
 }  // namespace
 }  // namespace lowbit::binding
 
@@ -492,10 +589,13 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   m.impl("fused_project", LOWBIT_BOX(fused_project));
   m.impl("fused_columns", LOWBIT_BOX(fused_columns));
   m.impl("fused_attend", LOWBIT_BOX(fused_attend));
+  m.impl("cache_append_", LOWBIT_BOX(cache_append_));
+  m.impl("cache_read", LOWBIT_BOX(cache_read));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, m) {
   using namespace lowbit::binding;
   m.impl("fused_register", LOWBIT_BOX(fused_register));
   m.impl("fused_release", LOWBIT_BOX(fused_release));
+  m.impl("cache_block_bytes", LOWBIT_BOX(block_bytes_of));
 }

@@ -59,10 +59,19 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   // Runs blocks one after the other; keys and values [batch, kv_heads, capacity, head_dim] of every
   // block get the new positions behind the `past` ones they hold; a cross attention reads all of
   // them. Masks: bool or float, broadcast against [batch, heads, tokens, positions].
+  // `cache_format` is lowbit::CacheFormat; quantized keys and values are uint8 [batch, kv_heads,
+  // blocks, block_bytes].
   m.def(
       "fused_blocks(Tensor x, int[] handles, Tensor? cos, Tensor? sin, Tensor[] keys, "
-      "Tensor[] values, int past, Tensor? mask, Tensor? cross_mask, bool causal, int precision) -> "
-      "Tensor");
+      "Tensor[] values, int past, Tensor? mask, Tensor? cross_mask, bool causal, int precision, "
+      "int cache_format=0) -> Tensor");
+  // Quantized keys (part 0) or values (part 1): x [batch, kv_heads, tokens, head_dim] to the
+  // positions from `past` on, and positions [0, positions) back.
+  m.def("cache_append_(Tensor(a!) cache, Tensor x, int past, int cache_format, int part) -> ()");
+  m.def(
+      "cache_read(Tensor cache, int positions, int head_dim, int cache_format, int part, "
+      "ScalarType dtype) -> Tensor");
+  m.def("cache_block_bytes(int head_dim) -> int");
   // An attention half in two parts, for caches that are not ours.
   m.def(
       "fused_project(Tensor x, int handle, Tensor? cos, Tensor? sin, int precision) -> "

@@ -33,6 +33,7 @@ GROUP_SIZES = (32, 64, 128, 256)
 DEFAULT_GROUP_SIZE = 64
 ROW_SCALED = ("fp8_e4m3", "fp8_e5m2")  # one scale per output row: no groups
 SIXTEEN_BIT = ("fp16", "bf16")  # no scale at all
+KV_CACHE_DTYPES = ("int8", "fp8")  # fp8 is e4m3
 # strict=True: a weight that carries more than this share of all parameter bytes must be converted.
 STRICT_SHARE = 0.01
 
@@ -60,6 +61,7 @@ class Options:
     torch_dtype: torch.dtype | None = None
     disable_optimize_pre: bool = False
     embedding_qtype: str | None = None
+    kv_cache_dtype: str | None = None
     strict: float | None = None  # largest share of parameter bytes one weight may keep in float
     progress: bool = False
 
@@ -69,6 +71,8 @@ class Options:
         values["modules_to_not_convert"] = list(self.modules_to_not_convert)
         values["torch_dtype"] = None if self.torch_dtype is None else str(self.torch_dtype)[6:]
         del values["progress"], values["strict"]
+        if self.kv_cache_dtype is None:
+            del values["kv_cache_dtype"]  # as saves were before there was a choice
         return values
 
     @classmethod
@@ -99,6 +103,7 @@ def resolve_options(
     group_size = kwargs.pop("group_size", None)
     progress = kwargs.pop("progress", False)
     embedding_qtype = kwargs.pop("embedding_qtype", None)
+    kv_cache_dtype = kwargs.pop("kv_cache_dtype", None)
     strict = kwargs.pop("strict", False)
     reject_unknown(who, kwargs, KEYWORDS)
 
@@ -114,16 +119,18 @@ def resolve_options(
     embedding_qtype = resolve_low_bit(
         who, "embedding_qtype", embedding_qtype, none_means="embeddings stay float"
     )
+    optimize_llm = _flag(who, "optimize_llm", optimize_llm)
     return Options(
         low_bit=low_bit,
         group_size=_group_size(who, group_size, low_bit),
-        optimize_llm=_flag(who, "optimize_llm", optimize_llm),
+        optimize_llm=optimize_llm,
         modules_to_not_convert=_module_names(who, modules_to_not_convert),
         cpu_embedding=_flag(who, "cpu_embedding", cpu_embedding),
         lightweight_bmm=_flag(who, "lightweight_bmm", lightweight_bmm),
         torch_dtype=_dtype(who, torch_dtype),
         disable_optimize_pre=_flag(who, "disable_optimize_pre", disable_optimize_pre),
         embedding_qtype=embedding_qtype,
+        kv_cache_dtype=_kv_cache_dtype(who, kv_cache_dtype, optimize_llm and low_bit is not None),
         strict=_strict(who, strict),
         progress=_flag(who, "progress", progress),
     )
@@ -141,6 +148,7 @@ KEYWORDS = (
     "group_size",
     "progress",
     "embedding_qtype",
+    "kv_cache_dtype",
     "strict",
 )
 
@@ -269,6 +277,29 @@ def _dtype(who: str, value) -> torch.dtype | None:
         raise ValueError(
             f"{who}: torch_dtype must be a floating-point type that layers compute in "
             f"(float16, bfloat16, float32, float64), got {value}"
+        )
+    return value
+
+
+def _kv_cache_dtype(who: str, value, fuses: bool) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{who}: kv_cache_dtype must be a str or None (the model's dtype), got "
+            f"{type(value).__name__} {value!r}; names: {', '.join(KV_CACHE_DTYPES)}"
+        )
+    if value not in KV_CACHE_DTYPES:
+        near = difflib.get_close_matches(value, KV_CACHE_DTYPES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"{who}: unknown kv_cache_dtype {value!r}, expected one of "
+            f"{', '.join(KV_CACHE_DTYPES)}, or None (the model's dtype){hint}"
+        )
+    if not fuses:
+        raise ValueError(
+            f"{who}: kv_cache_dtype={value!r} is for fused attention: it needs optimize_llm=True "
+            f"and a low_bit; drop it, or give transformers a cache of its own"
         )
     return value
 

@@ -128,7 +128,7 @@ def finish(model: nn.Module, options: Options | dict) -> nn.Module:
     if loaded and options.optimize_llm and options.low_bit is not None:
         from ipex_llm.fuse import fuse_later
 
-        fuse_later(model)
+        fuse_later(model, options.kv_cache_dtype)
     return model
 
 

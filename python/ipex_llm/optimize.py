@@ -49,6 +49,9 @@ def optimize_model(
         group_size: 32, 64 (the default), 128 or 256 weights per scale; not for fp8, fp16, bf16.
         embedding_qtype: a low_bit name for embedding tables, which otherwise stay float. A table
             tied to a linear head is packed with the head in any case, in this type if given.
+        kv_cache_dtype: 'int8' or 'fp8' (e4m3): keep keys and values quantized in the caches of
+            fused attentions, about half the bytes of bfloat16; None: in the model's dtype. Saved
+            with the model.
         strict: True, or a share of the parameter bytes: raise if one matrix above it (True: 1 %)
             would stay float.
         progress: show a progress bar on standard error.
@@ -87,7 +90,7 @@ def _optimize_language_model(model: torch.nn.Module, options: Options) -> None:
     if options.optimize_llm and options.low_bit is not None:
         from ipex_llm.fuse import fuse_model
 
-        fuse_model(model)
+        fuse_model(model, options.kv_cache_dtype)
 
 
 def give_methods(model: torch.nn.Module) -> None:

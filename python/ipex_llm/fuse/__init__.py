@@ -10,6 +10,7 @@ cache      keys and values that grow in place
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from ipex_llm.fuse import forward, prove
 from ipex_llm.fuse.attention import written_out
+from ipex_llm.fuse.cache import FORMATS
 from ipex_llm.fuse.describe import Description
 from ipex_llm.fuse.learn import wait
 from ipex_llm.fuse.observe import Unobservable, knows_inputs, observe, rerun
@@ -37,31 +39,52 @@ _REPORT = "_ipex_llm_fusion"
 _log = logging.getLogger(__name__)
 
 
-def fuse_model(model: nn.Module) -> nn.Module:
-    """Replaces what can be proved; never raises for a model that cannot be fused."""
+def fuse_model(model: nn.Module, kv_cache_dtype: str | None = None) -> nn.Module:
+    """Replaces what can be proved; never raises for a model that cannot be fused.
+
+    kv_cache_dtype: what the fused attentions keep in cache layers they are the first to fill.
+    """
     report: dict[str, Any] = {"reason": "", "entries": []}
     model.__dict__[_REPORT] = report
     try:
         _check(model)
-        if not knows_inputs(model):
+        if knows_inputs(model):
+            with torch.inference_mode(False):
+                _fuse(model, report["entries"])
+        else:
             _learn_later(model, report)
-            return model
-        with torch.inference_mode(False):
-            _fuse(model, report["entries"])
     except Unobservable as error:
         report["reason"] = str(error)
     except Exception as error:
         # A model may do anything in its forward. It keeps running as it was.
         _log.debug("fusion gave up", exc_info=True)
         report["reason"] = f"{type(error).__name__}: {error}"
+    if kv_cache_dtype is not None:
+        _quantize_caches(model, kv_cache_dtype)
     return model
 
 
-def fuse_later(model: nn.Module) -> nn.Module:
+def _quantize_caches(model: nn.Module, kv_cache_dtype: str) -> None:
+    """After all proofs, which are about the blocks and not about a cache that rounds."""
+    attentions = 0
+    for module in model.modules():
+        state = module.__dict__.get(forward.STATE)
+        if state is not None and state.description.attention is not None:
+            state.cache_format = FORMATS[kv_cache_dtype]
+            attentions += 1
+    if not attentions:
+        warnings.warn(
+            f"kv_cache_dtype={kv_cache_dtype!r} has no effect: no attention of this "
+            f"{type(model).__name__} was fused; see ipex_llm.optimization_report(model)",
+            stacklevel=2,
+        )
+
+
+def fuse_later(model: nn.Module, kv_cache_dtype: str | None = None) -> nn.Module:
     """Fuses at the first call without gradients."""
     if not knows_inputs(model):
-        return fuse_model(model)  # which waits for calls as well
-    model.__dict__[forward.PENDING] = True
+        return fuse_model(model, kv_cache_dtype)  # which waits for calls as well
+    model.__dict__[forward.PENDING] = kv_cache_dtype
     model.__dict__[_REPORT] = {"reason": "done at the first call without gradients", "entries": []}
     return swap_class(model, forward.FusesAtFirstCall)
 

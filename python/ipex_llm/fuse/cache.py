@@ -1,12 +1,12 @@
-"""A key/value cache layer that grows in place.
+"""Key/value cache layers that grow in place, in the model's type or quantized.
 
 transformers' DynamicLayer concatenates: every token copies all keys and values. `adopt` turns such
 a layer, whoever made it, into a subclass that keeps room behind its contents. `keys` and `values`
-remain the tensors that the rest of transformers works with: prefix views of the buffers.
+remain what the rest of transformers works with: prefix views of the buffers, or, quantized, tensors
+that are dequantized when they are asked for.
 
 A buffer is in use as long as `keys` (or `values`) is what the layer itself handed out or a shorter
-prefix of it (`crop`); whatever else is assigned (beams reordered, batches selected) is copied into
-a new buffer at the next append.
+prefix of it (`crop`); whatever else is assigned is copied into a new buffer at the next append.
 """
 
 from __future__ import annotations
@@ -16,8 +16,19 @@ from functools import cache
 
 import torch
 
+from ipex_llm.ops import _ops
+
 _STEP = 256  # positions of room beyond what is needed: a copy every 256 tokens at least ...
 _GROWTH = 8  # ... and at most once per eighth of the length, so copies stay a constant share
+_BLOCK = 64  # positions that quantized keys and values keep together (lowbit/fused.h)
+
+# kv_cache_dtype -> lowbit::CacheFormat; None is the model's own dtype.
+FORMATS = {None: 0, "int8": 1, "fp8": 2}
+
+_append = _ops.cache_append_.default
+_read = _ops.cache_read.default
+_block_bytes = _ops.cache_block_bytes.default
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -28,6 +39,11 @@ def growable_class() -> type:
     class GrowableLayer(DynamicLayer):
         keys = _Growing("keys")
         values = _Growing("values")
+
+        @property
+        def format(self) -> int:
+            """lowbit::CacheFormat of what `room` hands out."""
+            return self.__dict__["_keys"].format
 
         def room(self, batch: int, heads: int, new: int, dim: int, dtype: torch.dtype):
             """(key buffer, value buffer, positions held), with room for `new` more; None if unfit.
@@ -74,16 +90,55 @@ def growable_class() -> type:
                 room = self.room(batch, heads, new, dim, key_states.dtype)
             if room is None or (torch.is_grad_enabled() and key_states.requires_grad):
                 return super().update(key_states, value_states, *args, **kwargs)
-            key_buffer, value_buffer, past = room
+            past = room[2]
             with torch.inference_mode():
-                key_buffer[:, :, past : past + new].copy_(key_states)
-                value_buffer[:, :, past : past + new].copy_(value_states)
+                self.__dict__["_keys"].write(key_states, past)
+                self.__dict__["_values"].write(value_states, past)
             self.advance(new)
             return self.keys, self.values
 
+        # What picks batch rows takes the buffers with their room, not the contents.
+
+        def reorder_cache(self, beam_idx) -> None:
+            self._pick(lambda rows: rows.index_select(0, beam_idx), super().reorder_cache, beam_idx)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            self._pick(
+                lambda rows: rows.repeat_interleave(repeats, dim=0),
+                super().batch_repeat_interleave,
+                repeats,
+            )
+
+        def batch_select_indices(self, indices) -> None:
+            self._pick(lambda rows: rows[indices, ...], super().batch_select_indices, indices)
+
+        def _pick(self, pick, otherwise, argument) -> None:
+            slots = self.__dict__["_keys"], self.__dict__["_values"]
+            if any(slot.buffer is None for slot in slots):
+                otherwise(argument)
+                return
+            for slot in slots:
+                slot.pick(pick)
+
+        def crop(self, *args, **kwargs) -> None:
+            if not self.is_initialized or self._length() < 0:
+                super().crop(*args, **kwargs)
+                return
+            # What the number means has changed between versions: a stand-in of the same length is
+            # asked.
+            probe = DynamicLayer()
+            probe.is_initialized = True
+            probe.keys = probe.values = torch.zeros(()).expand(1, 1, self._length(), 1)
+            probe.crop(*args, **kwargs)
+            for slot in (self.__dict__["_keys"], self.__dict__["_values"]):
+                slot.shorten(probe.keys.shape[2])
+
         def __reduce_ex__(self, protocol):
-            # As the layer it was: the room behind the contents is no part of them.
             state = {k: v for k, v in self.__dict__.items() if k not in ("_keys", "_values")}
+            slots = self.__dict__["_keys"], self.__dict__["_values"]
+            if self.format and all(slot.buffer is not None for slot in slots):
+                return _rebuild_quantized, (state, *(slot.state() for slot in slots))
+            # As the layer it was: the room behind the contents is no part of them.
             for name in ("keys", "values"):
                 tensor = getattr(self, name)
                 state[name] = None if tensor is None else tensor.clone()
@@ -96,8 +151,11 @@ def growable_class() -> type:
     return GrowableLayer
 
 
-def adopt(layer):
-    """`layer` as a growing layer, in place; None if it is of a kind that is not understood."""
+def adopt(layer, format: int = 0):
+    """`layer` as a growing layer, in place; None if it is of a kind that is not understood.
+
+    One that grows already stays what it is, whatever the format.
+    """
     cls = type(layer)
     growable = growable_class()
     if cls is growable:
@@ -108,13 +166,13 @@ def adopt(layer):
         return None
     keys = layer.__dict__.pop("keys", None)
     values = layer.__dict__.pop("values", None)
-    layer._keys, layer._values = _Slot(), _Slot()
+    _give_slots(layer, format)
     layer.__class__ = growable
     layer.keys, layer.values = keys, values
     return layer
 
 
-def layer_of(past, index: int):
+def layer_of(past, index: int, format: int = 0):
     """The growing layer `index` of a transformers cache; None where there is none to be had."""
     layers = getattr(past, "layers", None)
     if layers is None or getattr(past, "offloading", False):
@@ -125,12 +183,19 @@ def layer_of(past, index: int):
             return None
         while len(layers) <= index:
             layers.append(replicate())
-    return adopt(layers[index])
+    return adopt(layers[index], format)
 
 
 def is_cache(value) -> bool:
     module = sys.modules.get("transformers.cache_utils")
     return module is not None and isinstance(value, module.Cache)
+
+
+def _give_slots(layer, format: int) -> None:
+    if format:
+        layer._keys, layer._values = _PackedSlot(format, 0), _PackedSlot(format, 1)
+    else:
+        layer._keys, layer._values = _Slot(), _Slot()
 
 
 def _rebuild(cls: type, state: dict):
@@ -139,8 +204,14 @@ def _rebuild(cls: type, state: dict):
     return layer
 
 
+def _rebuild_quantized(state: dict, keys: tuple, values: tuple):
+    layer = _rebuild(growable_class(), state)
+    layer._keys, layer._values = _PackedSlot.of_state(keys), _PackedSlot.of_state(values)
+    return layer
+
+
 class _Growing:
-    """`keys` and `values`: views made when they are asked for."""
+    """`keys` and `values`: made when they are asked for."""
 
     def __init__(self, name: str) -> None:
         self.name = "_" + name
@@ -159,6 +230,8 @@ class _Slot:
     """Keys or values: a plain tensor that somebody assigned, or a prefix of a buffer."""
 
     __slots__ = ("buffer", "length", "plain", "view")
+
+    format = 0
 
     def __init__(self) -> None:
         self.buffer: torch.Tensor | None = None
@@ -188,12 +261,31 @@ class _Slot:
                 self.length = tensor.shape[2]
                 self.view = tensor
                 return
+        self._hold(tensor)
+
+    def _hold(self, tensor: torch.Tensor | None) -> None:
         self.buffer, self.view, self.plain = None, None, tensor
         self.length = 0 if tensor is None or tensor.dim() != 4 else tensor.shape[2]
 
     def extend(self, new: int) -> None:
         self.length += new
         self.view = None
+
+    def shorten(self, length: int) -> None:
+        if self.buffer is None:
+            self._hold(None if self.plain is None else self.plain[..., :length, :])
+        else:
+            self.length, self.view = length, None
+
+    def pick(self, pick) -> None:
+        """Other rows of the batch."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.buffer = pick(self.buffer)
+        self.view = None
+
+    def write(self, tensor: torch.Tensor, past: int) -> None:
+        """`tensor` behind `past` positions of the buffer."""
+        self.buffer[:, :, past : past + tensor.shape[2]].copy_(tensor)
 
     def fits(self, shape, dtype, length: int) -> bool:
         buffer = self.buffer
@@ -215,12 +307,86 @@ class _Slot:
 
     def grow(self, shape, dtype, length: int, new: int) -> None:
         batch, heads, dim = shape
-        room = (length + new + length // _GROWTH + _STEP) // _STEP * _STEP
         held = self.tensor() if length else None
-        # Outside inference mode: appending under no_grad must be possible later.
-        with torch.inference_mode(False), torch.no_grad():
-            buffer = torch.empty((batch, heads, room, dim), dtype=dtype)
+        buffer = _empty((batch, heads, _room(length, new), dim), dtype)
         if held is not None:
             with torch.inference_mode():
                 buffer[:, :, :length].copy_(held)
         self.buffer, self.plain, self.view, self.length = buffer, None, None, length
+
+
+class _PackedSlot(_Slot):
+    """The same quantized: buffer is uint8 [batch, heads, blocks, block bytes]."""
+
+    __slots__ = ("dim", "dtype", "format", "part")
+
+    def __init__(self, format: int, part: int) -> None:
+        super().__init__()
+        self.format, self.part = format, part
+        self.dim, self.dtype = 0, torch.float32
+
+    def state(self) -> tuple:
+        used = self.buffer[:, :, : _blocks(self.length)].clone()
+        return self.format, self.part, used, self.length, self.dim, self.dtype
+
+    @classmethod
+    def of_state(cls, state: tuple) -> _PackedSlot:
+        slot = cls(*state[:2])
+        slot.buffer, slot.length, slot.dim, slot.dtype = state[2:]
+        return slot
+
+    def tensor(self) -> torch.Tensor | None:
+        # Made anew each time: kept, it would take the room that quantizing saves.
+        if self.buffer is None:
+            return self.plain
+        return _read(self.buffer, self.length, self.dim, self.format, self.part, self.dtype)
+
+    def assign(self, tensor: torch.Tensor | None) -> None:
+        self._hold(tensor)
+
+    def write(self, tensor: torch.Tensor, past: int) -> None:
+        _append(self.buffer, tensor.detach(), past, self.format, self.part)
+
+    def fits(self, shape, dtype, length: int) -> bool:
+        buffer = self.buffer
+        return (
+            buffer is not None
+            and buffer.shape[2] * _BLOCK >= length
+            and self.dtype is dtype
+            and (buffer.shape[0], buffer.shape[1], self.dim) == shape
+        )
+
+    def holds(self, shape, dtype) -> bool:
+        if self.buffer is None:
+            return dtype in _FLOATS and super().holds(shape, dtype)
+        return self.fits(shape, dtype, 0)
+
+    def grow(self, shape, dtype, length: int, new: int) -> None:
+        batch, heads, dim = shape
+        blocks = _blocks(_room(length, new))
+        buffer = _empty((batch, heads, blocks, _block_bytes(dim)), torch.uint8)
+        before, plain = self.buffer, self.plain
+        self.buffer, self.plain, self.view, self.length = buffer, None, None, length
+        self.dim, self.dtype = dim, dtype
+        if not length:
+            return
+        with torch.inference_mode():
+            if before is None:
+                self.write(plain, 0)
+            else:
+                used = _blocks(length)
+                buffer[:, :, :used].copy_(before[:, :, :used])
+
+
+def _blocks(positions: int) -> int:
+    return (positions + _BLOCK - 1) // _BLOCK
+
+
+def _room(length: int, new: int) -> int:
+    return (length + new + length // _GROWTH + _STEP) // _STEP * _STEP
+
+
+def _empty(shape, dtype: torch.dtype) -> torch.Tensor:
+    # Outside inference mode: appending under no_grad must be possible later.
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty(shape, dtype=dtype)

@@ -71,7 +71,7 @@ def run(module: nn.Module, state, call, attention: Callable, precision: int):
     if hooked:
         out = _hooked(module, description, handle.number, call, precision)
     else:
-        out = attention(description, call, handle.number, precision)
+        out = attention(state, call, handle.number, precision)
     if out is None:
         return None
     keys, values = _of_memory(module, description, memory, kept)

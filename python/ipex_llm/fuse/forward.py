@@ -105,6 +105,7 @@ class State:
 
     def __init__(self, description: Description) -> None:
         self.description = description
+        self.cache_format = 0  # of new cache layers (cache.FORMATS)
         self.required = False  # while proving: a call that is not served is an error
         self.forget()
 
@@ -118,13 +119,17 @@ class State:
         self.hook_id = -1
 
     def __getstate__(self):
-        return self.description.to_dict()
+        return {**self.description.to_dict(), "cache_format": self.cache_format}
 
     def __setstate__(self, data):
+        cache_format = data.pop("cache_format", 0)
         self.__init__(Description.from_dict(data))
+        self.cache_format = cache_format
 
     def __deepcopy__(self, memo):
-        return State(Description.from_dict(self.description.to_dict()))
+        copied = State(Description.from_dict(self.description.to_dict()))
+        copied.cache_format = self.cache_format
+        return copied
 
     def ready(self, module: nn.Module) -> bool:
         """Whether the operators may run in place of the module as it is now."""
@@ -212,7 +217,7 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
             out = out.squeeze(0) if flat else out
         else:
             if description.cross is None and not state.hooked and type(call.past) is not dict:
-                out = _run_attention(description, call, number, precision)
+                out = _run_attention(state, call, number, precision)
             else:
                 out = cross.run(module, state, call, _run_attention, precision)
             if out is None:
@@ -223,7 +228,8 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
     return out if count == 0 else (out, *(None,) * (count - 1))
 
 
-def _run_attention(description: Description, call: Call, number: int, precision: int):
+def _run_attention(state: State, call: Call, number: int, precision: int):
+    description = state.description
     a = description.attention
     x, mask, past = call.hidden, call.mask, call.past
     batch, tokens, _ = x.shape
@@ -263,7 +269,7 @@ def _run_attention(description: Description, call: Call, number: int, precision:
         return _blocks(x, [number], cos, sin, [keys], [values], 0, mask, None, causal, precision)
     if a.layer_idx < 0 or not caches.is_cache(past) or getattr(past, "layers", None) is None:
         return None
-    layer = caches.layer_of(past, a.layer_idx)
+    layer = caches.layer_of(past, a.layer_idx, state.cache_format)
     if layer is not None:
         room = layer.room(batch, a.kv_heads, tokens, a.head_dim, x.dtype)
         if room is None:
@@ -274,7 +280,9 @@ def _run_attention(description: Description, call: Call, number: int, precision:
         if mask is not None and mask.shape[3] != held + tokens:
             return None
         buffers = [key_buffer], [value_buffer]
-        out = _blocks(x, [number], cos, sin, *buffers, held, mask, None, causal, precision)
+        out = _blocks(
+            x, [number], cos, sin, *buffers, held, mask, None, causal, precision, layer.format
+        )
         layer.advance(tokens)
         return out
     if causal and past.get_seq_length(a.layer_idx):
@@ -392,20 +400,20 @@ class Stack:
                 return None
         cos = sin = None
         layers, keys, values = [], [], []
-        held = -1
+        held = cache_format = -1
         for state in states:
             a = state.description.attention
             if a.rope != "none":
                 cos, sin = call.cos, call.sin
                 if cos is None or cos.dim() not in (2, 3) or cos.shape[-2] != tokens:
                     return None
-            layer = caches.layer_of(past, a.layer_idx)
-            if layer is None:
+            layer = caches.layer_of(past, a.layer_idx, state.cache_format)
+            if layer is None or cache_format not in (-1, layer.format):
                 return None
             room = layer.room(batch, a.kv_heads, tokens, a.head_dim, x.dtype)
             if room is None or held not in (-1, room[2]):
                 return None
-            held = room[2]
+            held, cache_format = room[2], layer.format
             layers.append(layer)
             keys.append(room[0])
             values.append(room[1])
@@ -414,7 +422,20 @@ class Stack:
         numbers = [state.handle.number for state in states]
         try:
             precision = _state.precision
-            out = _blocks(x, numbers, cos, sin, keys, values, held, mask, None, False, precision)
+            out = _blocks(
+                x,
+                numbers,
+                cos,
+                sin,
+                keys,
+                values,
+                held,
+                mask,
+                None,
+                False,
+                precision,
+                max(cache_format, 0),
+            )
         except RuntimeError as error:
             raise translate(error) from None
         for layer in layers:
@@ -472,10 +493,10 @@ class FusesAtFirstCall(Mixin):
 
     def __call__(self, *args, **kwargs):
         if PENDING in self.__dict__ and not _is_compiling() and not _is_grad_enabled():
-            del self.__dict__[PENDING]
+            kv_cache_dtype = self.__dict__.pop(PENDING)
             from ipex_llm.fuse import fuse_model
 
-            fuse_model(self)
+            fuse_model(self, kv_cache_dtype)
         return super().__call__(*args, **kwargs)
 
 
