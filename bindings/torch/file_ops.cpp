@@ -55,6 +55,19 @@ std::tuple<std::string, std::vector<Tensor>> file_open(std::string directory, bo
   return {write_manifest(saved.manifest), std::move(tensors)};
 }
 
+// Any safetensors file: names and tensors in the order of their bytes.
+std::tuple<std::vector<std::string>, std::vector<Tensor>> safetensors_open(std::string path,
+                                                                           bool mmap) {
+  const std::shared_ptr<TensorFile> file = TensorFile::open(path, {.mmap = mmap}, torch_threads());
+  std::vector<std::string> names;
+  std::vector<Tensor> tensors;
+  for (const FileTensor& entry : file->header().tensors) {
+    names.push_back(entry.name);
+    tensors.push_back(tensor_over(file, entry));
+  }
+  return {std::move(names), std::move(tensors)};
+}
+
 // Saves in progress. A handle rather than an object: the stable ABI has no custom classes.
 struct Saves {
   std::mutex mutex;
@@ -131,6 +144,7 @@ void file_save_abort(std::int64_t handle) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, m) {
   m.impl("file_open", LOWBIT_BOX(file_open));
+  m.impl("safetensors_open", LOWBIT_BOX(safetensors_open));
   m.impl("file_save_begin", LOWBIT_BOX(file_save_begin));
   m.impl("file_save_write", LOWBIT_BOX(file_save_write));
   m.impl("file_save_commit", LOWBIT_BOX(file_save_commit));

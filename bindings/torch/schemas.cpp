@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   // A saved directory (docs/files.md): the text of its manifest, and its tensors in the manifest's
   // order, over memory that is mapped privately or read.
   m.def("file_open(str directory, bool mmap, bool verify) -> (str manifest, Tensor[] tensors)");
+  // One safetensors file of any maker, as strictly checked.
+  m.def("safetensors_open(str path, bool mmap) -> (str[] names, Tensor[] tensors)");
   // Begins a save: a handle, and the names of the request's tensors in the order in which their
   // bytes must be written.
   m.def(

@@ -14,6 +14,8 @@ from .tensor import LowBitTensor
 if TYPE_CHECKING:
     from .convert import dequantize, merge_adapters
     from .fuse import optimization_report
+    from .imports.quantized import load_quantized
+    from .imports.report import import_report
     from .optimize import load_low_bit, low_memory_init, optimize_model
     from .planning import plan
 
@@ -27,6 +29,8 @@ _LAZY = {
     "dequantize": ".convert",
     "merge_adapters": ".convert",
     "register_with_transformers": ".hugging_face",
+    "load_quantized": ".imports.quantized",
+    "import_report": ".imports.report",
     "optimization_report": ".fuse",
 }
 
@@ -34,7 +38,9 @@ __all__ = [
     "LowBitTensor",
     "dequantize",
     "get_activation_precision",
+    "import_report",
     "load_low_bit",
+    "load_quantized",
     "low_memory_init",
     "merge_adapters",
     "optimization_report",

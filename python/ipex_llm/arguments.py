@@ -113,26 +113,26 @@ def resolve_options(
             FutureWarning,
             stacklevel=3,
         )
-        cpu_embedding = cpu_embedding or _flag(who, "replace_embedding", replace_embedding)
+        cpu_embedding = cpu_embedding or flag(who, "replace_embedding", replace_embedding)
 
     low_bit = resolve_low_bit(who, "low_bit", low_bit, none_means="no quantization")
     embedding_qtype = resolve_low_bit(
         who, "embedding_qtype", embedding_qtype, none_means="embeddings stay float"
     )
-    optimize_llm = _flag(who, "optimize_llm", optimize_llm)
+    optimize_llm = flag(who, "optimize_llm", optimize_llm)
     return Options(
         low_bit=low_bit,
         group_size=_group_size(who, group_size, low_bit),
         optimize_llm=optimize_llm,
         modules_to_not_convert=_module_names(who, modules_to_not_convert),
-        cpu_embedding=_flag(who, "cpu_embedding", cpu_embedding),
-        lightweight_bmm=_flag(who, "lightweight_bmm", lightweight_bmm),
+        cpu_embedding=flag(who, "cpu_embedding", cpu_embedding),
+        lightweight_bmm=flag(who, "lightweight_bmm", lightweight_bmm),
         torch_dtype=_dtype(who, torch_dtype),
-        disable_optimize_pre=_flag(who, "disable_optimize_pre", disable_optimize_pre),
+        disable_optimize_pre=flag(who, "disable_optimize_pre", disable_optimize_pre),
         embedding_qtype=embedding_qtype,
         kv_cache_dtype=_kv_cache_dtype(who, kv_cache_dtype, optimize_llm and low_bit is not None),
         strict=_strict(who, strict),
-        progress=_flag(who, "progress", progress),
+        progress=flag(who, "progress", progress),
     )
 
 
@@ -200,7 +200,7 @@ def module_or_raise(who: str, model) -> torch.nn.Module:
     raise TypeError(f"{who}: model must be a torch.nn.Module, got {type(model).__name__}; {hint}")
 
 
-def _flag(who: str, name: str, value) -> bool:
+def flag(who: str, name: str, value) -> bool:
     if not isinstance(value, bool):
         raise TypeError(
             f"{who}: {name} must be True or False, got {type(value).__name__} {value!r}"

@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from ipex_llm import arguments, convert, ops
 from ipex_llm.errors import translate
 from ipex_llm.tensor import LowBitTensor
 
-__all__ = ["load_low_bit", "save_low_bit"]
+__all__ = ["directory_name", "fill", "load_low_bit", "save_low_bit", "slots_of"]
 
 _MAX_DIFFERENCES = 10
+_MANIFEST = "ipex_llm.json"
 _WRITE_BYTES = 1 << 26  # of one call: Ctrl-C is seen between calls
 
 _DTYPES = {
@@ -51,7 +52,7 @@ def save_low_bit(model: nn.Module, save_dir, max_shard_size="4GB") -> None:
     """
     who = "save_low_bit"
     arguments.module_or_raise(who, model)
-    directory = _directory(who, save_dir)
+    directory = directory_name(who, save_dir)
     shard_bytes = _shard_bytes(who, max_shard_size)
     options = convert.options_of(model)
     if options is None:
@@ -97,7 +98,7 @@ def _state(who: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[st
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[Any, str] = {}
-    for name, tensor, _ in _slots(model):
+    for name, tensor, _ in slots_of(model):
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise ValueError(f"{who}: {name!r} is not initialised yet; run the model once first")
         if tensor.is_meta:
@@ -119,7 +120,7 @@ def _state(who: str, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[st
     return tensors, ties
 
 
-def _slots(model: nn.Module) -> Iterable[tuple[str, torch.Tensor, bool]]:
+def slots_of(model: nn.Module) -> Iterable[tuple[str, torch.Tensor, bool]]:
     """Every name of a parameter or saved buffer: (name, tensor, is a parameter)."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefix = prefix + "." if prefix else ""
@@ -307,7 +308,8 @@ def load_low_bit(model: nn.Module, model_path, verify: bool = True, mmap: bool =
     Args:
         model: an instance of the saved model's class, constructed under `low_memory_init()` or in
             any other way. Its parameters and saved buffers are replaced; the rest of it stays.
-        model_path: the directory that `save_low_bit` wrote.
+        model_path: the directory that `save_low_bit` wrote, this library's or the archived
+            project's (docs/imports.md).
         verify: check the digest of every tensor (the file's structure is always checked).
         mmap: run the weights from the mapped files; False reads them into memory.
 
@@ -317,10 +319,16 @@ def load_low_bit(model: nn.Module, model_path, verify: bool = True, mmap: bool =
     """
     who = "load_low_bit"
     arguments.module_or_raise(who, model)
-    directory = _directory(who, model_path)
+    directory = directory_name(who, model_path)
     for name, value in (("verify", verify), ("mmap", mmap)):
         if not isinstance(value, bool):
             raise TypeError(f"{who}: {name} must be True or False, got {value!r}")
+    if not os.path.exists(os.path.join(directory, _MANIFEST)):
+        from ipex_llm.imports import legacy, source
+
+        if legacy.is_legacy(directory):
+            return legacy.load(who, model, directory, mmap)
+        source.reject_quantized(who, directory)
     try:
         text, data = ops._ops.file_open(directory, mmap, verify)
     except RuntimeError as error:
@@ -328,14 +336,35 @@ def load_low_bit(model: nn.Module, model_path, verify: bool = True, mmap: bool =
     manifest = json.loads(text)
     entries = manifest["tensors"]
     saved = dict(zip(entries, data, strict=True))
-    owners = {name: name for name in entries} | manifest["ties"]  # every name -> its tensor
 
-    slots = {name: (tensor, is_parameter) for name, tensor, is_parameter in _slots(model)}
+    def value(name: str, members: list[str]) -> torch.Tensor:
+        return _tensor(entries[name], saved[name])
+
+    fill(who, model, directory, entries, manifest["ties"], value)
+    return convert.finish(model, manifest["options"])
+
+
+def fill(
+    who: str,
+    model: nn.Module,
+    directory: str,
+    entries: dict[str, dict],
+    ties: dict[str, str],
+    value: Callable[[str, list[str]], torch.Tensor],
+) -> None:
+    """Fills `model` with the tensors that `entries` describes, or raises and leaves it alone.
+
+    An entry holds "shape" and, if it is for parameters only, "low_bit"; `ties` are further names of
+    tensors. `value(name, members)` makes the tensor of an entry for the model's `members`: a
+    LowBitTensor or a plain one.
+    """
+    owners = {name: name for name in entries} | ties  # every name -> its tensor
+    slots = {name: (tensor, is_parameter) for name, tensor, is_parameter in slots_of(model)}
     names = _matching_names(who, model, slots, owners, entries, directory)
     _check_computed_buffers(who, model)
 
     with torch.inference_mode(False), torch.no_grad():
-        filled = _filled(slots, names, owners, saved, entries)
+        filled = _filled(slots, names, owners, value)
         for tensor, members in filled:
             if isinstance(tensor, LowBitTensor):
                 convert.install_weight(model, members, tensor)
@@ -344,7 +373,6 @@ def load_low_bit(model: nn.Module, model_path, verify: bool = True, mmap: bool =
                 owner, _, attribute = name.rpartition(".")
                 # Not into _parameters: recurrent layers keep their weights in a second place.
                 setattr(model.get_submodule(owner), attribute, tensor)
-    return convert.finish(model, manifest["options"])
 
 
 def _matching_names(who, model, slots, owners, entries, directory) -> dict[str, str]:
@@ -433,7 +461,7 @@ def _check_computed_buffers(who: str, model: nn.Module) -> None:
         )
 
 
-def _filled(slots, names, owners, saved, entries) -> list[tuple[torch.Tensor, list[str]]]:
+def _filled(slots, names, owners, value) -> list[tuple[torch.Tensor, list[str]]]:
     """New parameters and buffers with the names that each goes to; the model is not touched."""
     groups: dict[str, list[str]] = {}
     group_of: dict[int, list[str]] = {}
@@ -447,21 +475,11 @@ def _filled(slots, names, owners, saved, entries) -> list[tuple[torch.Tensor, li
 
     filled: list[tuple[torch.Tensor, list[str]]] = []
     for owner, members in groups.items():
-        entry, data = entries[owner], saved[owner]
         present = slots[members[0]][0]
         device = torch.device("cpu") if present.is_meta else present.device
-        if "low_bit" in entry:
-            packed = LowBitTensor(
-                data,
-                entry["low_bit"],
-                entry["group_size"],
-                entry["exponent"],
-                stored_shape=_stored_shape(entry),
-                transposed=entry.get("transposed", False),
-                shape=entry["shape"],
-                dtype=_DTYPES[entry["dtype"]],
-            )
-            filled.append((packed if device.type == "cpu" else packed.to(device), members))
+        data = value(owner, members)
+        if isinstance(data, LowBitTensor):
+            filled.append((data if device.type == "cpu" else data.to(device), members))
             continue
         data = data.to(device)
         parameters = [name for name in members if slots[name][1]]
@@ -474,6 +492,22 @@ def _filled(slots, names, owners, saved, entries) -> list[tuple[torch.Tensor, li
     return filled
 
 
+def _tensor(entry: dict, data: torch.Tensor) -> torch.Tensor:
+    """The tensor of a manifest's entry over the bytes of the file."""
+    if "low_bit" not in entry:
+        return data
+    return LowBitTensor(
+        data,
+        entry["low_bit"],
+        entry["group_size"],
+        entry["exponent"],
+        stored_shape=_stored_shape(entry),
+        transposed=entry.get("transposed", False),
+        shape=entry["shape"],
+        dtype=_DTYPES[entry["dtype"]],
+    )
+
+
 def _stored_shape(entry: dict) -> list[int]:
     if "stored_shape" in entry:
         return entry["stored_shape"]
@@ -481,7 +515,7 @@ def _stored_shape(entry: dict) -> list[int]:
     return [*shape[:-2], shape[-1], shape[-2]] if "transposed" in entry else shape
 
 
-def _directory(who: str, path) -> str:
+def directory_name(who: str, path) -> str:
     try:
         text = os.fspath(path)
     except TypeError:

@@ -1,0 +1,562 @@
+"""bitsandbytes, GPTQ and AWQ checkpoints: the tools' own (make_checkpoints.py), and corners."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from make_checkpoints import DATA, GPTQ_LAYERS
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ipex_llm
+from ipex_llm import load_quantized, ops
+from ipex_llm.imports import grids
+from ipex_llm.optimize import load_low_bit, low_memory_init
+from saved_models import same, snapshot, tiny_llama
+
+IDS = torch.arange(1, 13)[None]
+HALF = 2.0**-11  # the rounding of an fp16
+
+
+def expected_of(name: str) -> dict[str, torch.Tensor]:
+    return load_file(DATA / name / "expected.safetensors")
+
+
+def entry_of(model, name: str) -> dict:
+    return next(e for e in ipex_llm.import_report(model).entries if e["name"] == f"{name}.weight")
+
+
+def values(model, name: str) -> torch.Tensor:
+    return model.get_submodule(name).weight.dequantize(torch.float32)
+
+
+# ---- what the tools themselves make of their files -----------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_gptq_models_of_gptqmodel(layout):
+    model = load_quantized(DATA / layout)
+    becomes = {
+        "q_proj": ("sym_int4", True),
+        "k_proj": ("asym_int4", False),
+        "v_proj": ("sym_int8", False),  # its symmetric 8 bits do reach -128
+        "o_proj": ("sym_int4", True),
+        "gate_proj": ("sym_int4", True),
+        "up_proj": ("sym_int4", True),
+        "down_proj": ("sym_int8", False),
+    }
+    assert becomes.keys() == GPTQ_LAYERS.keys()
+    for name, expected in expected_of("gptq").items():
+        entry = entry_of(model, name)
+        kind = name.rpartition(".")[2]
+        assert (entry["low_bit"], entry["exact"]) == becomes[kind], name
+        error = (values(model, name) - expected).abs().max() / expected.abs().max()
+        assert error <= {"k_proj": HALF, "v_proj": 1 / 254, "down_proj": 1 / 250}.get(kind, 0.0)
+    assert "act-order" in entry_of(model, "model.layers.0.mlp.down_proj")["note"]
+    assert entry_of(model, "model.layers.0.self_attn.q_proj")["group_size"] == 32
+    assert model.lm_head.weight.dtype == torch.float16
+    assert not isinstance(model.lm_head.weight, ipex_llm.LowBitTensor)
+
+
+@pytest.mark.parametrize("layout", ["awq_gemm", "awq_gemv"])
+def test_awq_models_of_autoawq(layout):
+    expected = expected_of(layout)
+    for exact, low_bit, bound in ((False, "asym_int4", HALF), (True, "sym_int5", 0.0)):
+        model = load_quantized(DATA / layout, exact=exact)
+        for name, weight in expected.items():
+            entry = entry_of(model, name)
+            assert (entry["low_bit"], entry["group_size"]) == (low_bit, 32)
+            error = (values(model, name) - weight).abs().max() / weight.abs().max()
+            assert error <= bound
+        assert bool(ipex_llm.import_report(model).rounded) is not exact
+
+
+@pytest.mark.parametrize(
+    ("name", "low_bit", "bound"),
+    [
+        ("bnb_nf4", "nf4", 0.0),
+        ("bnb_nf4_double", "nf4", HALF),
+        ("bnb_fp4", "fp4", 1.001 / 192),
+        ("bnb_int8", "sym_int8", HALF),
+    ],
+)
+def test_models_of_bitsandbytes(name, low_bit, bound):
+    model = load_quantized(DATA / name)
+    for key, expected in expected_of(name).items():
+        entry = entry_of(model, key)
+        assert entry["low_bit"] == low_bit
+        assert entry["exact"] is (bound == 0.0)
+        assert (values(model, key) - expected).abs().max() <= bound * expected.abs().max()
+        if key.endswith("down_proj"):  # 96 inputs, blocks of 64 numbers
+            assert entry["group_size"] == 32
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_saved_loaded_and_fused_like_any_optimized_model(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = load_quantized(DATA / "bnb_nf4", torch_dtype=torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model.save_low_bit(tmp_path)
+    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    with low_memory_init():
+        again = LlamaForCausalLM.from_pretrained(tmp_path)
+    again = load_low_bit(again, tmp_path)
+    with ipex_llm.set_activation_precision("fp32"), torch.no_grad():
+        expected = ipex_llm.dequantize(load_quantized(DATA / "bnb_nf4", torch_dtype=torch.float32))
+        logits, reference = model(IDS).logits, expected(IDS).logits
+        assert ipex_llm.optimization_report(model).fused
+        assert (logits - reference).abs().max() < 1e-4 * reference.abs().max()
+        assert torch.equal(again(IDS).logits, logits)
+
+
+def test_low_bit_converts_what_was_left_float():
+    model = load_quantized(DATA / "gptq", low_bit="sym_int8")
+    assert model.lm_head.weight.low_bit == "sym_int8"
+    assert model.model.layers[0].self_attn.q_proj.weight.low_bit == "sym_int4"
+    kept = load_quantized(DATA / "gptq", low_bit="sym_int8", modules_to_not_convert=["lm_head"])
+    assert not isinstance(kept.lm_head.weight, ipex_llm.LowBitTensor)
+
+
+# ---- corners, against readers written from docs/imports.md ---------------------------------------
+
+
+def write(directory, tensors: dict, quantization: dict, shards: int = 1, **config) -> None:
+    os.makedirs(directory, exist_ok=True)
+    tensors = {name: torch.as_tensor(tensor).contiguous() for name, tensor in tensors.items()}
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors")
+    else:
+        index = {}
+        for i in range(shards):
+            file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+            save_file({name: tensors[name] for name in names[i::shards]}, directory / file)
+            index.update(dict.fromkeys(names[i::shards], file))
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (directory / "config.json").write_text(
+        json.dumps({**config, "quantization_config": quantization})
+    )
+
+
+def bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
+    """codes [rows, count] -> int32 [rows, words]; bit b of code j is bit bits * j + b of a row."""
+    planes = (codes[..., None] >> np.arange(bits)) & 1
+    stream = planes.reshape(len(codes), -1).astype(np.uint8)
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return np.packbits(stream, axis=1, bitorder="little").view("<i4")
+
+
+def gptq_tensors(rng, prefix: str, n: int, k: int, bits: int, index, version: int, symmetric=False):
+    """A random GPTQ matrix: its tensors and the weight in float64."""
+    groups, top = int(index.max()) + 1, (1 << bits) - 1
+    codes = rng.integers(0, top + 1, (n, k))
+    low = 1 if symmetric else 0
+    zeros = (
+        np.full((groups, n), (top + 1) // 2)
+        if symmetric
+        else rng.integers(low, top + 1, (groups, n))
+    )
+    scales = rng.uniform(0.001, 0.01, (groups, n)).astype(np.float16)
+    stored = (zeros - 1) % (top + 1) if version == 1 else zeros
+    tensors = {
+        f"{prefix}.qweight": bit_stream(codes, bits).T.copy(),
+        f"{prefix}.qzeros": bit_stream(stored, bits),
+        f"{prefix}.scales": scales,
+        f"{prefix}.g_idx": index.astype(np.int32),
+    }
+    weight = (codes - zeros[index].T) * scales.astype(np.float64)[index].T
+    return tensors, weight
+
+
+def one_layer(n: int, k: int, bias: bool = False) -> nn.ModuleDict:
+    with low_memory_init():
+        return nn.ModuleDict({"a": nn.Linear(k, n, bias=bias)})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("k", "size", "ours"),
+    [(96, 32, 32), (192, 96, 32), (320, 128, 64), (256, 256, 128), (96, 48, 0)],
+)
+def test_gptq_layouts(version, bits, k, size, ours, tmp_path):
+    rng = np.random.default_rng(bits * k + size)
+    n = 32
+    index = np.arange(k) // size
+    tensors, weight = gptq_tensors(rng, "a", n, k, bits, index, version)
+    quantization = {"quant_method": "gptq", "bits": bits, "group_size": size}
+    quantization["checkpoint_format"] = "gptq" if version == 1 else "gptq_v2"
+    if version == 2:
+        del tensors["a.g_idx"]  # then the configuration tells
+    write(tmp_path, tensors, quantization)
+    model = load_quantized(tmp_path, one_layer(n, k))
+    packed = model["a"].weight
+    error = np.abs(packed.dequantize(torch.float64).numpy() - weight).max() / np.abs(weight).max()
+    entry = entry_of(model, "a")
+    if not ours:
+        assert "multiple of 32" in entry["note"]
+        assert error < 1 / 250
+        return
+    wanted = 128 if (k, size) == (320, 128) else ours
+    assert packed.group_size == wanted
+    if bits in (2, 3):
+        assert entry["exact"]
+        assert error == 0
+    elif bits == 4:
+        assert packed.low_bit == "asym_int4"
+        assert error <= HALF
+        exactly = load_quantized(tmp_path, one_layer(n, k), exact=True)["a"].weight
+        assert exactly.low_bit == "sym_int5"
+        assert np.array_equal(exactly.dequantize(torch.float64).numpy(), weight)
+    else:
+        assert packed.low_bit == "sym_int8"
+        assert error <= 1 / 250
+
+
+def test_gptq_act_order_of_whole_runs_is_exact(tmp_path):
+    rng = np.random.default_rng(1)
+    index = np.repeat([2, 0, 1, 0, 2, 1], 32)  # groups come back, but in runs of 32
+    tensors, weight = gptq_tensors(rng, "a", 8, 192, 4, index, 1, symmetric=True)
+    write(
+        tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}
+    )
+    model = load_quantized(tmp_path, one_layer(8, 192), exact=True)
+    assert model["a"].weight.low_bit == "sym_int4"
+    assert np.array_equal(model["a"].weight.dequantize(torch.float64).numpy(), weight)
+
+
+def test_gptq_act_order_and_the_type_to_requantize_to(tmp_path):
+    rng = np.random.default_rng(2)
+    index = rng.permutation(np.arange(128) // 32)
+    tensors, weight = gptq_tensors(rng, "a", 16, 128, 4, index, 1, symmetric=True)
+    write(
+        tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
+    )
+    errors = []
+    for low_bit in ("sym_int8", "sym_int5"):
+        model = load_quantized(tmp_path, one_layer(16, 128), requantize=low_bit)
+        assert model["a"].weight.low_bit == low_bit
+        difference = model["a"].weight.dequantize(torch.float64).numpy() - weight
+        errors.append(np.linalg.norm(difference) / np.linalg.norm(weight))
+        said = float(entry_of(model, "a")["note"].rpartition(" ")[2])
+        assert said == pytest.approx(errors[-1], rel=0.1)
+    assert errors[0] < 0.01 < errors[1] < 0.1
+    untouched = one_layer(16, 128)
+    before = snapshot(untouched)
+    with pytest.raises(ValueError, match=r"exact=True.*act-order"):
+        load_quantized(tmp_path, untouched, exact=True)
+    assert same(before, snapshot(untouched))
+
+
+@pytest.mark.parametrize("layout", ["gemm", "gemv"])
+@pytest.mark.parametrize("size", [64, 128, -1])
+def test_awq_layouts(layout, size, tmp_path):
+    rng = np.random.default_rng(size + 5)
+    n, k = 24, 256
+    groups = 1 if size == -1 else k // size
+    codes, zeros = rng.integers(0, 16, (n, k)), rng.integers(0, 16, (n, groups))
+    scales = rng.uniform(0.001, 0.01, (n, groups)).astype(np.float16)
+    wide = k // groups
+    weight = (codes - zeros.repeat(wide, 1)) * scales.astype(np.float64).repeat(wide, 1)
+    if layout == "gemm":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+
+        def pack(rows):
+            return bit_stream(rows.reshape(len(rows), -1, 8)[..., order].reshape(len(rows), -1), 4)
+
+        tensors = {"qweight": pack(codes.T), "qzeros": pack(zeros.T), "scales": scales.T.copy()}
+    else:
+        room = np.zeros((n, -groups % 8))
+        tensors = {
+            "qweight": bit_stream(codes, 4),
+            "qzeros": bit_stream(np.hstack((zeros, room)).astype(int), 4),
+            "scales": np.hstack((scales, room)).astype(np.float16),
+        }
+    tensors = {f"a.{name}": tensor for name, tensor in tensors.items()}
+    tensors["a.bias"] = np.arange(n, dtype=np.float16)
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": size, "version": layout}
+    write(tmp_path, tensors, quantization)
+    model = load_quantized(tmp_path, one_layer(n, k, bias=True), exact=True)
+    assert np.array_equal(model["a"].weight.dequantize(torch.float64).numpy(), weight)
+    assert model["a"].bias.tolist() == list(range(n))
+    assert model["a"].weight.group_size == (64 if size == 64 else 128)
+
+
+def bnb_tensors(rng, name: str, shape, blocksize: int, table, storage=torch.uint8):
+    count = int(np.prod(shape))
+    codes = rng.integers(0, 16, count)
+    absmax = rng.uniform(0.01, 0.1, -(-count // blocksize)).astype(np.float16).astype(np.float32)
+    pairs = np.pad(codes, (0, count % 2)).reshape(-1, 2)
+    data = torch.from_numpy((pairs[:, 0] * 16 + pairs[:, 1]).astype(np.uint8))
+    state = {"quant_type": "nf4", "blocksize": blocksize, "dtype": "float16", "shape": list(shape)}
+    tensors = {
+        name: data.view(storage)[:, None],
+        f"{name}.absmax": absmax,
+        f"{name}.quant_map": table,
+        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode())
+        ).byte(),
+    }
+    wide = absmax.repeat(blocksize)[:count]
+    weight = (np.asarray(table, np.float32)[codes] * wide).reshape(shape)  # as it does: in float32
+    return tensors, weight
+
+
+NF4 = torch.tensor(ops.FORMATS["nf4"].codebook)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocksize", "group"),
+    [((24, 64), 512, 64), ((8, 96), 64, 32), ((16, 192), 128, 64), ((1, 512), 4096, 128)],
+)
+def test_bitsandbytes_blocks_and_rows(shape, blocksize, group, tmp_path):
+    rng = np.random.default_rng(blocksize)
+    for storage in (torch.uint8, torch.bfloat16):
+        tensors, weight = bnb_tensors(rng, "a.weight", shape, blocksize, NF4, storage)
+        write(tmp_path, tensors, {"quant_method": "bitsandbytes"})
+        model = load_quantized(tmp_path, one_layer(*shape), exact=True)
+        assert model["a"].weight.group_size == group
+        assert np.array_equal(model["a"].weight.dequantize(torch.float32).numpy(), weight)
+
+
+def test_bitsandbytes_that_no_grid_holds(tmp_path):
+    rng = np.random.default_rng(3)
+    table = torch.linspace(-1, 1, 16)
+    for shape, codebook, why in (((8, 128), table, "codebook"), ((7, 37), NF4, "not runs of 32")):
+        tensors, weight = bnb_tensors(rng, "a.weight", shape, 64, codebook)
+        write(tmp_path, tensors, {"quant_method": "bitsandbytes"})
+        model = load_quantized(tmp_path, one_layer(*shape))
+        assert why in entry_of(model, "a")["note"]
+        error = np.abs(model["a"].weight.dequantize(torch.float32).numpy() - weight).max()
+        assert error < np.abs(weight).max() / 250
+
+
+# ---- scales --------------------------------------------------------------------------------------
+
+
+def test_scales_take_the_exponent_that_keeps_them():
+    mantissas = torch.tensor([1.0, 1.5, 2047 / 1024, 1 / 1024])
+    for power in (-120, -40, -14, 0, 14, 100):
+        scales = mantissas.double() * 2.0**power
+        (half,), exponent, exact = grids.to_half(scales)
+        assert exact
+        assert torch.equal(half.double() * 2.0**exponent, scales)
+        assert exponent == 0 if -14 <= power <= 0 else True
+    (half,), exponent, exact = grids.to_half(torch.tensor([0.0, 65504.0]))
+    assert (exponent, exact) == (0, True)
+    for wanted in (
+        torch.tensor([1 / 3, 3e-5]),
+        torch.tensor([1e-9, 3e-10]),
+        torch.tensor([7e4, 1 / 3]),
+    ):
+        (half,), exponent, exact = grids.to_half(wanted)
+        assert not exact
+        error = (half.double() * 2.0**exponent - wanted.double()).abs()
+        assert (error <= wanted.double() * HALF + 2.0 ** (exponent - 25)).all()
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def quantized_llama(directory, shards: int = 1, extra=None, **changes):
+    """A llama whose linear layers are GPTQ: the float model with those weights."""
+    model = tiny_llama(**changes)
+    rng = np.random.default_rng(0)
+    tensors = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            n, k = module.weight.shape
+            index = np.arange(k) // 32
+            packed, weight = gptq_tensors(rng, f"model.{name}", n, k, 4, index, 1, symmetric=True)
+            tensors = {k: v for k, v in tensors.items() if k != f"model.{name}.weight"} | packed
+            with torch.no_grad():
+                module.weight.copy_(torch.from_numpy(weight))
+    tensors.update(extra or {})
+    config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    write(directory, tensors, quantization, shards, **config)
+    return model
+
+
+def test_tied_embeddings_shards_and_what_old_tools_left_behind(tmp_path):
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.1.mlp.up_proj.bias": torch.zeros(96),
+    }
+    reference = quantized_llama(tmp_path, shards=3, extra=extra)
+    model = load_quantized(tmp_path, exact=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with ipex_llm.set_activation_precision("fp32"):  # and gradients on: nothing is fused
+        logits, expected = model(IDS).logits, reference(IDS).logits
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_bias_that_the_model_lacks_is_not_dropped(tmp_path):
+    quantized_llama(tmp_path, extra={"model.layers.1.mlp.up_proj.bias": torch.ones(96)})
+    with pytest.raises(ValueError, match=r"up_proj.bias: \[96\] of the save is not in the model"):
+        load_quantized(tmp_path)
+
+
+def test_conv1d_keeps_its_orientation(tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    rng = np.random.default_rng(4)
+    tensors, weight = gptq_tensors(rng, "h.c_fc", 64, 64, 4, np.arange(64) // 32, 1, symmetric=True)
+    tensors["h.c_fc.bias"] = np.zeros(64, np.float32)
+    write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with low_memory_init():
+        model = nn.ModuleDict({"h": nn.ModuleDict({"c_fc": Conv1D(64, 64)})})
+    packed = load_quantized(tmp_path, model)["h"]["c_fc"].weight
+    assert packed.transposed
+    assert np.array_equal(packed.dequantize(torch.float64).numpy(), weight.T)
+
+
+def test_the_old_configuration_files(tmp_path):
+    rng = np.random.default_rng(5)
+    tensors, weight = gptq_tensors(rng, "a", 8, 64, 4, np.arange(64) // 64, 1, symmetric=True)
+    write(tmp_path, tensors, {})
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-64g.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 64}')
+    packed = load_quantized(tmp_path, one_layer(8, 64), exact=True, mmap=False)["a"].weight
+    assert np.array_equal(packed.dequantize(torch.float64).numpy(), weight)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def change(name, value=None, drop=()):
+    def damage(d):
+        tensors = load_file(d / "model.safetensors")
+        for key in drop:
+            del tensors[key]
+        if name is not None:
+            tensors[name] = value(tensors[name])
+        save_file({k: v.contiguous() for k, v in tensors.items()}, d / "model.safetensors")
+
+    return damage
+
+
+def configure(**changes):
+    def damage(d):
+        config = json.loads((d / "config.json").read_text())
+        config["quantization_config"].update(changes)
+        (d / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def replace(name, text):
+    return lambda d: (d / name).write_text(text)
+
+
+def truncated(d):
+    data = (d / "model.safetensors").read_bytes()
+    (d / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def fifo(d):
+    (d / "model.safetensors").unlink()
+    os.mkfifo(d / "model.safetensors")
+
+
+def pickled(d):
+    (d / "model.safetensors").rename(d / "pytorch_model.bin")
+    (d / "expected.safetensors").unlink()
+
+
+def infinite(t):
+    t.view(-1)[3] = float("inf")
+    return t
+
+
+def with_index(weight_map):
+    return replace("model.safetensors.index.json", json.dumps({"weight_map": weight_map}))
+
+
+A = "model.layers.0.mlp.down_proj"
+GPTQ_REFUSED = {
+    "index_leads_out": (with_index({"a": "../model.safetensors"}), "in the same directory"),
+    "index_names_a_pickle": (with_index({"a": "model.bin"}), "in the same directory"),
+    "index_disagrees": (with_index({"a": "model.safetensors"}), "which does not hold it"),
+    "index_not_json": (replace("model.safetensors.index.json", "["), "is not JSON"),
+    "config_not_json": (replace("config.json", "\xff"), "is not JSON"),
+    "config_deep": (replace("config.json", "[" * 200_000), "is not JSON"),
+    "config_key_twice": (replace("config.json", '{"a": 1, "a": 2}'), "the key 'a' twice"),
+    "not_quantized": (replace("config.json", "{}"), "has no quantization_config"),
+    "another_method": (configure(quant_method="aqlm"), "quantized by 'aqlm'"),
+    "marlin": (configure(checkpoint_format="marlin"), "layout is 'marlin'"),
+    "truncated": (truncated, "model.safetensors"),
+    "fifo": (fifo, "regular file"),
+    "pickle": (pickled, "a pickle, which is not read"),
+    "no_scales": (change(None, drop=[f"{A}.scales"]), f"has no {A}.scales beside it"),
+    "float_codes": (change(f"{A}.qweight", lambda t: t.float()), "must be a matrix of int32"),
+    "group_out_of_range": (change(f"{A}.g_idx", lambda t: t + 1), "but there are 2 groups"),
+    "negative_group": (change(f"{A}.g_idx", lambda t: t - 1), "g_idx holds -1 to 0"),
+    "fewer_scales": (change(f"{A}.scales", lambda t: t[:, :-8]), "do not belong to it"),
+    "fewer_codes": (change(f"{A}.qweight", lambda t: t[:-1]), "of bits per code"),
+    "infinite_scale": (change(f"{A}.scales", infinite), "scales holds inf at 3"),
+    "another_model": (change(None, drop=["model.norm.weight"]), "is not in the save"),
+}
+BNB_REFUSED = {
+    "no_absmax": (change(None, drop=[f"{A}.weight.absmax"]), f"has no {A}.weight.absmax"),
+    "no_state": (
+        change(None, drop=[f"{A}.weight.quant_state.bitsandbytes__nf4"]),
+        "has no .quant_state.bitsandbytes__nf4",
+    ),
+    "state_not_json": (
+        change(f"{A}.weight.quant_state.bitsandbytes__nf4", lambda t: t[:-2]),
+        "is not JSON",
+    ),
+    "fewer_codes": (change(f"{A}.weight", lambda t: t[:-8]), "bytes of codes for shape [64, 96]"),
+    "fewer_blocks": (change(f"{A}.weight.absmax", lambda t: t[:-1]), "one for each 64"),
+    "short_map": (change(f"{A}.weight.quant_map", lambda t: t[:-1]), "must be 16 floats"),
+    "fewer_outer_blocks": (change(f"{A}.weight.nested_absmax", lambda t: t[:0]), "and [1]"),
+    "nan": (change(f"{A}.weight.nested_absmax", lambda t: t * float("nan")), "absmax holds nan"),
+}
+
+
+@pytest.mark.parametrize("name", GPTQ_REFUSED.keys() | BNB_REFUSED.keys())
+def test_what_is_refused(name, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for source, table in (("gptq", GPTQ_REFUSED), ("bnb_nf4_double", BNB_REFUSED)):
+        if name not in table:
+            continue
+        damage, message = table[name]
+        directory = tmp_path / source
+        shutil.copytree(DATA / source, directory)
+        with low_memory_init():
+            model = LlamaForCausalLM(LlamaConfig.from_pretrained(directory))
+        damage(directory)
+        before = snapshot(model)
+        with pytest.raises((ValueError, OSError), match=r"^load_quantized: ") as caught:
+            load_quantized(directory, model)
+        assert message in str(caught.value)
+        assert same(before, snapshot(model))
+
+
+def test_remote_code_is_not_run(tmp_path):
+    config = {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "code.Mine"}}
+    tensors, _ = gptq_tensors(np.random.default_rng(0), "a", 8, 64, 4, np.arange(64) // 32, 1)
+    write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 32}, **config)
+    (tmp_path / "code.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match="read it, then pass trust_remote_code=True"):
+        load_quantized(tmp_path)
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(ValueError, match="unknown requantize 'int9'"):
+        load_quantized(DATA / "gptq", requantize="int9")
+    with pytest.raises(TypeError, match="exact must be True or False"):
+        load_quantized(DATA / "gptq", exact=1)
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        load_quantized(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"ipex_llm\.load_quantized\("):
+        load_low_bit(tiny_llama(), DATA / "gptq")
