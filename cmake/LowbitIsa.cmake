@@ -5,7 +5,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(LOWBIT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
   set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavxvnni)
   set(LOWBIT_FLAGS_avx512vnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
-      -mavx512vbmi -mavx512vnni -mprefer-vector-width=512)
+      -mavx512vbmi -mavx512vnni -mgfni -mprefer-vector-width=512)
   set(LOWBIT_FLAGS_avx512bf16 ${LOWBIT_FLAGS_avx512vnni} -mavx512bf16)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(LOWBIT_ISAS neon neondot)

@@ -52,7 +52,8 @@ Features detect() {
   f.avxvnni = f.avx2 && bit(seven_one.eax, 4);
   f.avx512vnni = f.avx2 && zmm && bit(seven.ebx, 16) /* F */ && bit(seven.ebx, 17) /* DQ */ &&
                  bit(seven.ebx, 30) /* BW */ && bit(seven.ebx, 31) /* VL */ &&
-                 bit(seven.ecx, 1) /* VBMI */ && bit(seven.ecx, 11) /* VNNI */;
+                 bit(seven.ecx, 1) /* VBMI */ && bit(seven.ecx, 8) /* GFNI */ &&
+                 bit(seven.ecx, 11) /* VNNI */;
   f.avx512bf16 = f.avx512vnni && bit(seven_one.eax, 5);
   return f;
 }

@@ -23,7 +23,7 @@ struct Features {
   // x86; each is true only if the operating system also saves the registers (XGETBV).
   bool avx2 = false;        // AVX2, FMA, F16C, BMI2
   bool avxvnni = false;     // avx2 and AVX-VNNI
-  bool avx512vnni = false;  // AVX-512 F BW DQ VL VBMI VNNI
+  bool avx512vnni = false;  // AVX-512 F BW DQ VL VBMI VNNI, GFNI
   bool avx512bf16 = false;  // avx512vnni and AVX512_BF16
   // AArch64
   bool neon = false;

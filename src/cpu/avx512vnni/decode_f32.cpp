@@ -7,11 +7,48 @@
 namespace lowbit::cpu {
 namespace {
 
-constexpr std::int64_t kPrefetch = 4096;  // as in decode_int.cpp
 constexpr int kTokens = 4;  // 4 x 2 accumulators; more tokens go over the tile again, from L1 or L2
 
+// How the four vectors of a quad meet activations: here an input each, a lane a row.
+template <Format F>
+struct Terms : Floats<F> {
+  LOWBIT_INLINE static __m512 activation(const float* x, int k) { return _mm512_set1_ps(x[k]); }
+  LOWBIT_INLINE static __m512 total(__m512 first, __m512 second) {
+    return _mm512_add_ps(first, second);
+  }
+};
+// Half a unit each, converted where it lies: 8 rows x 2 inputs, met by the same two activations
+// repeated. Taking one input of 16 rows instead needs a shift and a narrowing before each
+// conversion: twice the time.
+template <>
+struct Terms<Format::kFp16> {
+  static constexpr std::int64_t kBlockBytes = 1024;
+  template <class Walk>
+  LOWBIT_INLINE void open(const std::byte*, const Walk&, std::int64_t) {}
+  LOWBIT_INLINE static NoPlane plane(const std::byte*, std::int64_t, std::int64_t) { return {}; }
+  template <int I>
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block, NoPlane,
+                          __m512 (&out)[4]) const {
+    unroll<4>([&](auto i) LOWBIT_LAMBDA {
+      out[i] = load_halves(codes + block * kBlockBytes + I * 128 + i * 32);
+    });
+  }
+  LOWBIT_INLINE static __m512 activation(const float* x, int k) {
+    double two;
+    __builtin_memcpy(&two, x + k / 2 * 2, 8);
+    return _mm512_castpd_ps(_mm512_set1_pd(two));
+  }
+  LOWBIT_INLINE static __m512 total(__m512 first, __m512 second) {
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_ps(_mm512_permutex2var_ps(first, even, second),
+                         _mm512_permutex2var_ps(first, odd, second));
+  }
+};
+
 template <Format F, int kCount>
-void tile_f32(Floats<F>& floats, const std::byte* tile, const AnyWalk<F>& walk, const float* x,
+void tile_f32(Terms<F>& terms, const std::byte* tile, const AnyWalk<F>& walk, const float* x,
               std::int64_t k_padded, const Epilogue& epilogue, std::int64_t token,
               std::int64_t tile_index) {
   // Four chains for one token: the latency of a multiply-add is 4 cycles and one starts per cycle.
@@ -22,21 +59,18 @@ void tile_f32(Floats<F>& floats, const std::byte* tile, const AnyWalk<F>& walk, 
   for (std::int64_t g = 0; g < walk.groups; ++g) {
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
-    floats.open(tile, walk, g);
+    terms.open(tile, walk, g);
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-      unroll<static_cast<int>(Floats<F>::kBlockBytes / 64)>([&](auto i) LOWBIT_LAMBDA {
-        _mm_prefetch(
-            reinterpret_cast<const char*>(codes + b * Floats<F>::kBlockBytes + i * 64 + kPrefetch),
-            _MM_HINT_T0);
-      });
+      const auto plane = Terms<F>::plane(codes, inputs, b);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
+        prefetch_quad<i, Terms<F>::kBlockBytes>(codes + b * Terms<F>::kBlockBytes);
         __m512 weights[4];
-        floats.template quad<i>(codes, inputs, b, weights);
+        terms.template quad<i>(codes, b, plane, weights);
         unroll<4>([&](auto k) LOWBIT_LAMBDA {
           unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
             constexpr int kChain = k % kChains;
             sum[t][kChain] = _mm512_fmadd_ps(
-                weights[k], _mm512_set1_ps(x[t * k_padded + i * 4 + k]), sum[t][kChain]);
+                weights[k], Terms<F>::activation(x + t * k_padded + i * 4, k), sum[t][kChain]);
           });
         });
       });
@@ -45,8 +79,11 @@ void tile_f32(Floats<F>& floats, const std::byte* tile, const AnyWalk<F>& walk, 
   }
   const __m512 scale = row_scales<F>(tile);
   unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-    __m512 total = _mm512_add_ps(sum[t][0], sum[t][1]);
-    if constexpr (kChains == 4) total = _mm512_add_ps(total, _mm512_add_ps(sum[t][2], sum[t][3]));
+    if constexpr (kChains == 4) {
+      sum[t][0] = _mm512_add_ps(sum[t][0], sum[t][2]);
+      sum[t][1] = _mm512_add_ps(sum[t][1], sum[t][3]);
+    }
+    const __m512 total = Terms<F>::total(sum[t][0], sum[t][1]);
     epilogue.store(token + t, tile_index, _mm512_mul_ps(total, scale));
   });
 }
@@ -59,7 +96,7 @@ template <Format F>
 void run_f32(const RowBlock& rows, const Activations& a, std::int64_t first_token,
              std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
              std::int64_t token_end, std::int64_t, std::byte*) {
-  Floats<F> floats;
+  Terms<F> terms;
   const AnyWalk<F> walk(rows.layout);
   const Epilogue epilogue(rows, 1.0f);
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
@@ -69,7 +106,7 @@ void run_f32(const RowBlock& rows, const Activations& a, std::int64_t first_toke
       const std::int64_t left = token_end - t;
       unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
         if (left == i + 1 || (i + 1 == kTokens && left > kTokens)) {
-          tile_f32<F, i + 1>(floats, bytes, walk, x, a.k_padded, epilogue, first_token + t, tile);
+          tile_f32<F, i + 1>(terms, bytes, walk, x, a.k_padded, epilogue, first_token + t, tile);
         }
       });
     }

@@ -13,10 +13,6 @@
 namespace lowbit::cpu {
 namespace {
 
-// How far ahead of use lines are fetched: hides the latency where the hardware prefetcher stops at
-// a page border.
-constexpr std::int64_t kPrefetch = 4096;
-
 LOWBIT_INLINE __m512i broadcast(const std::byte* p) {
   int word;
   __builtin_memcpy(&word, p, 4);
@@ -52,13 +48,10 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
       sum[t][kPlanes - 1][0] = broadcast(meta + sizes.meta_bytes + (g * kTokens + t) * 4);
     });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-      unroll<static_cast<int>(Codes::kBlockBytes / 64)>([&](auto i) LOWBIT_LAMBDA {
-        _mm_prefetch(
-            reinterpret_cast<const char*>(codes + b * Codes::kBlockBytes + i * 64 + kPrefetch),
-            _MM_HINT_T0);
-      });
+      const auto plane = Codes::plane(codes, inputs, b);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
-        const __m512i weights = operand.template quad<i>(codes, inputs, b);
+        prefetch_quad<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
+        const __m512i weights = operand.template quad<i>(codes, b, plane);
         unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
           unroll<kPlanes>([&](auto p) LOWBIT_LAMBDA {
             constexpr int kChain = i % kChains;
@@ -70,6 +63,7 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
       planes[0] += 32 * kTokens;
       planes[1] += 32 * kTokens;
     }
+    prefetch_ahead(tile + walk.scales(g));
     const __m512 scale = load_halves(tile + walk.scales(g));
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       const std::int64_t at = (g * kTokens + t) * 4;
@@ -112,9 +106,11 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
   constexpr int kChains = kTokens <= 2 ? 2 : 1;
   __m512 total[kTokens];
   unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
+  auto next = Codes::plane(tile, walk.inputs(0), 0);
   for (std::int64_t g = 0; g < walk.groups; ++g) {
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
+    const std::int64_t following = g + 1 < walk.groups ? g + 1 : g;
     __m512i top[kTokens], mid[kTokens], rest[kTokens], mid2[kTokens], rest2[kTokens];
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       const std::int64_t at = (g * kTokens + t) * 4;
@@ -123,13 +119,14 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       rest[t] = mid2[t] = rest2[t] = _mm512_setzero_si512();
     });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-      unroll<static_cast<int>(Codes::kBlockBytes / 64)>([&](auto i) LOWBIT_LAMBDA {
-        _mm_prefetch(
-            reinterpret_cast<const char*>(codes + b * Codes::kBlockBytes + i * 64 + kPrefetch),
-            _MM_HINT_T0);
-      });
+      // A block ahead: some thirty cycles of latency, more than the schedulers see.
+      const auto plane = next;
+      next = b + 1 < inputs / kInputBlock
+                 ? Codes::plane(codes, inputs, b + 1)
+                 : Codes::plane(tile + walk.codes(following), walk.inputs(following), 0);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
-        const __m512i index = Codes::template index<i>(codes, inputs, b);
+        prefetch_quad<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
+        const __m512i index = Codes::template index<i>(codes, b, plane);
         const __m512i w2 = _mm512_permutexvar_epi8(index, high);
         const __m512i w1 = _mm512_permutexvar_epi8(index, middle);
         const __m512i w0 = _mm512_permutexvar_epi8(index, low);
@@ -148,6 +145,7 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       planes[0] += 32 * kTokens;
       planes[1] += 32 * kTokens;
     }
+    prefetch_ahead(tile + walk.scales(g));
     const __m512 scale = load_halves(tile + walk.scales(g));
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       if constexpr (kChains == 2) {

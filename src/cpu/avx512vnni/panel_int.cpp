@@ -67,8 +67,9 @@ void expand(const Operand<F>& operand, const std::byte* tile,
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+      const auto plane = Operand<F>::Codes::plane(codes, inputs, b);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
-        _mm512_store_si512(to + i * 128, operand.template quad<i>(codes, inputs, b));
+        _mm512_store_si512(to + i * 128, operand.template quad<i>(codes, b, plane));
       });
       to += 8 * 128;
     }

@@ -33,6 +33,24 @@ LOWBIT_INLINE __mmask16 mask16(std::int64_t count) {
   return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
 }
 
+// How far ahead of use lines of packed weights are fetched: hides the latency where the hardware
+// prefetcher stops at a page border. Every line, scales too: one miss in 17 cost 3 to 6 % of the
+// bandwidth.
+constexpr std::int64_t kPrefetch = 4096;
+
+LOWBIT_INLINE void prefetch_ahead(const std::byte* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
+}
+
+// Quad I's share of the lines of a block, so that the requests do not come in bursts.
+template <int I, std::int64_t kBlockBytes>
+LOWBIT_INLINE void prefetch_quad(const std::byte* block) {
+  constexpr int kLines = static_cast<int>(kBlockBytes / 64);
+  constexpr int kFirst = I * kLines / 8;
+  unroll<(I + 1) * kLines / 8 - kFirst>(
+      [&](auto line) LOWBIT_LAMBDA { prefetch_ahead(block + (kFirst + line) * 64); });
+}
+
 LOWBIT_INLINE std::int64_t align64(std::int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }

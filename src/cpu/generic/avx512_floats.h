@@ -56,17 +56,22 @@ struct Floats {
       offset = _mm512_mul_ps(scale, _mm512_set1_ps(-Facts::kZero));
     }
   }
+  using Plane = typename Codes::Plane;
+  LOWBIT_INLINE static Plane plane(const std::byte* codes, std::int64_t inputs,
+                                   std::int64_t block) {
+    return Codes::plane(codes, inputs, block);
+  }
   template <int I>
-  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t inputs, std::int64_t block,
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block, const Plane& plane,
                           __m512 (&out)[4]) const {
     if constexpr (Facts::kTable) {
-      const __m512i index = Codes::template index<I>(codes, inputs, block);
+      const __m512i index = Codes::template index<I>(codes, block, plane);
       unroll<4>([&](auto k) LOWBIT_LAMBDA {
         const __m512i lane = k == 0 ? index : _mm512_srli_epi32(index, 8 * k);
         out[k] = _mm512_mul_ps(_mm512_permutexvar_ps(lane, table), scale);
       });
     } else {
-      const __m512i bytes = Codes::template quad<I>(codes, inputs, block);
+      const __m512i bytes = Codes::template quad<I>(codes, block, plane);
       unroll<4>([&](auto k) LOWBIT_LAMBDA {
         const __m512i lane =
             k == 3 ? _mm512_srli_epi32(bytes, 24)
@@ -121,22 +126,30 @@ struct Fp8Floats {
         low1(_mm512_load_si512(fp8_tables<F>().low + 64)) {}
   template <class Walk>
   LOWBIT_INLINE void open(const std::byte*, const Walk&, std::int64_t) {}
+  LOWBIT_INLINE static NoPlane plane(const std::byte*, std::int64_t, std::int64_t) { return {}; }
 
+  // Low and high bytes of the bf16 of one quad.
+  template <int I>
+  LOWBIT_INLINE void bytes(const std::byte* codes, std::int64_t block, __m512i& low,
+                           __m512i& high) const {
+    const __m512i code = load_unit(codes + block * kBlockBytes + I * 64);
+    low = _mm512_permutex2var_epi8(low0, code, low1);
+    high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high0, code, high1), code,
+                                     _mm512_set1_epi8(static_cast<char>(0x80)),
+                                     0xf8);  // a | (b & c)
+  }
   // bf16 pairs of one quad: inputs (0, 2) and (1, 3) of every row.
   template <int I>
   LOWBIT_INLINE void pairs(const std::byte* codes, std::int64_t block, __m512i& even,
                            __m512i& odd) const {
-    const __m512i code = load_unit(codes + block * kBlockBytes + I * 64);
-    const __m512i low = _mm512_permutex2var_epi8(low0, code, low1);
-    const __m512i high =
-        _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high0, code, high1), code,
-                                  _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // a | (b & c)
+    __m512i low, high;
+    bytes<I>(codes, block, low, high);
     const __m512i mask = _mm512_set1_epi16(0x00ff);
     even = _mm512_ternarylogic_epi32(mask, low, _mm512_slli_epi16(high, 8), 0xca);  // a ? b : c
     odd = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(low, 8), high, 0xca);
   }
   template <int I>
-  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t, std::int64_t block,
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block, NoPlane,
                           __m512 (&out)[4]) const {
     __m512i even, odd;
     pairs<I>(codes, block, even, odd);
@@ -158,8 +171,9 @@ struct Floats<Format::kBf16> {
   static constexpr std::int64_t kBlockBytes = 1024;
   template <class Walk>
   LOWBIT_INLINE void open(const std::byte*, const Walk&, std::int64_t) {}
+  LOWBIT_INLINE static NoPlane plane(const std::byte*, std::int64_t, std::int64_t) { return {}; }
   template <int I>
-  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t, std::int64_t block,
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block, NoPlane,
                           __m512 (&out)[4]) const {
     const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     unroll<2>([&](auto i) LOWBIT_LAMBDA {
@@ -175,8 +189,9 @@ struct Floats<Format::kFp16> {
   static constexpr std::int64_t kBlockBytes = 1024;
   template <class Walk>
   LOWBIT_INLINE void open(const std::byte*, const Walk&, std::int64_t) {}
+  LOWBIT_INLINE static NoPlane plane(const std::byte*, std::int64_t, std::int64_t) { return {}; }
   template <int I>
-  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t, std::int64_t block,
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block, NoPlane,
                           __m512 (&out)[4]) const {
     unroll<2>([&](auto i) LOWBIT_LAMBDA {
       const __m512i unit = load_unit(codes + block * kBlockBytes + (2 * I + i) * 64);

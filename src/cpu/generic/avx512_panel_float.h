@@ -48,9 +48,10 @@ void expand_floats(Floats<F>& floats, const std::byte* tile, const AnyWalk<F>& w
     floats.open(tile, walk, g);
     const std::int64_t stop = start + inputs < k1 ? start + inputs : k1;
     for (std::int64_t b = (k - start) / kInputBlock; b < (stop - start) / kInputBlock; ++b) {
+      const auto plane = Floats<F>::plane(codes, inputs, b);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
         __m512 weights[4];
-        floats.template quad<i>(codes, inputs, b, weights);
+        floats.template quad<i>(codes, b, plane, weights);
         Policy::put(to + i * Policy::kQuadBytes * kPanelTiles, weights);
       });
       to += 8 * Policy::kQuadBytes * kPanelTiles;
