@@ -58,9 +58,9 @@ Coder coder_of(const FormatInfo& info) {
 }
 
 void fill_table(const FormatInfo& info, Codec* codec) {
-  const bool mirrored = codec->coder == Coder::kMirrored;
-  const int entries = static_cast<int>(info.codebook.size()) / (mirrored ? 2 : 1);
+  const int entries = static_cast<int>(info.codebook.size());
   std::copy(info.codebook.begin(), info.codebook.end(), codec->values);
+  if (codec->coder == Coder::kMirrored) return;  // E2M1, whose thresholds are multiples of 1/4
   std::array<float, 15> thresholds;
   thresholds.fill(std::numeric_limits<float>::infinity());
   for (int code = 1; code < entries; ++code) {
@@ -78,10 +78,9 @@ void fill_table(const FormatInfo& info, Codec* codec) {
           thresholds[static_cast<std::size_t>(((2 * prefix + 1) << step) - 1)];
     }
   }
-  // Bins of 1/16 over [-1, 1), or of 1/2 from -1/8 on: checked by a test to hold one threshold at
-  // most, and none near an edge, where rounding could choose the wrong bin.
-  codec->bin_mul = mirrored ? 2.0f : 16.0f;
-  codec->bin_add = mirrored ? 0.25f : 16.0f;
+  // Bins of 1/16 over [-1, 1) hold one threshold at most, and none near an edge, where rounding
+  // could choose the wrong bin.
+  codec->bin_mul = codec->bin_add = 16.0f;
   std::fill(std::begin(codec->bin_threshold), std::end(codec->bin_threshold),
             std::numeric_limits<float>::infinity());
   for (int code = 1; code < entries; ++code) {
@@ -187,14 +186,14 @@ reference::ScaleRange quantize_pass(const QuantizeKernels* kernels, const Matrix
           reference::quantize_tile(weight, layout, exponent, tile, packed_tile);
         }
       } else if (direct) {
-        kernels->quantize_tile(
-            {element_address(weight, row, 0), weight.dtype, weight.row_stride, rows, layout.k},
-            layout, codec, packed_tile, &range);
+        kernels->quantize_tile({element_address(weight, row, 0), weight.dtype, weight.row_stride,
+                                rows, layout.k, tile + 1 < layout.tiles},
+                               layout, codec, packed_tile, &range);
       } else {
         float* copy = copies.data() + task * copy_size;
         copy_tile(*kernels, weight, row, rows, exponent, copy);
-        kernels->quantize_tile({copy, DType::kFloat32, layout.k, rows, layout.k}, layout, codec,
-                               packed_tile, &range);
+        kernels->quantize_tile({copy, DType::kFloat32, layout.k, rows, layout.k, false}, layout,
+                               codec, packed_tile, &range);
       }
     }
   });

@@ -33,11 +33,9 @@ struct Codec {
   int zero_point;
   std::uint16_t padding_code;
   alignas(64) float values[16];  // kTable, kMirrored: the codebook
-  // thresholds[i]: the smallest float32 of code i + 1 or higher; unused ones are infinite. An
-  // ascending list of 15 (kTable with 16 entries) or 7.
-  alignas(64) float thresholds[16];
-  // The same as a binary search of `levels` steps (4 or 3), the last one first: search[s][p] is the
-  // threshold that decides bit s of a code whose higher bits are p.
+  // kTable: the thresholds, each the smallest float32 of its code, as a binary search of `levels`
+  // steps (4 or 3), the last one first: search[s][p] decides bit s of a code whose higher bits are
+  // p.
   int levels;
   alignas(64) float search[4][8];
   // The same as a look-up: bin i of 32 is the floats x with i <= x * bin_mul + bin_add < i + 1. No
@@ -54,6 +52,7 @@ struct SourceTile {
   std::int64_t row_stride;  // elements
   int rows;                 // 1 to 16
   std::int64_t cols;
+  bool more;  // the rows of another tile follow, and are worth fetching
 };
 
 struct TargetTile {

@@ -31,6 +31,11 @@ struct V {
     return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(after(p, 16)))};
   }
   static F load_brain(const void* p) { return from_bits(shift_left<16>(load_codes16(p))); }
+  static constexpr bool kSplitsBrain = false;
+  static void load_two_brain(const void* p, F& first, F& second) {
+    first = load_brain(p);
+    second = load_brain(after(p, 32));
+  }
   static void store(float* p, F v) {
     _mm256_storeu_ps(p, v.a);
     _mm256_storeu_ps(p + 8, v.b);
@@ -51,12 +56,24 @@ struct V {
   static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static F multiply_add(F x, F y, F z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+  }
+  static F negated_multiply_add(F x, F y, F z) {
+    return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+  }
 
   static I bits(F v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
   static F from_bits(I v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
   static I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
   static I sub_int(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
   static I min_int(I x, I y) { return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)}; }
+  static I max_int(I x, I y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+  static I max_unsigned(I x, I y) {
+    return {_mm256_max_epu32(x.a, y.a), _mm256_max_epu32(x.b, y.b)};
+  }
+  static I rotate_left1(I v) { return or_(add(v, v), shift_right<31>(v)); }
+  static I rotate_right1(I v) { return or_(shift_left<31>(v), shift_right<1>(v)); }
   static I and_(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
   static I or_(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
   template <int kBits>
@@ -68,6 +85,8 @@ struct V {
     return {_mm256_slli_epi32(v.a, kBits), _mm256_slli_epi32(v.b, kBits)};
   }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+  static I floor_to_int(F v) { return round_to_int({_mm256_floor_ps(v.a), _mm256_floor_ps(v.b)}); }
+  static I ceil_to_int(F v) { return round_to_int({_mm256_ceil_ps(v.a), _mm256_ceil_ps(v.b)}); }
   static I round_to_int(F v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 
   static F blend(F no, F yes, F mask) {
@@ -80,10 +99,6 @@ struct V {
   static I equal(I x, I y) { return {_mm256_cmpeq_epi32(x.a, y.a), _mm256_cmpeq_epi32(x.b, y.b)}; }
   static F infinite_if_zero(F v) {
     return blend(v, set(__builtin_inff()), compare<_CMP_EQ_OQ>(v, set(0.0f)));
-  }
-  static F select_equal(F x, F y, F yes, F no) { return blend(no, yes, compare<_CMP_EQ_OQ>(x, y)); }
-  static I select_less(F x, F y, I yes, I no) {
-    return bits(blend(from_bits(no), from_bits(yes), compare<_CMP_LT_OQ>(x, y)));
   }
   static I zero_if_zero(I test, I v) {
     const I zero = equal(test, set_int(0));
@@ -133,20 +148,52 @@ struct V {
         blend(from_bits(brain_bits(v)), from_bits(set_int(0x7fff)), compare<_CMP_UNORD_Q>(v, v)));
   }
 
-  static void store_codes8(void* p, I codes) {
-    _mm_storeu_si128(static_cast<__m128i*>(p),
-                     _mm_packus_epi16(narrow16(codes.a), narrow16(codes.b)));
-  }
   // 64 codes at once.
-  static __m256i narrow8(I x, I y) {
-    const __m256i bytes =
-        _mm256_packus_epi16(_mm256_packus_epi32(x.a, x.b), _mm256_packus_epi32(y.a, y.b));
-    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  static __m256i in_order(__m256i v) {
+    return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
-  static void store_codes8(void* p, I a, I b, I c, I d) {
-    auto* out = static_cast<__m256i*>(p);
-    _mm256_storeu_si256(out, narrow8(a, b));
-    _mm256_storeu_si256(out + 1, narrow8(c, d));
+  template <bool kSplit>
+  static B narrow(I a, I b, I c, I d) {
+    const auto two = [](I x, I y) {
+      return in_order(
+          _mm256_packus_epi16(_mm256_packus_epi32(x.a, x.b), _mm256_packus_epi32(y.a, y.b)));
+    };
+    return {two(a, b), two(c, d)};
+  }
+  template <bool kSplit>
+  static B narrow_signed(I a, I b, I c, I d) {
+    const auto two = [](I x, I y) {
+      return in_order(
+          _mm256_packs_epi16(_mm256_packs_epi32(x.a, x.b), _mm256_packs_epi32(y.a, y.b)));
+    };
+    return {two(a, b), two(c, d)};
+  }
+  static B set_bytes(int value) {
+    const __m256i all = _mm256_set1_epi8(static_cast<char>(value));
+    return {all, all};
+  }
+  static B min_signed(B x, B y) { return {_mm256_min_epi8(x.a, y.a), _mm256_min_epi8(x.b, y.b)}; }
+  static B max_signed(B x, B y) { return {_mm256_max_epi8(x.a, y.a), _mm256_max_epi8(x.b, y.b)}; }
+  static B add_bytes(B x, B y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+  static B e2m1_codes(B steps) {
+    const auto codes = [](__m256i v) {
+      const __m256i magnitude = _mm256_abs_epi8(v);
+      __m256i code = _mm256_setzero_si256();
+      for (const char least : {3, 6, 11, 14, 21, 28, 41}) {  // constants after unrolling
+        code = _mm256_sub_epi8(
+            code, _mm256_cmpgt_epi8(magnitude, _mm256_set1_epi8(static_cast<char>(least - 1))));
+      }
+      const __m256i negative = _mm256_and_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), v),
+                                                _mm256_cmpgt_epi8(code, _mm256_setzero_si256()));
+      return _mm256_or_si256(code, _mm256_and_si256(negative, _mm256_set1_epi8(8)));
+    };
+    const B inside = max_signed(steps, set_bytes(-127));  // whose magnitude is a byte
+    return {codes(inside.a), codes(inside.b)};
+  }
+  static B zero_where(B v, int value) {
+    const __m256i out = _mm256_set1_epi8(static_cast<char>(value));
+    return {_mm256_andnot_si256(_mm256_cmpeq_epi8(v.a, out), v.a),
+            _mm256_andnot_si256(_mm256_cmpeq_epi8(v.b, out), v.b)};
   }
   static void store_codes16(void* p, I codes) {
     auto* out = static_cast<__m128i*>(p);
@@ -213,6 +260,12 @@ struct V {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), v.b);
   }
+  // To an address that is a multiple of 64, not by way of the caches.
+  static void stream_bytes(unsigned char* p, B v) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v.a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, v.b);
+  }
+  static void finish_streams() { _mm_sfence(); }
   static B zero_bytes() { return set_int(0); }
   static B as_bytes(F v) { return bits(v); }
   static B or_bytes(B x, B y) { return or_(x, y); }

@@ -23,6 +23,12 @@ struct V {
     const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static constexpr bool kSplitsBrain = true;
+  static void load_two_brain(const void* p, F& even, F& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(both, set_int(static_cast<int>(0xffff0000u))));
+  }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
@@ -37,12 +43,18 @@ struct V {
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F negated_multiply_add(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
 
   static I bits(F v) { return _mm512_castps_si512(v); }
   static F from_bits(I v) { return _mm512_castsi512_ps(v); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I min_int(I a, I b) { return _mm512_min_epi32(a, b); }
+  static I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  static I rotate_left1(I v) { return _mm512_rol_epi32(v, 1); }
+  static I rotate_right1(I v) { return _mm512_ror_epi32(v, 1); }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static I or_(I a, I b) { return _mm512_or_si512(a, b); }
   template <int kBits>
@@ -56,15 +68,16 @@ struct V {
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I round_to_int(F v) { return _mm512_cvtps_epi32(v); }  // nearest, ties to even
 
+  static I floor_to_int(F v) {
+    return _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  }
+  static I ceil_to_int(F v) {
+    return _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+  }
+
   static F infinite_if_zero(F v) {
     const __mmask16 zero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ);
     return _mm512_mask_mov_ps(v, zero, set(__builtin_inff()));
-  }
-  static F select_equal(F a, F b, F yes, F no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), no, yes);
-  }
-  static I select_less(F a, F b, I yes, I no) {
-    return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
   }
   static I zero_if_zero(I test, I v) {
     return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(test, test), v);
@@ -97,23 +110,59 @@ struct V {
   }
 
   // Narrowing straight to memory is microcoded on Zen 4 and took half of all time; the empty
-  // statements keep the compiler from merging narrowing and store.
-  static void store_codes8(void* p, I codes) {
-    __m128i bytes = _mm512_cvtepi32_epi8(codes);
-    __asm__("" : "+v"(bytes));
-    _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
-  }
+  // statement keeps the compiler from merging narrowing and store.
   static void store_codes16(void* p, I codes) {
     __m256i words = _mm512_cvtepi32_epi16(codes);
     __asm__("" : "+v"(words));
     _mm256_storeu_si256(static_cast<__m256i*>(p), words);
   }
-  // 64 codes at once.
-  static void store_codes8(void* p, I a, I b, I c, I d) {
-    const __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
-    // Every 128-bit lane now holds four codes of each; gather the words of a first.
+  // 64 codes at once: after two packings every 128-bit lane holds four codes of each vector.
+  // kSplit: a, c are the even and b, d the odd codes of 32.
+  template <bool kSplit>
+  static B in_order(B v) {
+    if constexpr (kSplit) {
+      const __m512i order = _mm512_set_epi64(
+          0x3f3b3e3a3d393c38, 0x2f2b2e2a2d292c28, 0x1f1b1e1a1d191c18, 0x0f0b0e0a0d090c08,
+          0x3733363235313430, 0x2723262225212420, 0x1713161215111410, 0x0703060205010400);
+      return _mm512_permutexvar_epi8(order, v);
+    }
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+    return _mm512_permutexvar_epi32(order, v);
+  }
+  template <bool kSplit>
+  static B narrow(I a, I b, I c, I d) {
+    return in_order<kSplit>(
+        _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d)));
+  }
+  template <bool kSplit>
+  static B narrow_signed(I a, I b, I c, I d) {
+    return in_order<kSplit>(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+  }
+  static B set_bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+  static B min_signed(B a, B b) { return _mm512_min_epi8(a, b); }
+  static B max_signed(B a, B b) { return _mm512_max_epi8(a, b); }
+  static B add_bytes(B a, B b) { return _mm512_add_epi8(a, b); }
+  // Entry i of the first table belongs to i, of the second to i - 64.
+  static B e2m1_codes(B steps) {
+    alignas(64) static constexpr auto kCodes = [] {
+      struct {
+        std::uint8_t codes[128];
+      } table{};
+      for (int i = 0; i < 128; ++i) {
+        const int at = i < 64 ? i : 128 - i;
+        const int code =
+            (at >= 3) + (at >= 6) + (at >= 11) + (at >= 14) + (at >= 21) + (at >= 28) + (at >= 41);
+        table.codes[i] = static_cast<std::uint8_t>(i < 64 || code == 0 ? code : code + 8);
+      }
+      return table;
+    }();
+    const B inside = min_signed(max_signed(steps, set_bytes(-63)), set_bytes(63));
+    return _mm512_permutex2var_epi8(_mm512_load_si512(kCodes.codes), inside,
+                                    _mm512_load_si512(kCodes.codes + 64));
+  }
+  static B zero_where(B v, int value) {
+    return _mm512_maskz_mov_epi8(
+        _mm512_cmpneq_epi8_mask(v, _mm512_set1_epi8(static_cast<char>(value))), v);
   }
   static I load_codes8(const void* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
@@ -126,7 +175,7 @@ struct V {
 
   // One bin of 32 by truncation, then one comparison with the bin's only threshold.
   static I nearest(const Codec& codec, F t) {
-    const F position = add(mul(t, set(codec.bin_mul)), set(codec.bin_add));
+    const F position = multiply_add(t, set(codec.bin_mul), set(codec.bin_add));
     // A scale that was rounded as a subnormal half can leave quotients outside the codebook.
     const I bin = min_int(_mm512_max_epi32(_mm512_cvttps_epi32(position), set_int(0)), set_int(31));
     const F threshold = _mm512_permutex2var_ps(_mm512_load_ps(codec.bin_threshold), bin,
@@ -160,6 +209,11 @@ struct V {
 
   static B load_bytes(const unsigned char* p) { return _mm512_loadu_si512(p); }
   static void store_bytes(unsigned char* p, B v) { _mm512_storeu_si512(p, v); }
+  // To an address that is a multiple of 64, not by way of the caches.
+  static void stream_bytes(unsigned char* p, B v) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v);
+  }
+  static void finish_streams() { _mm_sfence(); }
   static B zero_bytes() { return _mm512_setzero_si512(); }
   static B as_bytes(F v) { return _mm512_castps_si512(v); }
   static B or_bytes(B a, B b) { return _mm512_or_si512(a, b); }

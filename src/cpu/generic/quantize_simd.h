@@ -29,15 +29,6 @@ struct Staging {
   alignas(64) unsigned char bytes[16 * kChunk * 2];
 };
 
-// Weights of one chunk as float32. Rows of a matrix often lie a multiple of 4 KiB apart, so that 16
-// of them compete for the same few lines of the first-level cache and a second look at the matrix
-// itself would miss it.
-// Multiplying by the reciprocal and dividing only next to a tie was tried: on Zen 4 it was 0 to 20
-// % slower than the divisions, which the tests for ties do not pay for.
-struct Weights {
-  alignas(64) float rows[16][kChunk];
-};
-
 template <DType kDType>
 constexpr int kElementBytes = kDType == DType::kFloat32 ? 4 : 2;
 
@@ -48,50 +39,90 @@ inline F load(const char* at) {
   if constexpr (kDType == DType::kBFloat16) return V::load_brain(at);
 }
 
+// Inputs 0 to 31 in two vectors: in order, or, where that is cheaper, the even ones and the odd
+// ones.
+template <DType kDType>
+constexpr bool kEvenOdd = kDType == DType::kBFloat16&& V::kSplitsBrain;
+template <DType kDType>
+inline void load_two(const char* at, F& a, F& b) {
+  if constexpr (kDType == DType::kBFloat16) {
+    V::load_two_brain(at, a, b);
+  } else {
+    a = load<kDType>(at);
+    b = load<kDType>(at + 16 * kElementBytes<kDType>);
+  }
+}
+
 // What step 1 finds, lane r for row r.
 struct Extremes {
   F magnitude;  // largest absolute value; NaN or infinity if any weight was
-  F max, min;   // only those the coder needs
+  F max, min;   // kMinimum only
+  F furthest;   // kSymmetric only: the weight of that magnitude, the negative one of two
 };
 
-// Copies the weights to `copy` unless that is nullptr.
+// 16 row streams are more than the hardware prefetchers follow. To the second level: rows often lie
+// a multiple of 4 KiB apart, so that 16 of them compete for the same few lines of the first.
+template <DType kDType>
+inline void prefetch_row(const char* at, int inputs) {
+  for (int i = 0; i < inputs * kElementBytes<kDType>; i += 64) V::prefetch(at + i);
+}
+
 template <Coder kCoder, DType kDType>
 inline Extremes find_extremes(const char* const (&rows)[16], std::int64_t begin, int inputs,
-                              Weights* copy) {
-  constexpr bool kMin = kCoder == Coder::kSymmetric || kCoder == Coder::kMinimum;
-  constexpr bool kMax = kCoder == Coder::kMinimum;
-  F magnitudes[16], maxima[16], minima[16];
+                              std::int64_t ahead) {
+  constexpr bool kSigned = kCoder == Coder::kSymmetric;
+  constexpr bool kBoth = kCoder == Coder::kMinimum;
+  // Magnitudes order as integers. With the sign as the last bit instead of the first, the largest
+  // integer is the largest magnitude, and of two the negative one.
+  const auto key = [](F w) {
+    return V::from_bits(kSigned ? V::rotate_left1(V::bits(w)) : V::bits(V::abs(w)));
+  };
+  F keys[16], maxima[16], minima[16];
   for (int r = 0; r < 16; ++r) {
     const char* at = rows[r] + begin * kElementBytes<kDType>;
-    // 16 row streams are more than the hardware prefetchers follow. To the second level: in the
-    // first they would evict each other, see Weights.
-    for (int i = 0; i < inputs * kElementBytes<kDType>; i += 64) V::prefetch(at + kAhead + i);
-    F w = load<kDType>(at);
-    F magnitude = V::abs(w), max = w, min = w;
-    if (copy != nullptr) V::store(copy->rows[r], w);
-#pragma GCC unroll 4
-    for (int i = 16; i < inputs; i += 16) {
-      w = load<kDType>(at + i * kElementBytes<kDType>);
-      if (copy != nullptr) V::store(copy->rows[r] + i, w);
-      magnitude = V::max_bits(magnitude, V::abs(w));
-      if constexpr (kMax) max = V::max(max, w);
-      if constexpr (kMin) min = V::min(min, w);
+    prefetch_row<kDType>(at + ahead, inputs);
+    F w, v;
+    load_two<kDType>(at, w, v);
+    F largest = V::max_bits(key(w), key(v)), max = V::max(w, v), min = V::min(w, v);
+#pragma GCC unroll 2
+    for (int i = 32; i < inputs; i += 32) {
+      load_two<kDType>(at + i * kElementBytes<kDType>, w, v);
+      largest = V::max_bits(largest, V::max_bits(key(w), key(v)));
+      if constexpr (kBoth) {
+        max = V::max(max, V::max(w, v));
+        min = V::min(min, V::min(w, v));
+      }
     }
-    magnitudes[r] = magnitude;
+    keys[r] = largest;
     maxima[r] = max;
     minima[r] = min;
   }
   Extremes e;
-  e.magnitude = V::reduce(magnitudes, [](F a, F b) { return V::max_bits(a, b); });
-  e.max = kMax ? V::reduce(maxima, [](F a, F b) { return V::max(a, b); }) : e.magnitude;
-  e.min = kMin ? V::reduce(minima, [](F a, F b) { return V::min(a, b); }) : e.magnitude;
+  e.magnitude = V::reduce(keys, [](F a, F b) { return V::max_bits(a, b); });
+  if constexpr (kSigned) {
+    e.furthest = V::from_bits(V::rotate_right1(V::bits(e.magnitude)));
+    e.magnitude = V::abs(e.furthest);
+  }
+  if constexpr (kBoth) {
+    e.max = V::reduce(maxima, [](F a, F b) { return V::max(a, b); });
+    e.min = V::reduce(minima, [](F a, F b) { return V::min(a, b); });
+  }
   return e;
 }
 
-// Scales of 16 rows. `divisor` is the stored scale, infinite where it is zero: then every quotient
-// is zero.
+// Scales of 16 rows.
+//
+// Scales of groups are halves, and dividing by one of 11 bits is a multiplication by two floats
+// that hold 1 / s to 2^-46: h = RN(1 / s), l = RN(RN(1 - h s) h), q = RN(w h + RN(w l)). The
+// argument of the last rounding is off by less than 2^-22 of a unit in q's last place. That rounds
+// as w / s does, because w / s is at least 2^-12 units from every midpoint m of two floats: m has
+// 25 bits and s at most 11, so s m has more than the 24 of w, which is then a different multiple of
+// the last unit of s m, and |w - s m| / s is at least that unit divided by 2^11. Quotients of
+// subnormal weights are excepted; they are far below the first threshold of any code.
 struct Scales {
-  alignas(64) float divisor[16];
+  alignas(64) float inverse[16];       // h; zero where the scale is, so that quotients are
+  alignas(64) float inverse_rest[16];  // l
+  alignas(64) float divisor[16];       // fp8: the float32 scale, infinite where it is zero
   alignas(64) float minimum[16];
   alignas(64) std::uint16_t scale_half[16];
   alignas(64) std::uint16_t minimum_half[16];
@@ -128,84 +159,128 @@ inline void choose_scales(const Codec& codec, const Extremes& e, Range* range, S
     scale = V::div(statistic, V::set(codec.value_max));
   } else if constexpr (kCoder == Coder::kSymmetric) {
     range->add(e.magnitude);
-    // The larger magnitude of the two ends; the lower end if they tie.
-    const F negative = V::sub(V::set(0.0f), e.magnitude);
-    const F m = V::select_equal(e.min, negative, e.min, e.magnitude);
-    scale = V::div(m, V::set(-codec.value_max));
+    scale = V::div(e.furthest, V::set(-codec.value_max));
   } else {
     range->add(e.magnitude);
     scale = V::div(e.magnitude, V::set(codec.value_max));
   }
-  V::store(scales->divisor, V::infinite_if_zero(V::round_to_half(scale, scales->scale_half)));
+  const F stored = V::round_to_half(scale, scales->scale_half);
+  const F one = V::set(1.0f);
+  const F inverse = V::div(one, stored);
+  const F rest = V::mul(V::negated_multiply_add(inverse, stored, one), inverse);
+  const auto unless_zero = [&](F v) {
+    return V::from_bits(V::zero_if_zero(V::bits(stored), V::bits(v)));
+  };
+  const F factor = V::set(kCoder == Coder::kMirrored ? 4.0f : 1.0f);
+  V::store(scales->inverse, V::mul(unless_zero(inverse), factor));
+  V::store(scales->inverse_rest, V::mul(unless_zero(rest), factor));
 }
 
-// Codes of 16 quotients (kHalf, kBrain: of 16 weights).
+// The nearest 8-bit float to a quotient, ties to even, as a code; `largest` at most. Sign above the
+// magnitude, kept even if that is zero.
+template <int kMantissaBits, int kLeastExponent>
+inline I encode_float(F t, int largest) {
+  constexpr int kDrop = 23 - kMantissaBits;
+  const F magnitude = V::abs(t);
+  // Adding 2^kDrop units of the result's last place leaves the number of those units in the low
+  // bits, rounded; below the least exponent units shrink no further.
+  const I exponent = V::max_int(V::and_(V::bits(magnitude), V::set_int(0x7f800000)),
+                                V::set_int((127 + kLeastExponent) << 23));
+  const F magic = V::from_bits(V::add(exponent, V::set_int(kDrop << 23)));
+  const I sum = V::bits(V::add(magnitude, magic));
+  // units + (exponent - least exponent) * 2^kMantissaBits
+  const I steps = V::sub_int(V::shift_right<kDrop>(exponent), exponent);
+  constexpr int kOffset = -(kDrop << 23) - ((127 + kLeastExponent) << kMantissaBits);
+  const I code = V::min_int(V::add(V::add(sum, steps), V::set_int(kOffset)), V::set_int(largest));
+  return V::or_(code, V::and_(V::shift_right<24>(V::bits(t)), V::set_int(0x80)));
+}
+
+// Codes of 16 quotients (kHalf, kBrain: of 16 weights), not all of them finished: see narrow().
 template <Coder kCoder>
 inline I encode(const Codec& codec, F t) {
   if constexpr (kCoder == Coder::kSymmetric || kCoder == Coder::kInteger ||
                 kCoder == Coder::kMinimum) {
-    // Clamping first is the same as clamping the rounded value: the bounds are integers.
-    const F q = V::max(V::min(t, V::set(codec.high)), V::set(codec.low));
-    return V::add(V::round_to_int(q), V::set_int(codec.zero_point));
+    return V::round_to_int(t);
   }
   if constexpr (kCoder == Coder::kTable) return V::nearest(codec, t);
-  if constexpr (kCoder == Coder::kMirrored) {
-    const I code = V::nearest(codec, V::abs(t));
-    const I sign = V::shift_right<28>(V::and_(V::bits(t), V::set_int(INT32_MIN)));
-    return V::zero_if_zero(code, V::or_(code, sign));
-  }
-  if constexpr (kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2) {
-    constexpr bool kE4 = kCoder == Coder::kFp8E4M3;
-    constexpr int kDrop = kE4 ? 20 : 21;  // mantissa bits of float32 that go
-    constexpr int kRebias = (127 - (kE4 ? 7 : 15)) << (23 - kDrop);
-    constexpr int kLargest = kE4 ? 0x7e : 0x7b;
-    const F magnitude = V::abs(t);
-    const I u = V::bits(magnitude);
-    // Normal: round half to even by integer addition; the carry may step the exponent.
-    const I odd = V::and_(V::shift_right<kDrop>(u), V::set_int(1));
-    const I rounded =
-        V::shift_right<kDrop>(V::add(u, V::add(odd, V::set_int((1 << (kDrop - 1)) - 1))));
-    const I normal = V::min_int(V::sub_int(rounded, V::set_int(kRebias)), V::set_int(kLargest));
-    // Subnormal: adding 2^23 units of the last place leaves the rounded count in the low bits.
-    const F magic = V::set(kE4 ? 0x1p14f : 0x1p7f);
-    const I subnormal = V::sub_int(V::bits(V::add(magnitude, magic)), V::bits(magic));
-    const I code = V::select_less(magnitude, V::set(kE4 ? 0x1p-6f : 0x1p-14f), subnormal, normal);
-    const I sign = V::shift_right<24>(V::and_(V::bits(t), V::set_int(INT32_MIN)));
-    return V::zero_if_zero(code, V::or_(code, sign));
-  }
+  if constexpr (kCoder == Coder::kMirrored) return V::add(V::floor_to_int(t), V::ceil_to_int(t));
+  if constexpr (kCoder == Coder::kFp8E4M3) return encode_float<3, -6>(t, 0x7e);
+  if constexpr (kCoder == Coder::kFp8E5M2) return encode_float<2, -14>(t, 0x7b);
   if constexpr (kCoder == Coder::kHalf) return V::half_bits(t);
   if constexpr (kCoder == Coder::kBrain) return V::brain_bits(t);
+}
+
+// Bounds of integer codes, in every byte.
+struct Bounds {
+  B low, high, zero_point;
+  explicit Bounds(const Codec& codec)
+      : low(V::set_bytes(static_cast<int>(codec.low))),
+        high(V::set_bytes(static_cast<int>(codec.high))),
+        zero_point(V::set_bytes(codec.zero_point)) {}
+};
+
+// Four times 16 codes as bytes. Integers are clamped here, where it costs a quarter: packing
+// saturates, and quotients are far inside int32 (below 2^29: a group's weights are within the
+// rounding of a half of its minimum and 31 scales, and no scale but zero is below 2^-24).
+template <Coder kCoder, bool kSplit>
+inline B narrow(const Bounds& bounds, I a, I b, I c, I d) {
+  if constexpr (kCoder == Coder::kSymmetric || kCoder == Coder::kInteger ||
+                kCoder == Coder::kMinimum) {
+    const B q = V::template narrow_signed<kSplit>(a, b, c, d);
+    return V::add_bytes(V::min_signed(V::max_signed(q, bounds.low), bounds.high),
+                        bounds.zero_point);
+  }
+  // E2M1: the thresholds are multiples of 1/4, and quotients come times four. floor + ceil is twice
+  // an integer where the quotient is one and odd between: all that decides, ties included.
+  if constexpr (kCoder == Coder::kMirrored) {
+    return V::e2m1_codes(V::template narrow_signed<kSplit>(a, b, c, d));
+  }
+  const B codes = V::template narrow<kSplit>(a, b, c, d);
+  if constexpr (kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2) {
+    return V::zero_where(codes, 0x80);
+  }
+  return codes;
 }
 
 template <Coder kCoder>
 constexpr bool kWide = kCoder == Coder::kHalf || kCoder == Coder::kBrain;
 
-// Codes of one row of a chunk.
+template <Coder kCoder>
+constexpr bool kRowScale = kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2;
+
+// Codes of row r of a chunk.
 template <Coder kCoder, DType kDType>
-inline void encode_row(const Codec& codec, const char* at, int inputs, float divisor, float minimum,
-                       unsigned char* codes) {
-  const F d = V::set(divisor);
-  const F m = V::set(minimum);
-  const auto sixteen = [&](int i) {
-    F w = load<kDType>(at + i * kElementBytes<kDType>);
+inline void encode_row(const Codec& codec, const Bounds& bounds, const char* at, int inputs,
+                       const Scales& scales, int r, unsigned char* codes) {
+  const F d = V::set(kRowScale<kCoder> ? scales.divisor[r] : scales.inverse[r]);
+  const F rest = V::set(scales.inverse_rest[r]);
+  const F m = V::set(scales.minimum[r]);
+  const auto sixteen = [&](F w) {
     if constexpr (kCoder == Coder::kMinimum) w = V::sub(w, m);
-    return encode<kCoder>(codec, V::div(w, d));
+    return encode<kCoder>(
+        codec, kRowScale<kCoder> ? V::div(w, d) : V::multiply_add(w, d, V::mul(w, rest)));
   };
-  int i = 0;
-  for (; i + 64 <= inputs; i += 64) {
-    V::store_codes8(codes + i, sixteen(i), sixteen(i + 16), sixteen(i + 32), sixteen(i + 48));
+  for (int i = 0; i < inputs; i += 64) {
+    F v[4];
+    load_two<kDType>(at + i * kElementBytes<kDType>, v[0], v[1]);
+    if (i + 64 <= inputs) {
+      load_two<kDType>(at + (i + 32) * kElementBytes<kDType>, v[2], v[3]);
+    } else {  // nobody looks at the last 32 codes
+      v[2] = v[3] = v[0];
+    }
+    V::store_bytes(codes + i, narrow<kCoder, kEvenOdd<kDType>>(bounds, sixteen(v[0]), sixteen(v[1]),
+                                                               sixteen(v[2]), sixteen(v[3])));
   }
-  for (; i < inputs; i += 16) V::store_codes8(codes + i, sixteen(i));
 }
 
 // 16-bit codes need no scale, hence no second look. Returns the largest magnitudes.
 template <Coder kCoder, DType kDType>
 inline F encode_wide(const Codec& codec, const char* const (&rows)[16], std::int64_t begin,
-                     int inputs, F magnitudes, Staging* staging) {
+                     int inputs, std::int64_t ahead, F magnitudes, Staging* staging) {
   F all = V::set(0.0f);
   for (int r = 0; r < 16; ++r) {
     const char* at = rows[r] + begin * kElementBytes<kDType>;
-    for (int i = 0; i < inputs * kElementBytes<kDType>; i += 64) V::prefetch(at + kAhead + i);
+    prefetch_row<kDType>(at + ahead, inputs);
 #pragma GCC unroll 4
     for (int i = 0; i < inputs; i += 16) {
       const F w = load<kDType>(at + i * kElementBytes<kDType>);
@@ -228,54 +303,69 @@ inline void pad_codes(Staging* staging, int rows, int logical, int padded, int b
   }
 }
 
-// Units of `inputs` inputs (a multiple of 32) from the staging block to their place.
-inline void pack_units(const Staging& staging, int bits, int inputs, unsigned char* out) {
-  const int row_bytes = kChunk * (bits == 16 ? 2 : 1);
-  const int used = inputs * (bits == 16 ? 2 : 1);
-  unsigned char* plane = out + (bits == 5 ? inputs / 8 : inputs / 16) * 64;
+// Units of `inputs` inputs (a multiple of 32) from the staging block to their place. Codes of 8 and
+// 16 bits go past the caches: reading the lines that they replace would take as long as reading the
+// weights.
+template <int kBits>
+inline void pack_units(const Staging& staging, int inputs, unsigned char* out) {
+  constexpr int kBytes = kBits == 16 ? 2 : 1;
+  constexpr int kLowBits = kBits == 5   ? 4
+                           : kBits == 3 ? 2
+                                        : kBits;           // beside the plane of single bits
+  constexpr int kShared = kBits == 16 ? 1 : 8 / kLowBits;  // words that share a unit
+  [[maybe_unused]] constexpr char kMask = static_cast<char>((1 << kLowBits % 8) - 1);
+  const int used = inputs * kBytes;
+  unsigned char* plane = out + inputs / 4 / kShared * 64;
   for (int column = 0; column < used; column += 64) {
     B u[16];  // u[j]: word j of the 16 rows: 4 codes of 8 bits, or 2 of 16
-    for (int r = 0; r < 16; ++r) u[r] = V::load_bytes(staging.bytes + r * row_bytes + column);
+    for (int r = 0; r < 16; ++r) {
+      u[r] = V::load_bytes(staging.bytes + r * kChunk * kBytes + column);
+    }
     V::transpose(u);
-    const int units = used - column < 64 ? (used - column) / 4 : 16;
-    switch (bits) {
-      case 16:
-      case 8:
-        for (int j = 0; j < units; ++j) V::store_bytes(out + (column / 4 + j) * 64, u[j]);
-        break;
-      case 4:
-        for (int j = 0; j < units; j += 2) {
-          V::store_bytes(out + (column / 8 + j / 2) * 64,
-                         V::or_bytes(u[j], V::shift_bytes_left<4>(u[j + 1])));
+    const auto put = [&](int j) {
+      B unit = u[j];
+      if constexpr (kShared == 2) {
+        const B low = kBits == 4 ? u[j] : V::and_bytes(u[j], kMask);
+        const B high = kBits == 4 ? u[j + 1] : V::and_bytes(u[j + 1], kMask);
+        unit = V::or_bytes(low, V::template shift_bytes_left<4>(high));
+      }
+      if constexpr (kShared == 4) {
+        const auto two = [&](int k) {
+          return V::or_bytes(V::and_bytes(u[k], kMask),
+                             V::template shift_bytes_left<2>(V::and_bytes(u[k + 1], kMask)));
+        };
+        unit = V::or_bytes(two(j), V::template shift_bytes_left<4>(two(j + 2)));
+      }
+      unsigned char* to = out + (column / 4 + j) / kShared * 64;
+      if constexpr (kBits >= 8) {
+        V::stream_bytes(to, unit);
+      } else {
+        V::store_bytes(to, unit);
+      }
+      if constexpr (kBits == 5 || kBits == 3) {
+        for (int k = j; k < j + kShared; ++k) {
+          const std::uint64_t word = V::template bit_of_bytes<kLowBits>(u[k]);
+          __builtin_memcpy(plane + (column / 4 + k) * 8, &word, 8);
         }
-        break;
-      case 5:
-        for (int j = 0; j < units; j += 2) {
-          V::store_bytes(out + (column / 8 + j / 2) * 64,
-                         V::or_bytes(V::and_bytes(u[j], 15),
-                                     V::shift_bytes_left<4>(V::and_bytes(u[j + 1], 15))));
-        }
-        for (int j = 0; j < units; ++j) {
-          const std::uint64_t word = V::bit_of_bytes<4>(u[j]);
-          __builtin_memcpy(plane + (column / 4 + j) * 8, &word, 8);
-        }
-        break;
-      case 3:
-        for (int j = 0; j < units; j += 4) {
-          const B low =
-              V::or_bytes(V::and_bytes(u[j], 3), V::shift_bytes_left<2>(V::and_bytes(u[j + 1], 3)));
-          const B high = V::or_bytes(V::and_bytes(u[j + 2], 3),
-                                     V::shift_bytes_left<2>(V::and_bytes(u[j + 3], 3)));
-          V::store_bytes(out + (column / 16 + j / 4) * 64,
-                         V::or_bytes(low, V::shift_bytes_left<4>(high)));
-        }
-        for (int j = 0; j < units; ++j) {
-          const std::uint64_t word = V::bit_of_bytes<2>(u[j]);
-          __builtin_memcpy(plane + (column / 4 + j) * 8, &word, 8);
-        }
-        break;
+      }
+    };
+    // Apart, so that indices are constants and u stays in registers.
+    if (used - column >= 64) {
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; j += kShared) put(j);
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; j += kShared) put(j);
     }
   }
+}
+
+inline void pack_units(const Staging& staging, int bits, int inputs, unsigned char* out) {
+  if (bits == 3) return pack_units<3>(staging, inputs, out);
+  if (bits == 4) return pack_units<4>(staging, inputs, out);
+  if (bits == 5) return pack_units<5>(staging, inputs, out);
+  if (bits == 8) return pack_units<8>(staging, inputs, out);
+  return pack_units<16>(staging, inputs, out);
 }
 
 template <DType kDType>
@@ -300,8 +390,7 @@ void copy_short_rows(const SourceTile& source, const char* const (&rows)[16], st
 template <Coder kCoder, DType kDType>
 void quantize_tile_as(const SourceTile& source, const Layout& layout, const Codec& codec,
                       std::byte* packed_tile, reference::ScaleRange* out_range) {
-  constexpr bool kRowScale = kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2;
-  constexpr bool kGrouped = !kRowScale && !kWide<kCoder>;
+  constexpr bool kGrouped = !kRowScale<kCoder> && !kWide<kCoder>;
   constexpr int kCodeBytes = kWide<kCoder> ? 2 : 1;
   auto* out = reinterpret_cast<unsigned char*>(packed_tile);
   const char* rows[16];
@@ -313,9 +402,10 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
   }
   alignas(64) unsigned char copy[16 * kChunk * kElementBytes<kDType>];
   Staging staging;
-  Weights weights;
   Scales scales;
+  const Bounds bounds(codec);
   V::store(scales.minimum, V::set(0.0f));
+  V::store(scales.inverse_rest, V::set(0.0f));
   Range range;
   range.start();
 
@@ -334,7 +424,17 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
     return static_cast<int>(rest < step ? rest : step);
   };
 
-  if constexpr (kRowScale) {
+  // From the chunk at `begin` to what is asked for meanwhile: at the end of the rows that is the
+  // start of the next tile's.
+  const auto ahead = [&](std::int64_t begin) {
+    constexpr std::int64_t kBytes = kElementBytes<kDType>;
+    if (begin * kBytes + kAhead < source.cols * kBytes || !source.more || kRowScale<kCoder>) {
+      return kAhead;
+    }
+    return kAhead + (16 * source.row_stride - source.cols) * kBytes;
+  };
+
+  if constexpr (kRowScale<kCoder>) {
     // The scale needs the whole row first; the second pass finds it in the second-level cache.
     F magnitude = V::set(0.0f);
     for (std::int64_t begin = 0; begin < source.cols; begin += step) {
@@ -342,7 +442,7 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
       const int padded = (logical + 31) / 32 * 32;
       const char* at[16];
       const std::int64_t from = chunk_rows(begin, logical, padded, at);
-      const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, nullptr);
+      const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, ahead(begin));
       magnitude = V::max_bits(magnitude, e.magnitude);
     }
     range.add(magnitude);
@@ -362,21 +462,22 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
     const char* at[16];
     const std::int64_t from = chunk_rows(begin, logical, padded, at);
     if constexpr (kWide<kCoder>) {
-      range.magnitude =
-          encode_wide<kCoder, kDType>(codec, at, from, padded, range.magnitude, &staging);
+      range.magnitude = encode_wide<kCoder, kDType>(codec, at, from, padded, ahead(begin),
+                                                    range.magnitude, &staging);
       range.largest = range.magnitude;
-    } else if constexpr (kRowScale) {
-      for (int r = 0; r < 16; ++r) {
-        encode_row<kCoder, kDType>(codec, at[r] + from * kElementBytes<kDType>, padded,
-                                   scales.divisor[r], 0.0f, staging.bytes + r * kChunk);
-      }
     } else {
-      const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, &weights);
-      choose_scales<kCoder>(codec, e, &range, &scales);
+      if constexpr (kGrouped) {
+        const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, ahead(begin));
+        choose_scales<kCoder>(codec, e, &range, &scales);
+      }
       for (int r = 0; r < 16; ++r) {
-        encode_row<kCoder, DType::kFloat32>(codec, reinterpret_cast<const char*>(weights.rows[r]),
-                                            padded, scales.divisor[r], scales.minimum[r],
-                                            staging.bytes + r * kChunk);
+        // This pass reads from the second level only; meanwhile the next tile's rows come there.
+        if (kRowScale<kCoder> && source.more) {
+          prefetch_row<kDType>(rows[r] + (begin + 16 * source.row_stride) * kElementBytes<kDType>,
+                               padded);
+        }
+        encode_row<kCoder, kDType>(codec, bounds, at[r] + from * kElementBytes<kDType>, padded,
+                                   scales, r, staging.bytes + r * kChunk);
       }
     }
     if (logical != padded || source.rows != 16) {
@@ -384,7 +485,7 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
       for (int r = source.rows; r < 16; ++r) scales.scale_half[r] = scales.minimum_half[r] = 0;
     }
     const std::int64_t offset =
-        kGrouped ? layout.codes_offset(g) : (kRowScale ? 64 : 0) + begin * 16 * kCodeBytes;
+        kGrouped ? layout.codes_offset(g) : (kRowScale<kCoder> ? 64 : 0) + begin * 16 * kCodeBytes;
     pack_units(staging, codec.bits, padded, out + offset);
     if constexpr (kGrouped) {
       unsigned char* block = out + layout.scales_offset(g);
@@ -396,6 +497,8 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
       }
     }
   }
+
+  V::finish_streams();
 
   alignas(64) float lanes[5][16];
   V::store(lanes[0], range.largest);
@@ -593,8 +696,7 @@ inline void decode_row(const Codec& codec, const unsigned char* codes, int logic
 template <Coder kCoder, DType kDType>
 void dequantize_as(const std::byte* packed_tile, const Layout& layout, const Codec& codec,
                    float power, int only, const TargetTile& target) {
-  constexpr bool kRowScale = kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2;
-  constexpr bool kGrouped = !kRowScale && !kWide<kCoder>;
+  constexpr bool kGrouped = !kRowScale<kCoder> && !kWide<kCoder>;
   constexpr int kCodeBytes = kWide<kCoder> ? 2 : 1;
   const auto* in = reinterpret_cast<const unsigned char*>(packed_tile);
   Staging staging;
@@ -602,7 +704,7 @@ void dequantize_as(const std::byte* packed_tile, const Layout& layout, const Cod
   alignas(64) float minimum[16];
   V::store(scale, V::set(power));
   V::store(minimum, V::set(0.0f));
-  if constexpr (kRowScale) {
+  if constexpr (kRowScale<kCoder>) {
     V::store(scale, V::mul(V::load(reinterpret_cast<const float*>(in)), V::set(power)));
   }
   const int step = kGrouped ? layout.group_size : kChunk;
@@ -612,7 +714,8 @@ void dequantize_as(const std::byte* packed_tile, const Layout& layout, const Cod
     const int padded = (logical + 31) / 32 * 32;
     const std::int64_t g = kGrouped ? begin / step : 0;
     const unsigned char* codes =
-        in + (kGrouped ? layout.codes_offset(g) : (kRowScale ? 64 : 0) + begin * 16 * kCodeBytes);
+        in + (kGrouped ? layout.codes_offset(g)
+                       : (kRowScale<kCoder> ? 64 : 0) + begin * 16 * kCodeBytes);
     if constexpr (kGrouped) {
       const unsigned char* block = in + layout.scales_offset(g);
       V::store(scale, V::mul(V::load_half(block), V::set(power)));

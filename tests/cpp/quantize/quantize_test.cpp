@@ -91,7 +91,8 @@ TEST_P(QuantizeEveryFormat, TiesEqualTheReference) {
   }
 }
 
-// Quotients on and next to every midpoint between neighbouring values of the format.
+// Quotients on and next to every midpoint between neighbouring values of the format, under scales
+// of one bit and of all eleven: kernels multiply by a reciprocal in two parts instead of dividing.
 TEST_P(QuantizeEveryFormat, NeighboursOfEveryMidpointEqualTheReference) {
   std::vector<float> t;
   const auto add = [&t](double value) {
@@ -112,21 +113,33 @@ TEST_P(QuantizeEveryFormat, NeighboursOfEveryMidpointEqualTheReference) {
   } else {
     for (int i = -520; i <= 520; ++i) add(i / 4.0);
   }
-  // Scale 1 exactly: the first weight of every group (row) is the one that decides it.
+  // Each scale exactly: the first weight of every group (row) is the one that decides it.
+  std::vector<double> scales = {1};
+  if (info().grouped()) {
+    for (int mantissa = 1025; mantissa < 2048; mantissa += 31) scales.push_back(mantissa / 1024.0);
+    scales.push_back(2047 / 1024.0);
+  }
   const int group = info().grouped() ? 32 : static_cast<int>(t.size()) + 1;
   const std::int64_t per_row = group - 1;
   const auto rows = (static_cast<std::int64_t>(t.size()) + per_row - 1) / per_row;
-  Matrix weight(DType::kFloat32, rows, group);
   const double anchor = info().format == Format::kFp16 || info().format == Format::kBf16
                             ? 1
                             : (info().zero_point == 8 || info().zero_point == 16 ? -1 : 1) *
                                   static_cast<double>(info().value_max);
-  weight.fill([&](std::int64_t i, std::int64_t j) {
-    const auto at = static_cast<std::size_t>(i * per_row + j - 1);
-    if (j == 0) return anchor;
-    return at < t.size() && std::fabs(t[at]) <= std::fabs(anchor) ? static_cast<double>(t[at]) : 0;
-  });
-  expect_same_bytes(weight, make_layout(info().format, rows, group, info().grouped() ? 32 : 0));
+  // The minimum is zero, or it would take part in the scale.
+  const double least = info().scale_kind == ScaleKind::kGroupMinimum ? 0 : -std::fabs(anchor);
+  for (double scale : scales) {
+    SCOPED_TRACE(scale);
+    Matrix weight(DType::kFloat32, rows, group);
+    weight.fill([&](std::int64_t i, std::int64_t j) {
+      const auto at = static_cast<std::size_t>(i * per_row + j - 1);
+      if (j == 0) return anchor * scale;
+      if (at >= t.size() || t[at] < least || t[at] > std::fabs(anchor)) return 0.0;
+      return t[at] * scale;
+    });
+    expect_same_bytes(weight, make_layout(info().format, rows, group, info().grouped() ? 32 : 0));
+    if (HasFatalFailure()) return;
+  }
 }
 
 TEST_P(QuantizeEveryFormat, UnusualGroupsEqualTheReference) {
