@@ -83,25 +83,26 @@ class Reader {
     return spec;
   }
 
-  PackedMatrix matrix() {
+  // One matrix, or the first of `count` that lie one after the other.
+  PackedMatrix matrix(std::int64_t count = 1) {
     PackedMatrix matrix;
     const Tensor& packed = at(integer());
     const std::int64_t n = integer(), k = integer();
     const Format format = checked_format("fused_register", integer());
     matrix.layout = make_layout(format, n, k, small());
     matrix.exponent = small();
-    matrix.packed = checked_packed("fused_register", packed, matrix.layout);
-    matrix.bias = vector(n, &matrix.bias_dtype);
+    matrix.packed = checked_packed("fused_register", packed, matrix.layout, count);
+    matrix.bias = vector(n * count, &matrix.bias_dtype);
     return matrix;
   }
 
-  std::vector<PackedMatrix> matrices() {
+  std::vector<PackedMatrix> matrices(std::int64_t each = 1) {
     const std::int64_t count = integer();
     LOWBIT_CHECK(count >= 0 && count <= 8, ErrorCode::kValue, "fused_register: ", count,
                  " projections of one input; at most 8");
     std::vector<PackedMatrix> result;
     for (std::int64_t i = 0; i < count; ++i) {
-      result.push_back(matrix());
+      result.push_back(matrix(each));
     }
     return result;
   }
@@ -195,7 +196,11 @@ MlpSpec read_mlp(Reader& in) {
   if (m.width == 0) {
     return m;
   }
-  m.in = in.matrices();
+  m.experts = in.integer();
+  const std::int64_t each = m.experts == 0 ? 1 : m.experts;
+  LOWBIT_CHECK(each > 0 && each < (1 << 20), ErrorCode::kValue, "fused_register: ", m.experts,
+               " experts");
+  m.in = in.matrices(each);
   const std::int64_t columns = columns_of(m.in);
   m.gate_offset = in.integer();
   m.up_offset = in.integer();
@@ -210,7 +215,7 @@ MlpSpec read_mlp(Reader& in) {
                ErrorCode::kValue, "fused_register: the MLP's columns lie outside its projections");
   m.norm = in.norm(m.in[0].layout.k);
   m.inner_norm = in.norm(m.width);
-  m.down = in.matrix();
+  m.down = in.matrix(each);
   m.out_norm = in.norm(m.down.layout.n);
   m.post_norm = in.norm(m.down.layout.n);
   m.residual = in.flag();
@@ -441,6 +446,7 @@ Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
     specs.push_back(&spec);
     check_hidden(op, spec, call);
     check_rope(op, spec, rope_width);
+    LOWBIT_CHECK(spec.mlp.experts == 0, ErrorCode::kValue, op, ": experts need their choices");
     if (spec.attention.heads > 0) {
       LOWBIT_CHECK(i < keys.size(), ErrorCode::kValue, op, ": no keys for block ", i);
       const bool cross = spec.attention.cross;
@@ -580,6 +586,41 @@ std::int64_t block_bytes_of(std::int64_t head_dim) {
   return cache_block_bytes(head_dim);
 }
 
+Tensor fused_experts(const Tensor& x_given, std::int64_t handle, const Tensor& ids_given,
+                     const Tensor& weights_given, std::int64_t precision) {
+  const char* op = "fused_experts";
+  const auto dense = [](const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  };
+  const Tensor x = dense(x_given), ids = dense(ids_given), weights = dense(weights_given);
+  LOWBIT_CHECK(x.dim() == 2, ErrorCode::kValue, op, ": x must be [tokens, hidden], got ",
+               shape_text(x));
+  const std::shared_ptr<const Block> block = block_of(op, handle);
+  LOWBIT_CHECK(block->spec.mlp.experts > 0, ErrorCode::kValue, op, ": this block has no experts");
+  check_cpu(op, "x", x);
+  check_cpu(op, "ids", ids);
+  check_cpu(op, "weights", weights);
+  LOWBIT_CHECK(ids.scalar_type() == ScalarType::Long, ErrorCode::kType, op,
+               ": ids must be int64, got ", torch::headeronly::toString(ids.scalar_type()));
+  LOWBIT_CHECK(ids.dim() == 2 && ids.size(0) == x.size(0) && weights.dim() == 2 &&
+                   weights.size(0) == ids.size(0) && weights.size(1) == ids.size(1),
+               ErrorCode::kValue, op, ": ids and weights must be [", x.size(0),
+               ", experts per token], got ", shape_text(ids), " and ", shape_text(weights));
+  BlockCall call;
+  call.dtype = float_dtype(op, "x", x.scalar_type(), false);
+  call.x = x.data_ptr();
+  call.tokens = x.size(0);
+  call.hidden = x.size(1);
+  call.precision = checked_precision(op, precision);
+  check_hidden(op, block->spec, call);
+  Tensor out = like(x);
+  call.out = out.data_ptr();
+  run_experts(block->spec, call, static_cast<const std::int64_t*>(ids.data_ptr()),
+              weights.data_ptr(), float_dtype(op, "weights", weights.scalar_type(), false),
+              ids.size(1), torch_threads());
+  return out;
+}
+
 }  // namespace
 }  // namespace lowbit::binding
 
@@ -587,6 +628,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   using namespace lowbit::binding;
   m.impl("fused_blocks", LOWBIT_BOX(fused_blocks));
   m.impl("fused_project", LOWBIT_BOX(fused_project));
+  m.impl("fused_experts", LOWBIT_BOX(fused_experts));
   m.impl("fused_columns", LOWBIT_BOX(fused_columns));
   m.impl("fused_attend", LOWBIT_BOX(fused_attend));
   m.impl("cache_append_", LOWBIT_BOX(cache_append_));

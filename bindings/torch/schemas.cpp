@@ -82,6 +82,9 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def(
       "fused_attend(Tensor x, int handle, Tensor q, Tensor keys, Tensor values, Tensor? mask, "
       "bool causal, int precision) -> Tensor");
+  // Experts in one 3-D tensor: x [tokens, hidden]; ids int64 and weights [tokens, experts per
+  // token].
+  m.def("fused_experts(Tensor x, int handle, Tensor ids, Tensor weights, int precision) -> Tensor");
 
   m.def("isa() -> str");
   m.def("describe_isa() -> str");

@@ -113,6 +113,7 @@ struct MlpSpec {
   std::vector<PackedMatrix> in;
   std::int64_t gate_offset = 0, up_offset = 0;  // columns, as above
   std::int64_t width = 0;                       // inputs of `down`; 0: no MLP half
+  std::int64_t experts = 0;                     // > 0: `in` (one) and `down` are that many in a row
   bool gated = true;
   Activation activation = Activation::kSilu;
   NormSpec inner_norm;  // before `down`
@@ -239,5 +240,11 @@ void cache_append(const CachedHeads& cache, std::int64_t past, std::int64_t toke
 // Dequantizes positions [0, positions) to out [heads, positions, head_dim].
 void cache_read(const CachedHeads& cache, std::int64_t positions, void* out, DType dtype,
                 const Threads& threads = serial_threads());
+
+// The sum of the experts chosen for every token: out[t] = sum over i < per_token of
+// weights[t, i] * expert ids[t, i] of x[t]. An id that is the number of experts counts as none.
+void run_experts(const BlockSpec& block, const BlockCall& call, const std::int64_t* ids,
+                 const void* weights, DType weights_dtype, std::int64_t per_token,
+                 const Threads& threads = serial_threads());
 
 }  // namespace lowbit

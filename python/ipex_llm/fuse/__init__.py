@@ -24,8 +24,10 @@ from ipex_llm.fuse.learn import wait
 from ipex_llm.fuse.observe import Unobservable, knows_inputs, observe, rerun
 from ipex_llm.fuse.recognise import (
     Unrecognised,
+    expert_parameters,
     find_attention_module,
     find_block,
+    find_experts,
     find_mlp_module,
     linears,
 )
@@ -44,15 +46,63 @@ def fuse_model(model: nn.Module, kv_cache_dtype: str | None = None) -> nn.Module
 
     kv_cache_dtype: what the fused attentions keep in cache layers they are the first to fill.
     """
-    report: dict[str, Any] = {"reason": "", "entries": []}
+    _begin(model, kv_cache_dtype, now=True)
+    return model
+
+
+def fuse_later(model: nn.Module, kv_cache_dtype: str | None = None) -> nn.Module:
+    """Fuses at the first call without gradients."""
+    _begin(model, kv_cache_dtype, now=False)
+    return model
+
+
+def _begin(model: nn.Module, kv_cache_dtype: str | None, now: bool) -> None:
+    report: dict[str, Any] = {"reason": "", "waiting": "", "entries": []}
     model.__dict__[_REPORT] = report
-    try:
-        _check(model)
-        if knows_inputs(model):
-            with torch.inference_mode(False):
-                _fuse(model, report["entries"])
+    roots: dict[str, nn.Module] = {}
+    if not any(isinstance(p, LowBitTensor) for p in model.parameters()):
+        report["reason"] = "no low-bit weights"
+    elif any(p.device.type != "cpu" for p in model.parameters()):
+        report["reason"] = "not on the CPU"
+    else:
+        roots = _roots(model)
+        _begin_with(model, roots, report, kv_cache_dtype, now)
+    if kv_cache_dtype is not None and not roots:
+        _quantize_caches(model, kv_cache_dtype)
+
+
+def _roots(model: nn.Module) -> dict[str, nn.Module]:
+    """The model itself, or models inside something else, whose inputs are known."""
+    roots: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if knows_inputs(module) and not any(n == "" or name.startswith(f"{n}.") for n in roots):
+            roots[name] = module
+    return roots
+
+
+def _begin_with(model, roots, report, kv_cache_dtype, now: bool) -> None:
+    for name, root in roots.items():
+        if now:
+            fuse_root(root, report, name, kv_cache_dtype)
         else:
-            _learn_later(model, report)
+            root.__dict__[forward.PENDING] = (report, name, kv_cache_dtype)
+            report["waiting"] = "done at the first call without gradients"
+            swap_class(root, forward.FusesAtFirstCall)
+    if "" not in roots:
+        if wait(model, report["entries"], [*roots.values()]):
+            report["waiting"] = "blocks are looked at when they are first called without gradients"
+        elif not roots:
+            report["reason"] = "not a transformers model, and no list of blocks in it"
+
+
+def fuse_root(
+    root: nn.Module, report: dict[str, Any], name: str, kv_cache_dtype: str | None
+) -> None:
+    """Fuses a model whose inputs are known; `name` is its place in the model of the report."""
+    report["waiting"] = ""
+    try:
+        with torch.inference_mode(False):
+            _fuse(root, report["entries"], f"{name}." if name else "")
     except Unobservable as error:
         report["reason"] = str(error)
     except Exception as error:
@@ -60,8 +110,7 @@ def fuse_model(model: nn.Module, kv_cache_dtype: str | None = None) -> nn.Module
         _log.debug("fusion gave up", exc_info=True)
         report["reason"] = f"{type(error).__name__}: {error}"
     if kv_cache_dtype is not None:
-        _quantize_caches(model, kv_cache_dtype)
-    return model
+        _quantize_caches(root, kv_cache_dtype)
 
 
 def _quantize_caches(model: nn.Module, kv_cache_dtype: str) -> None:
@@ -80,33 +129,12 @@ def _quantize_caches(model: nn.Module, kv_cache_dtype: str) -> None:
         )
 
 
-def fuse_later(model: nn.Module, kv_cache_dtype: str | None = None) -> nn.Module:
-    """Fuses at the first call without gradients."""
-    if not knows_inputs(model):
-        return fuse_model(model, kv_cache_dtype)  # which waits for calls as well
-    model.__dict__[forward.PENDING] = kv_cache_dtype
-    model.__dict__[_REPORT] = {"reason": "done at the first call without gradients", "entries": []}
-    return swap_class(model, forward.FusesAtFirstCall)
-
-
-def _check(model: nn.Module) -> None:
-    if not any(isinstance(p, LowBitTensor) for p in model.parameters()):
-        raise Unobservable("no low-bit weights")
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        raise Unobservable("not on the CPU")
-
-
-def _learn_later(model: nn.Module, report: dict[str, Any]) -> None:
-    if not wait(model, report["entries"]):
-        raise Unobservable("not a transformers model, and no list of blocks in it")
-    report["waiting"] = "blocks are looked at when they are first called without gradients"
-
-
-def _fuse(model: nn.Module, entries: list[dict[str, Any]]) -> None:
+def _fuse(model: nn.Module, entries: list[dict[str, Any]], prefix: str) -> None:
     seen = observe(model)
     config = model.config.get_text_config()
     known: list[Description] = []
     done: list[str] = []
+    begin = len(entries)
     for name, module in model.named_modules():
         if name not in seen or any(name.startswith(d + ".") for d in done):
             continue
@@ -114,14 +142,14 @@ def _fuse(model: nn.Module, entries: list[dict[str, Any]]) -> None:
             continue
         if not _takes_hidden(module, seen[name]):
             continue
-        if accept_into(module, name, seen[name], config, known, entries):
+        if accept_into(module, prefix + name, seen[name], config, known, entries):
             done.append(name)
     for name, module in model.named_modules():
         for child, blocks in module.named_children():
             if isinstance(blocks, nn.ModuleList) and _is_stack(name, child, blocks, seen):
                 _accept_stack(module, child, config)
     if done:
-        _check_running(model, entries)
+        _check_running(model, entries[begin:])
 
 
 def _check_running(model: nn.Module, entries: list[dict[str, Any]]) -> None:
@@ -243,6 +271,8 @@ def _recognise(module, scenarios, config) -> Description:
                     call.input = call.input[None]
                 if call.output.dim() == 2:
                     call.output = call.output[None]
+        if expert_parameters(copied):
+            return find_experts(copied, arguments, x, seen.result)
         seen.attention = seen.attention or written_out(seen, arguments)
         if len(linears(seen)) < 2:
             raise Unrecognised("fewer than two low-bit products")
@@ -264,6 +294,8 @@ def _recognise(module, scenarios, config) -> Description:
             except Unrecognised as error:
                 reasons.append(str(error))
                 continue
+            if description.attention is not None:
+                _check_mask(copied, arguments, x, name, config, seen.attention[0])
             if seen.attention and arguments[name].shape[1] > 1:
                 call = seen.attention[0]
                 description.causal = call.causal if call.mask is None else None
@@ -274,6 +306,35 @@ def _recognise(module, scenarios, config) -> Description:
                     description.bias = next(k for k, v in arguments.items() if v is call.bias)
             return description
     raise Unrecognised(reasons[0] if seen.attention else reasons[-1])
+
+
+def _check_mask(copied, arguments, x, name: str, config, call) -> None:
+    """Refuses masks that a module makes: a short probe cannot tell how far a window reaches.
+
+    With everything visible in the mask that it is given, nothing may be hidden.
+    """
+    given = next((k for k in forward._MASK & arguments.keys() if _is_mask(arguments[k])), None)
+    if call.mask is None:
+        return
+    if given is not None:
+        mask = arguments[given]
+        every = torch.ones_like(mask) if mask.dtype is torch.bool else torch.zeros_like(mask)
+        visible = {**arguments, name: x, given: every}
+        for key in forward._CACHE & visible.keys():
+            visible[key] = prove.fresh_cache(visible[key], config)
+        seen = record(copied, (), visible)
+        calls = seen.attention or written_out(seen, visible)
+        if calls and _shows_all(calls[0].mask):
+            return
+    raise Unrecognised("a mask of its own making")
+
+
+def _is_mask(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 4
+
+
+def _shows_all(mask) -> bool:
+    return mask is None or bool(mask.all() if mask.dtype is torch.bool else (mask == 0).all())
 
 
 def _dtype_of(module: nn.Module, scenarios) -> torch.dtype:

@@ -77,8 +77,11 @@ def _understood(softmax, before, after, arguments, record) -> Attended | None:
     mask = next(
         (v for k, v in arguments.items() if "mask" in k and isinstance(v, torch.Tensor)), None
     )
-    if mask is None and not bool(seen.all()):
-        return None  # a mask of its own, whose reach a short probe cannot tell
+    if not bool(seen.all()):
+        # A position that the mask shows and that is hidden all the same: a mask of its own.
+        shown = None if mask is None else mask if mask.dtype is torch.bool else mask == 0
+        if shown is None or shown.dim() != 4 or bool((shown & ~seen).any()):
+            return None
     return Attended(query, key, value, mask, False, fit.scale, output, fit.softcap, sink, fit.bias)
 
 

@@ -98,6 +98,7 @@ class Mlp:
     post_norm: Norm = field(default_factory=Norm)  # of the sum with the residual
     multiplier: float = 1.0
     residual: bool = True
+    experts: int = 0  # > 0: `inputs` and `output` are 3-D parameters, not modules
 
 
 def _read(data: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +133,8 @@ class Description:
     # Without a mask, several tokens see what is before them (True), everything (False), or it was
     # never observed (None).
     causal: bool | None = None
+    # The arguments that say which experts, and how much of each.
+    choice: tuple[str, str] | None = None
     # Whether what else the original returns are tensors (attention weights), left out here.
     drops: bool = False
     bias: str = ""  # the argument that is added to the scores
@@ -167,12 +170,14 @@ class Description:
         if self.cross is not None:
             names.append("cross attention")
         if self.mlp is not None:
-            names.append("MLP")
+            names.append("experts" if self.mlp.experts else "MLP")
         return ", ".join(names[:-1]) + " and " + names[-1] if names[1:] else names[0]
 
     def arguments(self) -> dict[str, str]:
         """Arguments with a role that only the description knows: name -> attribute of Call."""
         named = {self.bias: "bias"} if self.bias else {}
+        if self.choice is not None:
+            named |= dict(zip(self.choice, ("ids", "weights"), strict=True))
         if self.memory is not None:
             named |= {self.memory.argument: "memory", "encoder_attention_mask": "cross_mask"}
         return named
@@ -294,24 +299,26 @@ class _Writer:
         owner, _, name = path.rpartition(".")
         self.vector(self.parameter(self.submodule(owner), name))
 
-    def matrix(self, name: str) -> None:
-        module = self.submodule(name)
-        weight = self.parameter(module, "weight")
+    def matrix(self, name: str, experts: int = 0) -> None:
+        owner, _, attribute = name.rpartition(".") if experts else (name, "", "weight")
+        module = self.submodule(owner)
+        weight = self.parameter(module, attribute)
         if not isinstance(weight, LowBitTensor):
             raise Unfit(f"the weight of {name!r} is not low-bit")
-        if len(weight.stored_shape) != 2 or weight.packed.device.type != "cpu":
+        shape = weight.stored_shape
+        if shape[:-2] != ((experts,) if experts else ()) or weight.packed.device.type != "cpu":
             raise Unfit(f"the weight of {name!r} is not one packed matrix on the CPU")
         n, k, format, group_size, exponent = weight.numbers
         # The bytes may be replaced under the same Parameter.
         self.watched.append((weight.__dict__, "packed", weight.packed))
         self.integers += [len(self.tensors), n, k, format, group_size, exponent]
         self.tensors.append(weight.packed)
-        self.vector(self.parameter(module, "bias"))
+        self.vector(None if experts else self.parameter(module, "bias"))
 
-    def matrices(self, names: list[str]) -> None:
+    def matrices(self, names: list[str], experts: int = 0) -> None:
         self.integers.append(len(names))
         for name in names:
-            self.matrix(name)
+            self.matrix(name, experts)
 
     def heads(self, heads: Heads) -> None:
         self.integers += [heads.offset, heads.group_stride, heads.head_stride]
@@ -346,13 +353,13 @@ class _Writer:
         if m is None:
             self.integers.append(0)
         else:
-            self.integers.append(m.width)
-            self.matrices(m.inputs)
+            self.integers += [m.width, m.experts]
+            self.matrices(m.inputs, m.experts)
             gated = m.up >= 0
             self.integers += [m.gate, max(m.up, 0), int(gated), ACTIVATIONS.index(m.activation)]
             self.norm(m.norm)
             self.norm(m.inner_norm)
-            self.matrix(m.output)
+            self.matrix(m.output, m.experts)
             self.norm(m.out_norm)
             self.norm(m.post_norm)
             self.integers.append(int(m.residual))

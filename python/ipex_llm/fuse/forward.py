@@ -27,6 +27,7 @@ from ipex_llm.owners import original_class
 _blocks = _ops.fused_blocks.default
 _project = _ops.fused_project.default
 _attend = _ops.fused_attend.default
+_experts = _ops.fused_experts.default
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,15 +48,15 @@ class Call:
     """The arguments of one call, by role; `refused` names the first that is not understood."""
 
     __slots__ = (
-        *("bias", "cos", "cross_mask", "hidden", "mask", "memory", "own", "past", "refused"),
-        "sin",
+        *("bias", "cos", "cross_mask", "hidden", "ids", "mask", "memory", "own", "past"),
+        *("refused", "sin", "weights"),
     )
 
     def __init__(
         self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any], own: dict[str, str]
     ) -> None:
         """`own`: arguments of the module that its description names, to the roles they have."""
-        self.bias = self.cross_mask = self.memory = None
+        self.bias = self.cross_mask = self.ids = self.memory = self.weights = None
         self.own = own
         self.hidden = self.mask = self.past = self.cos = self.sin = None
         self.refused: str | None = None
@@ -211,6 +212,8 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
         if attention is None:
             if call.past is not None or call.mask is not None or call.cos is not None:
                 return None
+            if description.choice is not None:
+                return _run_experts(call, number, precision)
             flat = x.dim() == 2  # tokens that a router has picked
             x = x.unsqueeze(0) if flat else x
             out = _blocks(x, [number], None, None, [], [], 0, None, None, False, precision)
@@ -226,6 +229,17 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
         raise translate(error) from None
     count = description.returns
     return out if count == 0 else (out, *(None,) * (count - 1))
+
+
+def _run_experts(call: Call, number: int, precision: int) -> torch.Tensor | None:
+    x, ids, weights = call.hidden, call.ids, call.weights
+    if x.dim() != 2 or not isinstance(ids, torch.Tensor) or ids.dtype is not torch.int64:
+        return None
+    if not isinstance(weights, torch.Tensor) or weights.dtype not in _FLOATS:
+        return None
+    if ids.dim() != 2 or ids.shape != weights.shape or ids.shape[0] != x.shape[0]:
+        return None
+    return _experts(x, number, ids, weights, precision)
 
 
 def _run_attention(state: State, call: Call, number: int, precision: int):
@@ -493,10 +507,10 @@ class FusesAtFirstCall(Mixin):
 
     def __call__(self, *args, **kwargs):
         if PENDING in self.__dict__ and not _is_compiling() and not _is_grad_enabled():
-            kv_cache_dtype = self.__dict__.pop(PENDING)
-            from ipex_llm.fuse import fuse_model
+            report, name, kv_cache_dtype = self.__dict__.pop(PENDING)
+            from ipex_llm.fuse import fuse_root
 
-            fuse_model(self, kv_cache_dtype)
+            fuse_root(self, report, name, kv_cache_dtype)
         return super().__call__(*args, **kwargs)
 
 

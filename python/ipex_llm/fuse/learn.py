@@ -44,25 +44,28 @@ class Learns(Mixin):
         return super().forward(*args, **kwargs)
 
 
-def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The outermost modules in lists that hold two low-bit matrices or more."""
+def blocks_of(model: nn.Module, known: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The outermost modules in lists that hold two low-bit matrices or more, outside of `known`."""
     found: list[tuple[str, nn.Module]] = []
+    inside = {id(inner) for root in known for inner in root.modules()}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{done}.") for done, _ in found):
+        if id(module) in inside or any(name.startswith(f"{done}.") for done, _ in found):
             continue
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             for child, block in module.named_children():
-                if worth_watching(block) and not isinstance(block, (nn.ModuleList, nn.Sequential)):
+                if isinstance(block, (nn.ModuleList, nn.Sequential)) or not worth_watching(block):
+                    continue
+                if not inside & {id(inner) for inner in block.modules()}:
                     found.append((f"{name}.{child}" if name else child, block))
     return found
 
 
-def wait(model: nn.Module, entries: list[dict[str, Any]]) -> bool:
+def wait(model: nn.Module, entries: list[dict[str, Any]], known: list[nn.Module]) -> bool:
     """Lets the blocks of `model` learn at their first call; False if there are none."""
-    known: list[Description] = []
-    blocks = blocks_of(model)
+    found: list[Description] = []
+    blocks = blocks_of(model, known)
     for name, block in blocks:
-        block.__dict__[_WAITING] = Waiting(name, entries, known)
+        block.__dict__[_WAITING] = Waiting(name, entries, found)
         swap_class(block, Learns)
     return bool(blocks)
 
@@ -72,37 +75,36 @@ def _learn(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 
     waiting = block.__dict__.pop(_WAITING)
     with torch.inference_mode(False):
-        try:
-            scenarios = _scenarios(block, args, kwargs)
-        except Exception as error:
-            _log.debug("learning %s", waiting.name, exc_info=True)
-            reason = str(error) if isinstance(error, Unrecognised) else repr(error)
-            entry = {"name": waiting.name, "module": type(block).__name__, "fused": ""}
-            waiting.entries.append({**entry, "reason": reason})
-            return
-        accept_into(block, waiting.name, scenarios, None, waiting.known, waiting.entries)
+        # A few tokens, one, and one more; or the call as it came, whose masks fit nothing else.
+        for lengths in (_PROBE_TOKENS, (None,)):
+            entries: list[dict[str, Any]] = []
+            try:
+                steps = [_step(block, args, kwargs, tokens) for tokens in lengths]
+                accept_into(block, waiting.name, [steps], None, waiting.known, entries)
+            except Exception as error:
+                _log.debug("learning %s", waiting.name, exc_info=True)
+                reason = str(error) if isinstance(error, Unrecognised) else repr(error)
+                entry = {"name": waiting.name, "module": type(block).__name__, "fused": ""}
+                entries.append({**entry, "reason": reason})
+            if entries[-1]["fused"]:
+                break
+        waiting.entries += entries
 
 
-def _scenarios(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[list[Step]]:
-    """A few tokens, one, and one more, with everything else as in the call."""
+def _step(block: nn.Module, args: tuple, kwargs: dict[str, Any], tokens: int | None) -> Step:
     hooked = tuple(name for name, inner in block.named_modules() if name and inner._forward_hooks)
     arguments = _copied(named(block, Step(args, kwargs, torch.empty(0))))
     name = hidden_name(arguments)
     x = arguments[name]
     if x.dim() != 3:
         raise Unrecognised("hidden states without a batch")
-    steps = []
-    for tokens in _PROBE_TOKENS:
-        hidden = torch.zeros((1, tokens, x.shape[2]), dtype=x.dtype)
-        own = {k: v[:1] if _is_batched(v, x) else v for k, v in arguments.items()}
-        steps.append(
-            Step((), {**own, name: hidden}, torch.ones((1, tokens), dtype=torch.bool), hooked)
-        )
-    return [steps]
+    hidden = torch.zeros((1, tokens or x.shape[1], x.shape[2]), dtype=x.dtype)
+    own = {k: v[:1] if _is_batched(v, x) else v for k, v in arguments.items()}
+    return Step((), {**own, name: hidden}, torch.ones(hidden.shape[:2], dtype=torch.bool), hooked)
 
 
 def _is_batched(value: Any, x: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[0] == x.shape[0]
+    return isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[0] == x.shape[0]
 
 
 def _copied(arguments: dict[str, Any]) -> dict[str, Any]:

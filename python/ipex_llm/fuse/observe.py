@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse.prove import Step
+from ipex_llm.fuse.recognise import expert_parameters
 from ipex_llm.fuse.trace import preserved, undisturbed
 from ipex_llm.tensor import LowBitTensor
 
@@ -22,12 +23,15 @@ class Unobservable(Exception):
 
 
 def worth_watching(module: nn.Module) -> bool:
-    """Whether it holds at least two low-bit matrices, below itself."""
+    """Whether it holds at least two low-bit matrices below itself, or experts in 3-D tensors."""
+    if len(expert_parameters(module)) > 1:
+        return True
     count = 0
     for inner in module.modules():
-        if inner is not module and isinstance(inner._parameters.get("weight"), LowBitTensor):
-            count += 1
-            if count == 2:
+        if inner is not module:
+            count += isinstance(inner._parameters.get("weight"), LowBitTensor)
+            count += 2 * (len(expert_parameters(inner)) > 1)
+            if count >= 2:
                 return True
     return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import nn
@@ -744,6 +745,55 @@ def find_mlp_module(record: Record, x: torch.Tensor) -> Description:
     mlp.multiplier = a
     mlp.residual = False
     return Description(mlp=mlp)
+
+
+# ---- experts -------------------------------------------------------------------------------------
+
+
+def expert_parameters(module: nn.Module) -> dict[str, LowBitTensor]:
+    """3-D low-bit parameters that the module itself owns."""
+    return {
+        name: p
+        for name, p in module._parameters.items()
+        if isinstance(p, LowBitTensor) and len(p.stored_shape) == 3
+    }
+
+
+def find_experts(module: nn.Module, arguments: dict, x: torch.Tensor, result) -> Description:
+    """Experts in two 3-D tensors, chosen by two of the arguments: which, and how much of each."""
+    matrices = expert_parameters(module)
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.dim() == 2}
+    ids = [k for k, v in tensors.items() if v.dtype == torch.int64]
+    if len(matrices) != 2 or len(ids) != 1 or x.dim() != 2:
+        raise Unrecognised("experts of an unknown form")
+    chosen = tensors[ids[0]]
+    shares = [
+        k
+        for k, v in tensors.items()
+        if v.shape == chosen.shape and v.is_floating_point() and v is not x
+    ]
+    if len(shares) != 1 or not isinstance(result, torch.Tensor) or result.shape != x.shape:
+        raise Unrecognised("experts that are not chosen by an index and a weight")
+    hidden = x.shape[1]
+    for first, last in (tuple(matrices), tuple(matrices)[::-1]):
+        count, columns, inputs = matrices[first].stored_shape
+        outputs, width = matrices[last].stored_shape[1:]
+        if inputs != hidden or outputs != hidden or columns not in (width, 2 * width):
+            continue
+        weights = [[matrices[n][int(e)].float() for e in chosen[0]] for n in (first, last)]
+        wide = [F.linear(x[0], w) for w in weights[0]]
+        want = result[0].float()
+        gates = ((0, -1),) if columns == width else ((0, width), (width, 0))
+        for (gate, up), (name, function) in product(gates, ACTIVATION_FUNCTIONS.items()):
+            inner = [function(c[gate : gate + width]) for c in wide]
+            if up >= 0:
+                inner = [i * c[up : up + width] for i, c in zip(inner, wide, strict=True)]
+            each = [F.linear(i, w) for i, w in zip(inner, weights[1], strict=True)]
+            total = sum(s * t for s, t in zip(tensors[shares[0]][0].float(), each, strict=True))
+            if equal(total, want, 2e-3):
+                mlp = Mlp([first], last, width, gate, up, name, residual=False, experts=count)
+                return Description(mlp=mlp, choice=(ids[0], shares[0]))
+    raise Unrecognised("experts with an unknown activation, gate or bias")
 
 
 def first_result(record: Record) -> torch.Tensor:

@@ -28,7 +28,7 @@ class Report:
         return [entry for entry in self.entries if not entry["fused"]]
 
     def __str__(self) -> str:
-        if self.reason:
+        if self.reason and not self.entries:
             return f"optimize_llm: nothing fused: {self.reason}"
         lines = [f"optimize_llm: {len(self.fused)} modules fused"]
         if self.waiting and not self.entries:

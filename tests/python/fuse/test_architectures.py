@@ -26,7 +26,9 @@ SAMPLE = {
     "hunyuan_v1_dense": BOTH,  # norms of queries and keys after the rotation
     "olmo2": BOTH,  # norms over all heads
     "bitnet": BOTH,  # norms inside the halves
-    "deepseek_v3": "MLP",  # latent attention
+    "gpt_neo": "MLP",  # a window of its own
+    "qwen3_moe": "attention and experts",  # experts in one tensor
+    "deepseek_v3": "MLP and experts",  # latent attention
     "mamba": "",  # no part that is known
 }
 
@@ -40,3 +42,10 @@ def test_logits_and_tokens_are_those_of_the_unfused_model(name):
     row = table.examine(case_of(name))
     assert row["status"] == "ok", row
     assert row["fused"] == SAMPLE[name], row["left"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", builders.cases(("causal_lm",)), ids=lambda c: c.model_type)
+def test_every_architecture(case):
+    row = table.examine(case)
+    assert row["status"] in ("ok", "not built", "not run"), row

@@ -376,6 +376,33 @@ def test_a_block_with_one_thing_different_is_not_fused_wrongly():
         assert close(model(ids()).logits, plain(ids()).logits)
 
 
+def test_a_window_of_the_blocks_own_is_not_lost():
+    """Probes are shorter than the window, so they cannot see it."""
+
+    def narrow(attention):
+        class Windowed(type(attention)):
+            def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+                tokens = hidden_states.shape[1]
+                past = 0 if attention_mask is None else attention_mask.shape[-1] - tokens
+                near = torch.ones((1, 1, tokens, past + tokens), dtype=torch.bool)
+                near = near.tril(past).triu(past - 40)
+                mask = near if attention_mask is None else attention_mask & near
+                return super().forward(hidden_states, position_embeddings, mask, **kwargs)
+
+        attention.__class__ = Windowed
+
+    plain, fused = build(), build()
+    for model in (plain, fused):
+        narrow(model.model.layers[0].self_attn)
+    ipex_llm.optimize_model(plain, optimize_llm=False)
+    ipex_llm.optimize_model(fused)
+    parts = {e["name"]: e["fused"] for e in ipex_llm.optimization_report(fused).fused}
+    assert parts == {"model.layers.0.mlp": "MLP", "model.layers.1": "attention and MLP"}
+    with torch.no_grad():
+        want, have = (m(ids(1, 90), use_cache=False).logits for m in (plain, fused))
+    assert close(have, want)
+
+
 def test_the_report_reads_well():
     _, fused = pair(layers=3)
     text = str(fuse.optimization_report(fused))
@@ -390,5 +417,45 @@ def test_experts_that_get_tokens_without_a_batch():
     names = [entry["name"] for entry in ipex_llm.optimization_report(fused).fused]
     assert "model.layers.0.self_attn" in names
     assert "model.layers.0.mlp.shared_expert" in names
+    assert "model.layers.0.mlp.experts" in names
     generate = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(plain.generate(ids(), **generate), fused.generate(ids(), **generate))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_experts_in_one_tensor(tokens, dtype):
+    small = {"num_experts": 12, "num_experts_per_tok": 10, "moe_intermediate_size": 32}
+    plain, fused = pair("qwen3_moe", dtype, decoder_sparse_step=1, mlp_only_layers=[], **small)
+    experts = [m.model.layers[1].mlp.experts for m in (plain, fused)]
+    assert forward.STATE in experts[1].__dict__, str(ipex_llm.optimization_report(fused))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((tokens, 64), generator=generator).to(dtype)
+    # 12 stands for no expert.
+    chosen = torch.stack([torch.randperm(13, generator=generator)[:10] for _ in range(tokens)])
+    weights = torch.rand((tokens, 10), generator=generator).to(dtype)
+    with torch.no_grad():
+        want, have = (e(x, chosen, weights).float() for e in experts)
+        assert close(have, want, 2e-3 if dtype == torch.float32 else 2e-2)
+        with pytest.raises(Exception, match=r"expert|index|out of bounds|num_classes"):
+            experts[1](x, chosen + 1, weights)
+
+
+def test_models_inside_something_else():
+    """As sentence-transformers holds them: found, fused, and named by their place."""
+
+    class Holder(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = nn.ModuleList([model])
+
+        def forward(self, x):
+            return self.inner[0](x).logits
+
+    plain, fused = Holder(build()), Holder(build())
+    ipex_llm.optimize_model(plain, optimize_llm=False)
+    ipex_llm.optimize_model(fused)
+    report = ipex_llm.optimization_report(fused)
+    assert [e["name"] for e in report.fused] == ["inner.0.model.layers.0", "inner.0.model.layers.1"]
+    with torch.no_grad():
+        assert close(fused(ids()), plain(ids()))

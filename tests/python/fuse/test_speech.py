@@ -191,7 +191,7 @@ def test_a_dropout_is_not_lost_in_training_mode():
     assert len(ipex_llm.optimization_report(model).fused) == 2
 
 
-def test_a_block_that_cannot_be_called_with_fewer_tokens_is_left():
+def test_a_block_that_raises_is_left_and_another_length_is_tried():
     model = build()
     inner = type(model.encoder.blocks[0])
 
@@ -201,11 +201,19 @@ def test_a_block_that_cannot_be_called_with_fewer_tokens_is_left():
                 raise ValueError("expected 48 frames")
             return super().forward(x, *args, **kwargs)
 
-    model.encoder.blocks[1].__class__ = Strict
+    class Refuses(inner):
+        def forward(self, x, *args, **kwargs):
+            if x[0, 1].norm() > 20 * x[0, 2].norm():
+                raise ValueError("too large for me")
+            return super().forward(x, *args, **kwargs)
+
+    model.encoder.blocks[0].__class__ = Strict
+    model.encoder.blocks[1].__class__ = Refuses
     plain = ipex_llm.optimize_model(copy.deepcopy(model), "sym_int8", optimize_llm=False)
     fused = ipex_llm.optimize_model(model, "sym_int8")
     with torch.no_grad():
         assert close(fused.encoder(mel()), plain.encoder(mel()))
     report = ipex_llm.optimization_report(fused)
-    assert "expected 48 frames" in report.left[0]["reason"]
+    assert [e["fused"] for e in report.entries] == ["attention and MLP", "", ""]
+    assert all("too large for me" in e["reason"] for e in report.left)
     assert forward.STATE not in fused.encoder.blocks[1].__dict__
