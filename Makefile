@@ -9,7 +9,7 @@
 #   make bench        speeds as ratios to this machine's limits, at most 8 minutes
 #   make bench-full   every format and shape
 #   make bench-gpu    every type on the GPU against bf16 cuBLAS
-#   make bench-peers  other engines on the same shapes
+#   make bench-peers  other engines on the same model, each in an environment of its own
 #   make zoo          optimize_model over the architectures of transformers
 #   make faults       what loads after a save is killed at each of its steps
 #   make fuzz         fuzzes the readers of files (SECONDS=60 per reader; needs clang)

@@ -1,54 +1,43 @@
-"""Writes measurements of lowbit_bench into docs/: a table and a roofline plot.
+"""Writes measurements of bench/run.py into docs/: a table per part, and a roofline plot.
 
-    .venv/bin/python bench/record.py .cache/bench-core.json
+    .venv/bin/python bench/record.py .cache/bench-<time>.json
 
-The table replaces what stands between the two markers in docs/performance.md (appended if there are
+A table replaces what stands between its two markers in docs/performance.md (appended if there are
 none); the plot becomes docs/roofline.svg. Percentages are medians of ratios taken round by round.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- core measurements -->", "<!-- end of core measurements -->"
 COLOURS = {"int8": "#0b6e4f", "bf16": "#a63d40", "fp32": "#30638e"}
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown processor"
+def machine(record: dict, part: str) -> str:
+    """One line above a table: how it was measured, on what and with what."""
+    return (
+        f"`.venv/bin/python bench/run.py --part {part}`: {record['processor']}, "
+        f"{record['threads']} threads, level `{record['isa']}`, torch {record['torch']}, "
+        f"{record['time'][:10]}, commit {record['commit']}."
+    )
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
-def table(records: list[dict]) -> str:
+def core(record: dict) -> str:
     """One row per format and precision; a column per number of tokens, shapes as their median."""
+    records = [r for r in record["core"] if not r.get("wrong")]
     tokens = sorted({r["m"] for r in records})
     shapes = sorted({(r["n"], r["k"]) for r in records})
     peaks = {
         kind: median([r["peak"] for r in records if r["peak_of"] == kind]) / 1e9
         for kind in sorted({r["peak_of"] for r in records})
     }
-    first = records[0]
     lines = [
-        f"{processor()}, {first['threads']} threads, level `{first['isa']}`, "
-        f"{datetime.date.today().isoformat()}, commit {commit()}.",
+        machine(record, "core"),
         f"Read bandwidth {median([r['read_bandwidth'] for r in records]) / 1e9:.1f} GB/s; peaks "
         + ", ".join(f"{kind} {value:.0f} G/s" for kind, value in peaks.items())
         + " (multiply and add count two).",
@@ -82,8 +71,81 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def roofline(records: list[dict]) -> str:
+def ops(record: dict) -> str:
+    """One row per format; a column per number of tokens, shapes as their median."""
+    records = [r for r in record["ops"] if "speedup" in r]
+    tokens = sorted({r["m"] for r in records})
+    shapes = sorted({(r["n"], r["k"]) for r in records})
+    lines = [
+        machine(record, "ops"),
+        "",
+        "`torch.ops.lowbit.linear` at precision `auto` against torch's bf16 `F.linear`, "
+        + ", ".join(f"{n}x{k}" for n, k in shapes)
+        + ", call by call in turn: how many times as fast.",
+        "",
+        "| type | " + " | ".join(f"M = {m}" for m in tokens) + " |",
+        "|---|" + "---|" * len(tokens),
+    ]
+    for name in dict.fromkeys(r["format"] for r in records):
+        cells = []
+        for m in tokens:
+            values = [r["speedup"] for r in records if (r["format"], r["m"]) == (name, m)]
+            cells.append(f"{median(values):.2f}" if values else "")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def model(record: dict) -> str:
+    lines = [
+        machine(record, "model"),
+        "",
+        "SmolLM2-135M, tokens per second after the first, contenders in turn.",
+        "",
+        "| | tokens/s | of torch bf16 |",
+        "|---|---|---|",
+    ]
+    for row in record["model"]:
+        lines.append(f"| {row['format']} | {row['tokens_per_second']:.0f} | {row['speedup']:.2f} |")
+    return "\n".join(lines)
+
+
+def peers(record: dict) -> str:
+    lines = [
+        machine(record, "peers"),
+        "",
+        "| | prompt, tok/s | ours / it | decode, tok/s | ours / it | unfused / it | peak RSS, MiB "
+        "| quantize, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    missing = []
+    for row in record["peers"]:
+        if row["unavailable"]:
+            missing.append(f"{row['title']}: {row['unavailable']}.")
+            continue
+        ratios = [
+            row["prompt_ratios"].get("fused"),
+            row["decode_ratios"].get("fused"),
+            row["decode_ratios"].get("unfused"),
+        ]
+        prompt, decode, unfused = (f"{median(r):.2f}" if r else "" for r in ratios)
+        quantize = row["quantize_seconds"]
+        quantize = "" if quantize is None else f"{quantize:.1f}"
+        low, high = min(row["prompts"]), max(row["prompts"])
+        prompts = f"{median(row['prompts']):.0f} ({low:.0f}-{high:.0f})"
+        low, high = min(row["decodes"]), max(row["decodes"])
+        decodes = f"{median(row['decodes']):.1f} ({low:.1f}-{high:.1f})"
+        lines.append(
+            f"| {row['title']} | {prompts} | {prompt} | {decodes} | {decode} | {unfused} "
+            f"| {row['peak_resident_mib']:.0f} | {quantize} |"
+        )
+    versions = {name: v for row in record["peers"] for name, v in row["versions"].items()}
+    lines += ["", ", ".join(f"{name} {v}" for name, v in sorted(versions.items())) + "."]
+    return "\n".join([*lines, *missing])
+
+
+def roofline(record: dict) -> str:
     """Operations per second over operations per byte of weights, both logarithmic."""
+    records = [r for r in record["core"] if not r.get("wrong")]
     width, height, left, bottom = 760, 460, 70, 50
     points = [
         (r["operations"] / r["weight_bytes"], r["operations"] / r["seconds"] / 1e9, r)
@@ -110,7 +172,7 @@ def roofline(records: list[dict]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="18">{processor()}, {records[0]["threads"]} threads: '
+        f'<text x="{left}" y="18">{record["processor"]}, {record["threads"]} threads: '
         "operations per second against operations per byte of weights</text>",
     ]
     for decade in range(math.ceil(x0), math.floor(x1) + 1):
@@ -146,22 +208,36 @@ def roofline(records: list[dict]) -> str:
     return "\n".join([*out, "</svg>", ""])
 
 
-def write(records: list[dict]) -> None:
+HEADINGS = {
+    "core": "Kernels against the machine",
+    "ops": "Operators against torch",
+    "model": "A small model",
+    "peers": "A model of Llama's 1.1 B shape against other engines",
+}
+
+
+def write(part: str, record: dict) -> None:
+    """The table of one part of a record, and the plot that goes with `core`."""
     page = ROOT / "docs" / "performance.md"
-    text = page.read_text() if page.exists() else "# Performance\n"
-    section = (
-        f"{BEGIN}\n\n## The CPU kernels\n\n{table(records)}\n\n![Roofline](roofline.svg)\n\n{END}\n"
-    )
-    if BEGIN in text and END in text:
-        head, rest = text.split(BEGIN, 1)
-        text = head + section + rest.split(END, 1)[1].lstrip("\n")
+    text = page.read_text()
+    begin, end = f"<!-- {part} measurements -->", f"<!-- end of {part} measurements -->"
+    tables = {"core": core, "ops": ops, "model": model, "peers": peers}
+    plot = "![Roofline](roofline.svg)\n\n" if part == "core" else ""
+    section = f"{begin}\n\n{tables[part](record)}\n\n{plot}{end}"
+    if begin in text and end in text:
+        head, rest = text.split(begin, 1)
+        text = head + section + rest.split(end, 1)[1]
     else:
-        text = text.rstrip("\n") + "\n\n" + section
+        text = f"{text.rstrip()}\n\n## {HEADINGS[part]}\n\n{section}\n"
     page.write_text(text)
-    (ROOT / "docs" / "roofline.svg").write_text(roofline(records))
+    if part == "core":
+        (ROOT / "docs" / "roofline.svg").write_text(roofline(record))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    write(json.loads(Path(sys.argv[1]).read_text()))
+    measured = json.loads(Path(sys.argv[1]).read_text())
+    for name in HEADINGS:
+        if name in measured:
+            write(name, measured)

