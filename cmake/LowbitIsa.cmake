@@ -4,9 +4,33 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(LOWBIT_ISAS avx2 avxvnni avx512vnni avx512bf16)
   set(LOWBIT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
   set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavxvnni)
+  # AVX-VNNI and AVX-512 VNNI hold the same 256-bit instruction in two encodings, and many processors
+  # have the second only. ON builds the level with that one, so that its kernels can be tested there;
+  # AUTO does so where this machine needs it. What ships says OFF.
+  set(LOWBIT_AVXVNNI_EVEX OFF CACHE STRING
+      "Build the avxvnni level in AVX-512 encoding, for tests: ON, OFF, AUTO")
+  set(lowbit_evex ${LOWBIT_AVXVNNI_EVEX})
+  if(lowbit_evex STREQUAL "AUTO")
+    set(lowbit_evex OFF)
+    if(EXISTS /proc/cpuinfo)
+      file(STRINGS /proc/cpuinfo cpu_flags REGEX "^flags" LIMIT_COUNT 1)
+      if(cpu_flags MATCHES " avx512_vnni" AND NOT cpu_flags MATCHES " avx_vnni")
+        set(lowbit_evex ON)
+      endif()
+    endif()
+  endif()
+  if(lowbit_evex)
+    set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512vl -mavx512vnni
+        -mprefer-vector-width=256 -DLOWBIT_AVXVNNI_EVEX=1)
+  endif()
   set(LOWBIT_FLAGS_avx512vnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
       -mavx512vbmi -mavx512vnni -mgfni -mprefer-vector-width=512)
   set(LOWBIT_FLAGS_avx512bf16 ${LOWBIT_FLAGS_avx512vnni} -mavx512bf16)
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag(-mavxvnni LOWBIT_COMPILER_KNOWS_AVXVNNI)  # GCC 11, clang 12
+  if(NOT LOWBIT_COMPILER_KNOWS_AVXVNNI AND NOT lowbit_evex)
+    list(REMOVE_ITEM LOWBIT_ISAS avxvnni)
+  endif()
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(LOWBIT_ISAS neon neondot)
   set(LOWBIT_FLAGS_neon "")
@@ -16,6 +40,9 @@ else()
 endif()
 
 function(lowbit_add_isas target)
+  if(lowbit_evex)  # features.cpp asks the processor for what was built
+    target_compile_definitions(${target} PRIVATE LOWBIT_AVXVNNI_EVEX=1)
+  endif()
   foreach(isa IN LISTS LOWBIT_ISAS)
     file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/src/cpu/${isa}/*.cpp)
     if(NOT sources)

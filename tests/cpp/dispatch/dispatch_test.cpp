@@ -63,6 +63,8 @@ TEST(Dispatch, ChoosesTheBestCompiledLevel) {
   Features f;
   f.avx2 = true;
   EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avx2");
+  f.avxvnni = true;
+  EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avxvnni");
   f.avx512vnni = true;
   EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avx512vnni");
   f.avx512bf16 = true;
@@ -80,6 +82,20 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
   EXPECT_EQ(name(best, Format::kNf4, Precision::kFp32, 512), "avx512vnni.fp32.panel.nf4");
   EXPECT_EQ(name(best, Format::kBf16, Precision::kAuto, 512), "avx512bf16.bf16.panel.bf16");
   EXPECT_EQ(name(best, Format::kBf16, Precision::kAuto, 1), "avx512vnni.fp32.decode.bf16");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kSymInt4, Precision::kAuto, 1), "avx2.int8x2.sym_int4");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kFp4, Precision::kAuto, 64), "avx2.int8.fp4");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kSymInt8, Precision::kInt8, 64), "avx2.int16.sym_int8");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kNf4, Precision::kInt8, 64), "avx2.int16.nf4");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kNf4, Precision::kFp32, 64), "avx2.int16x2.nf4");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kNf3, Precision::kAuto, 1), "avx2.fp32.nf3");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kFp16, Precision::kAuto, 1), "avx2.fp32.fp16");
+  // The sibling: grouped types are its own, float types those of avx2.
+  EXPECT_EQ(name(Isa::kAvxVnni, Format::kSymInt8, Precision::kAuto, 1), "avxvnni.int8x2.sym_int8");
+  EXPECT_EQ(name(Isa::kAvxVnni, Format::kNf3, Precision::kAuto, 1), "avxvnni.int8x2.nf3");
+  EXPECT_EQ(name(Isa::kAvxVnni, Format::kNf3, Precision::kAuto, 512), "avxvnni.int8.nf3");
+  EXPECT_EQ(name(Isa::kAvxVnni, Format::kAsymInt5, Precision::kBf16, 64),
+            "avxvnni.int8x2.asym_int5");
+  EXPECT_EQ(name(Isa::kAvxVnni, Format::kFp8E4M3, Precision::kInt8, 7), "avx2.fp32.fp8_e4m3");
   EXPECT_EQ(name(Isa::kScalar, Format::kNf3, Precision::kInt8, 7), "scalar.fp32");
 }
 #endif

@@ -1,0 +1,28 @@
+// Codes of up to five bits and E2M1 doubled, two byte planes of activations: vpmaddubsw.
+#include "cpu/generic/ymm_dot.h"
+#include "cpu/generic/ymm_paths.h"
+
+namespace lowbit::cpu {
+namespace {
+
+template <bool kMany>
+constexpr Path kPaths[kFormatCount] = {
+    dot_path<Format::kSymInt4, 2, kMany>("avx2.int8x2.sym_int4"),
+    dot_path<Format::kAsymInt4, 2, kMany>("avx2.int8x2.asym_int4"),
+    dot_path<Format::kSymInt5, 2, kMany>("avx2.int8x2.sym_int5"),
+    dot_path<Format::kAsymInt5, 2, kMany>("avx2.int8x2.asym_int5"),
+    {},  // sym_int8: words.cpp
+    {},  // nf3: wide.cpp
+    {},  // nf4: wide.cpp
+    dot_path<Format::kFp4, 2, kMany>("avx2.int8x2.fp4"),
+};
+
+}  // namespace
+
+const Path* avx2::int8x2(Format format, bool many) {
+  const int i = static_cast<int>(format);
+  const Path& path = many ? kPaths<true>[i] : kPaths<false>[i];
+  return path.run == nullptr ? nullptr : &path;
+}
+
+}  // namespace lowbit::cpu

@@ -1,0 +1,133 @@
+// NormalFloats with all the bits of their codebooks, in three byte planes:
+// round(c * (2^23 - 1)) + 2^23 = 65536 high + 256 middle + low, times 256 * high + low of the
+// activations: the products of weight 2^24, 2^16 and 2^8; low * low is left out.
+#include "cpu/generic/ymm_dot.h"
+#include "cpu/generic/ymm_paths.h"
+
+namespace lowbit::cpu {
+namespace {
+
+constexpr double kSteps = 8388607.0;  // 2^23 - 1
+constexpr int kWideTokens = 2;        // 6 sums, 3 operands, 3 tables, 2 broadcasts
+
+struct Tables {
+  __m256i high, middle, low;
+};
+
+template <Format F>
+LOWBIT_INLINE Tables make_tables() {
+  const auto plane = [](int shift) LOWBIT_LAMBDA {
+    return make_table<F>([shift](double v) {
+      return static_cast<std::uint8_t>((nearest(v * kSteps) + (1 << 23)) >> shift);
+    });
+  };
+  return {plane(16), plane(8), plane(0)};
+}
+
+template <Format F, int kCount>
+void tile_wide(const Tables& tables, const Layout& layout, const std::byte* tile,
+               const std::byte* quads, const std::byte* meta, const Epilogue& epilogue,
+               std::int64_t token, std::int64_t tile_index) {
+  using Codes = Unpack<Grouped<F>::kBits>;
+  // Sums of two products a quad have a chain for each where registers allow.
+  constexpr int kChains = kCount == 1 ? 2 : 1;
+  __m256 total[kCount][2];
+  unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
+  for (std::int64_t g = 0; g < layout.groups; ++g) {
+    const std::int64_t inputs = layout.group_inputs(g);
+    const std::byte* codes = tile + layout.codes_offset(g);
+    const std::byte* scales = tile + layout.scales_offset(g);
+    unroll<2>([&](auto h) LOWBIT_LAMBDA {
+      __m256i top[kCount], middle[kCount][kChains], rest[kCount][kChains];
+      unroll<kCount * kChains>([&](auto i) LOWBIT_LAMBDA {
+        top[i / kChains] = _mm256_setzero_si256();
+        middle[i / kChains][i % kChains] = rest[i / kChains][i % kChains] = _mm256_setzero_si256();
+      });
+      const std::byte* x = quads;
+      for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+        if constexpr (h == 0) prefetch<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
+        unroll<8>([&](auto i) LOWBIT_LAMBDA {
+          const __m256i code = Codes::template quad<i>(codes, inputs, b, h);
+          const __m256i w2 = _mm256_shuffle_epi8(tables.high, code);
+          const __m256i w1 = _mm256_shuffle_epi8(tables.middle, code);
+          const __m256i w0 = _mm256_shuffle_epi8(tables.low, code);
+          unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+            const __m256i a1 = broadcast32(x + (i * kCount + t) * 8);
+            const __m256i a0 = broadcast32(x + (i * kCount + t) * 8 + 4);
+            constexpr int kLast = kChains - 1;
+            top[t] = LOWBIT_DOT(top[t], w2, a1);
+            middle[t][0] = LOWBIT_DOT(middle[t][0], w2, a0);
+            rest[t][0] = LOWBIT_DOT(rest[t][0], w1, a0);
+            middle[t][kLast] = LOWBIT_DOT(middle[t][kLast], w1, a1);
+            rest[t][kLast] = LOWBIT_DOT(rest[t][kLast], w0, a1);
+          });
+        });
+        x += 8 * kCount * 8;
+      }
+      unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
+        Meta of;
+        __builtin_memcpy(&of, meta + (g * kCount + t) * sizeof(Meta), sizeof(Meta));
+        if constexpr (kChains == 2) {
+          middle[t][0] = _mm256_add_epi32(middle[t][0], middle[t][1]);
+          rest[t][0] = _mm256_add_epi32(rest[t][0], rest[t][1]);
+        }
+        const auto less = [](__m256i sum, std::int32_t of_q) LOWBIT_LAMBDA {
+          return _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(128 * of_q)));
+        };
+        __m256 value = _mm256_mul_ps(less(top[t], of.high), _mm256_set1_ps(65536.0f));
+        value = _mm256_fmadd_ps(less(middle[t][0], of.low), _mm256_set1_ps(256.0f), value);
+        value = _mm256_add_ps(_mm256_cvtepi32_ps(rest[t][0]), value);
+        value = _mm256_mul_ps(value, _mm256_set1_ps(of.step));
+        total[t][h] = _mm256_fmadd_ps(value, load_halves(scales + h * 16), total[t][h]);
+      });
+    });
+    quads += inputs / 4 * kCount * 8;
+  }
+  unroll<kCount>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
+}
+
+template <Format F, bool kMany>
+void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+              std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
+              std::int64_t token_end, std::int64_t, std::byte*) {
+  const Tables tables = make_tables<F>();
+  const Epilogue epilogue{rows, static_cast<float>(256.0 / kSteps)};
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
+    for_blocks<Quad::kPlanes, kWideTokens, kMany>(
+        a, token_begin, token_end, first_token,
+        [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
+            LOWBIT_LAMBDA {
+              tile_wide<F, count>(tables, rows.layout, bytes, quads, meta, epilogue, token, tile);
+            });
+  }
+}
+
+template <Format F, bool kMany>
+constexpr Path wide_path(const char* name) {
+  return {name,
+          kMany ? "avxvnni.int8x2.t2" : "avxvnni.int8x2.to2",
+          quads_bytes<Quad::kPlanes, kWideTokens, kMany>,
+          prepare_quads<Quad::kPlanes, kWideTokens, kMany>,
+          no_scratch,
+          run_wide<F, kMany>,
+          1,
+          kMany ? kWideTokens : 1,
+          kMany};
+}
+
+template <bool kMany>
+constexpr Path kWide[2] = {
+    wide_path<Format::kNf3, kMany>("avxvnni.int8x2.nf3"),
+    wide_path<Format::kNf4, kMany>("avxvnni.int8x2.nf4"),
+};
+
+}  // namespace
+
+const Path* avxvnni::wide(Format format, bool many) {
+  if (format != Format::kNf3 && format != Format::kNf4) return nullptr;
+  const int i = format == Format::kNf4 ? 1 : 0;
+  return many ? &kWide<true>[i] : &kWide<false>[i];
+}
+
+}  // namespace lowbit::cpu
