@@ -230,7 +230,9 @@ int run(const Options& options) {
         continue;
       }
       const Layout layout = make_layout(info.format, n, k, info.grouped() ? options.group : 0);
-      const std::int64_t copies = (ring_bytes + layout.bytes() - 1) / layout.bytes();
+      // --ring 0: one copy, for kernels timed out of the cache.
+      const std::int64_t copies =
+          std::max<std::int64_t>(1, (ring_bytes + layout.bytes() - 1) / layout.bytes());
       Bytes ring = allocate(copies * layout.bytes());
       // 1024 distinct rows repeated; quantizing them is not what is measured.
       const std::int64_t distinct = std::min<std::int64_t>(n, 16 * 64);
