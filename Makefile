@@ -12,7 +12,8 @@
 #   make bench-peers  other engines on the same model, each in an environment of its own
 #   make zoo          optimize_model over the architectures of transformers
 #   make faults       what loads after a save is killed at each of its steps
-#   make fuzz         fuzzes the readers of files (SECONDS=60 per reader; needs clang)
+#   make fuzz         fuzzes the readers of files (SECONDS_EACH=60 or RUNS=10000000 per reader; needs
+#                     clang)
 #   make lint         ruff and clang-format, changing nothing; `make format` changes
 #   make docs         checks the documents and renders them to build-docs/
 #   make wheel        dist/ipex_llm_lowbit-*.whl
@@ -148,9 +149,10 @@ bench-peers: build models
 
 faults: build
 	@LOWBIT_PRINT_FAULTS=1 build/tests/cpp/io/lowbit_io_tests --gtest_filter='Saved.Killed*:Saved.AFailure*'
+	@LOWBIT_PRINT_FAULTS=1 build/tests/cpp/cli/lowbit_cli_tests --gtest_filter='Convert.Killed*:Convert.AFailure*'
 
 fuzz:
-	@scripts/fuzz.sh $(or $(SECONDS),60)
+	@SECONDS_EACH=$(SECONDS_EACH) RUNS=$(RUNS) scripts/fuzz.sh $(TARGETS)
 
 zoo: build models
 	@$(OFFLINE) $(PY) tests/python/zoo/run.py $(ZOO_ARGS)
