@@ -221,11 +221,16 @@ struct SaveRequest {
   std::string directory;  // made if missing
   std::uint64_t max_shard_bytes = 4'000'000'000;
   Manifest manifest;  // options, tensors and ties; files, digests, exponents come
-  std::vector<std::pair<std::string, std::string>> extra_files;  // base name -> contents
+  std::vector<std::pair<std::string, std::string>>
+      extra_files;  // "name" or "folder/name" -> contents
+  // Not empty: what names the contents (source and options, in any form). A writer whose process is
+  // killed then leaves its tensors behind, and the next one with an equal request takes them up.
+  std::string resume_key;
 };
 
 // Writes a saved directory tensor by tensor in bounded memory. Nothing is visible under its final
-// name before commit(); an object destroyed before that leaves the directory as it was.
+// name, or readable as a file of tensors, before commit(); an object destroyed before that leaves
+// the directory as it was.
 class SaveWriter {
  public:
   explicit SaveWriter(SaveRequest request);
@@ -236,8 +241,14 @@ class SaveWriter {
   // The request's tensors, by name, and the order in which they must come.
   std::span<const SavedTensor> tensors() const;
   std::span<const std::size_t> order() const;
+  // How many tensors of order() a killed writer of the same resume_key has left here, complete and
+  // undamaged: writing starts with the one after them.
+  std::size_t resumed() const;
   // Appends bytes of the next tensor; it is complete when all its bytes have come.
   void write(std::span<const std::byte> bytes);
+  // Drops what has come of a tensor that is not complete: it starts anew.
+  void restart_tensor();
+  // Before the tensor's last bytes come: with them it is on record.
   void set_exponent(std::size_t tensor, int exponent);
   // Renames the weight files, then the manifest (the commit point), then removes files that the
   // old manifest named and stale temporary files. Returns the manifest written.

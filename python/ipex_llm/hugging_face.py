@@ -4,7 +4,8 @@ Opt-in, because it changes transformers for the whole process: call
 `ipex_llm.register_with_transformers()` or import `ipex_llm.transformers`. A directory (or hub
 repository) that holds `ipex_llm.json` is then constructed under `low_memory_init` and filled by
 `load_low_bit`; every other path goes to transformers unchanged. Auto classes, pipelines and
-libraries that call `from_pretrained` come through here too.
+libraries that call `from_pretrained` come through here too. The quantization method "ipex_llm" is
+registered besides (hf_quantizer.py). Why both: docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -39,6 +41,9 @@ def register_with_transformers() -> None:
         return
     from transformers import PreTrainedModel
 
+    from ipex_llm import hf_quantizer
+
+    hf_quantizer.register()
     original = PreTrainedModel.__dict__["from_pretrained"].__func__
 
     @functools.wraps(original)
@@ -95,9 +100,18 @@ def _load(cls, directory: str, model_args: tuple, kwargs: dict):
     placing = {name: kwargs.pop(name) for name in _PLACING if name in kwargs}
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     wants_info = kwargs.pop("output_loading_info", False)
+    if kwargs.pop("quantization_config", None) is not None:
+        warnings.warn(
+            f"from_pretrained: {directory} is quantized already; its own configuration counts, "
+            f"quantization_config= does not",
+            stacklevel=3,
+        )
     with low_memory_init():
         model = cls.from_pretrained(directory, *model_args, **kwargs)
     load_low_bit(model, directory)
+    from ipex_llm import hf_quantizer
+
+    hf_quantizer.describe(model, convert.options_of(model))
     if dtype is not None and dtype != "auto":
         convert.cast_floats(model, low_memory._resolve_dtype("from_pretrained", dtype, None, None))
     model = _place(model, device_map, placing)

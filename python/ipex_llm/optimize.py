@@ -129,6 +129,13 @@ class RefusesSavePretrained(layers.Mixin):
             "use model.save_low_bit(directory), or ipex_llm.dequantize(model) first"
         )
 
+    # transformers refuses these for whatever one of its quantizers has loaded.
+    def half(self):
+        return torch.nn.Module.half(self)
+
+    def float(self):
+        return torch.nn.Module.float(self)
+
 
 def _save_pretrained(model, save_directory, *args, max_shard_size="4GB", **kwargs):
     """save_pretrained of transformers with the arguments that a low-bit save can honour."""

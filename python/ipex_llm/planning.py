@@ -7,10 +7,12 @@ the meta device can be planned.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -53,10 +55,18 @@ class Entry:
 class Plan:
     """The entries of one model. Print it, or take `to_dict()`."""
 
-    def __init__(self, model_name: str, options: Options, entries: list[Entry]):
+    def __init__(
+        self,
+        model_name: str,
+        options: Options,
+        entries: list[Entry],
+        buffers: list[tuple[tuple[str, ...], torch.Tensor]] | None = None,
+    ):
         self.model_name = model_name
         self.options = options
         self.entries = entries
+        self.buffers = buffers or []  # those that are saved: all names, the tensor
+        self.stored_names: dict[str, str] = {}  # where a checkpoint has another name than the model
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -89,6 +99,7 @@ class Plan:
 
     def to_dict(self) -> dict:
         """Plain JSON types only."""
+        stored = self.stored_names
         return {
             "model": self.model_name,
             "options": self.options.to_dict(),
@@ -100,6 +111,7 @@ class Plan:
                 {
                     "name": e.name,
                     "names": list(e.names),
+                    "stored_as": [stored[n] for n in e.names if n in stored],
                     "shape": list(e.shape),
                     "dtype": str(e.dtype).removeprefix("torch."),
                     "device": str(e.device),
@@ -113,6 +125,15 @@ class Plan:
                     "reason": e.reason,
                 }
                 for e in self.entries
+            ],
+            "buffers": [
+                {
+                    "names": list(names),
+                    "stored_as": [stored[n] for n in names if n in stored],
+                    "shape": list(buffer.shape),
+                    "dtype": str(buffer.dtype).removeprefix("torch."),
+                }
+                for names, buffer in self.buffers
             ],
         }
 
@@ -142,7 +163,9 @@ def plan(
         **kwargs,
     )
     arguments.module_or_raise("plan", model)
-    return build_plan(model, options, who="plan")
+    plan = build_plan(model, options, who="plan")
+    plan.stored_names = _stored_names(model)
+    return plan
 
 
 def build_plan(model: nn.Module, options: Options, who: str = "optimize_model") -> Plan:
@@ -153,7 +176,7 @@ def build_plan(model: nn.Module, options: Options, who: str = "optimize_model") 
     skip = _SkipList(options.modules_to_not_convert)
     entries = [_decide(group, options, skip, uses) for group in slots]
     skip.warn_unmatched(who, names_of)
-    return Plan(type(model).__name__, options, entries)
+    return Plan(type(model).__name__, options, entries, _saved_buffers(names_of))
 
 
 def packed_bytes(shape: tuple[int, ...], low_bit: str, group_size: int = 0) -> int:
@@ -201,6 +224,36 @@ def _slots(names_of) -> list[tuple[torch.Tensor, list[_Slot]]]:
                 _Slot(module, attribute, full, names)
             )
     return list(groups.values())
+
+
+def _stored_names(model: nn.Module) -> dict[str, str]:
+    """What save_pretrained of transformers calls a parameter, where that is not its name."""
+    if "transformers.core_model_loading" not in sys.modules or not hasattr(
+        model, "save_pretrained"
+    ):
+        return {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    slots = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    state = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in slots.items()}
+    names = {id(tensor): name for name, tensor in state.items()}
+    with contextlib.suppress(Exception):  # remote code may break it: then names must do
+        stored = revert_weight_conversion(model, dict(state))
+        found = {names.get(id(tensor)): name for name, tensor in stored.items()}
+        return {name: old for name, old in found.items() if name is not None and name != old}
+    return {}
+
+
+def _saved_buffers(names_of) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+    """Every persistent buffer once, with all its names."""
+    groups: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for module, names in names_of.values():
+        for attribute, buffer in module._buffers.items():
+            if buffer is None or attribute in module._non_persistent_buffers_set:
+                continue
+            full = [f"{name}.{attribute}" if name else attribute for name in names]
+            groups.setdefault(id(buffer), ([], buffer))[0].extend(full)
+    return [(tuple(names), buffer) for names, buffer in groups.values()]
 
 
 def _decide(group, options: Options, skip: _SkipList, uses: usage.Uses) -> Entry:

@@ -70,7 +70,7 @@ def save_low_bit(model: nn.Module, save_dir, max_shard_size="4GB") -> None:
         "tensors": {name: _description(who, name, tensor) for name, tensor in tensors.items()},
         "ties": ties,
     }
-    extra = _extra_files(model)
+    extra = _extra_files(model, options)
     contents = [_byte_tensor(data) for data in extra.values()]
     try:
         handle, order = ops._ops.file_save_begin(
@@ -188,7 +188,7 @@ def _chunks(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
 # ---- the files that come along -------------------------------------------------------------------
 
 
-def _extra_files(model: nn.Module) -> dict[str, bytes]:
+def _extra_files(model: nn.Module, options: dict[str, Any]) -> dict[str, bytes]:
     """config.json, generation_config.json and remote-code files, where the model has them."""
     files: dict[str, bytes] = {}
     config = getattr(model, "config", None)
@@ -200,6 +200,8 @@ def _extra_files(model: nn.Module) -> dict[str, bytes]:
             # One of the two names is known to every version of transformers.
             values.pop("torch_dtype", None)
             values["dtype"] = _DTYPE_NAMES[dtype]
+        values.pop("transformers_weights", None)
+        values["quantization_config"] = {"quant_method": "ipex_llm", **options}
         if isinstance(values.get("auto_map"), dict):
             values["auto_map"] = _local_names(values["auto_map"])
             files.update(_remote_code(model, config, values["auto_map"]))

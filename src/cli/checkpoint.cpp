@@ -16,26 +16,48 @@ constexpr std::uint64_t kMaxTextBytes = 256'000'000;  // of an index; real ones 
   throw Error(ErrorCode::kCorrupt, who + ": " + what);
 }
 
-// The files that an index names, in order, and which of them holds each tensor.
-std::map<std::string, std::string> read_index(const std::string& path) {
-  json::Value index = json::parse(os::read_text(path, kMaxTextBytes), path);
+// config.json as save_low_bit writes it: the values as they are, our quantization_config instead of
+// what the source was quantized with, one name for the dtype.
+std::string converted_config(const std::string& text, const std::string& path,
+                             std::string_view options) {
+  std::string out = "{";
+  auto add = [&](std::string_view key, std::string_view value) {
+    out += (out.size() > 1 ? ",\n  " : "\n  ") + json::quote(key) + ": ";
+    out += value;
+  };
+  auto members = json::members(text, path);
+  bool has_dtype = std::any_of(members.begin(), members.end(),
+                               [](const auto& member) { return member.first == "dtype"; });
+  for (const auto& [key, value] : members) {
+    if (key == "quantization_config" || key == "transformers_weights") continue;
+    if (key == "torch_dtype" && has_dtype) continue;
+    add(key == "torch_dtype" ? "dtype" : key, value);
+  }
+  std::string quantization = "{\"quant_method\": \"ipex_llm\"";
+  if (options.size() > 2) (quantization += ", ") += options.substr(1, options.size() - 2);
+  add("quantization_config", quantization + "}");
+  return out + "\n}\n";
+}
+
+}  // namespace
+
+std::map<std::string, std::string> parse_index(std::string_view text, const std::string& who) {
+  json::Value index = json::parse(text, who);
   const json::Value* map = index.find("weight_map");
-  if (!map || !map->object()) corrupt(path, "has no 'weight_map'");
+  if (!map || !map->object()) corrupt(who, "has no 'weight_map'");
   std::map<std::string, std::string> where;
   for (const auto& [name, file] : *map->object()) {
-    if (!file.string()) corrupt(path, json::quote(name) + " is not mapped to a file");
+    if (!file.string()) corrupt(who, json::quote(name) + " is not mapped to a file");
     const std::string& base = *file.string();
     // A shard lies beside its index, whatever the index says.
     if (base.empty() || base[0] == '.' || base.find_first_of("/\\:") != std::string::npos ||
         base.find('\0') != std::string::npos || !base.ends_with(".safetensors"))
-      corrupt(path, json::quote(name) + " is mapped to " + json::quote(base) +
-                        ", expected the name of a .safetensors file in the same directory");
+      corrupt(who, json::quote(name) + " is mapped to " + json::quote(base) +
+                       ", expected the name of a .safetensors file in the same directory");
     where.emplace(name, base);
   }
   return where;
 }
-
-}  // namespace
 
 Checkpoint open_checkpoint(const std::string& path) {
   Checkpoint checkpoint;
@@ -51,7 +73,8 @@ Checkpoint open_checkpoint(const std::string& path) {
   } else if (os::exists(os::join(path, kManifestName))) {
     throw Error(ErrorCode::kValue, path + ": is a low-bit save already; convert its float model");
   } else if (os::exists(os::join(path, "model.safetensors.index.json"))) {
-    where = read_index(os::join(path, "model.safetensors.index.json"));
+    std::string index = os::join(path, "model.safetensors.index.json");
+    where = parse_index(os::read_text(index, kMaxTextBytes), index);
     for (const auto& item : where) names.insert(item.second);
   } else if (os::exists(os::join(path, "model.safetensors"))) {
     names.insert("model.safetensors");
@@ -100,15 +123,39 @@ Checkpoint open_checkpoint(const std::string& path) {
   return checkpoint;
 }
 
-std::vector<std::pair<std::string, std::string>> companion_files(const Checkpoint& checkpoint) {
+std::vector<std::pair<std::string, std::string>> companion_files(const Checkpoint& checkpoint,
+                                                                 std::string_view options) {
   std::vector<std::pair<std::string, std::string>> files;
   for (const std::string& name : os::list_directory(checkpoint.directory)) {
     auto ends = [&](std::string_view suffix) { return name.ends_with(suffix); };
     bool wanted = (ends(".json") && !ends(".index.json")) || ends(".py") || ends(".jinja") ||
-                  ends(".model") || ends(".tiktoken") || name == "merges.txt" ||
-                  name == "vocab.txt" || name == "LICENSE";
+                  ends(".model") || ends(".tiktoken") || ends(".bpe") || ends(".txt") ||
+                  name == "LICENSE" || name == "NOTICE" || name == "README.md";
     if (!wanted || name[0] == '.' || name == kManifestName) continue;
-    files.emplace_back(name, os::read_text(os::join(checkpoint.directory, name), kMaxTextBytes));
+    std::string path = os::join(checkpoint.directory, name);
+    std::string text = os::read_text(path, kMaxTextBytes);
+    files.emplace_back(name, name == "config.json" ? converted_config(text, path, options) : text);
+  }
+  // The modules of sentence-transformers have a folder each, of which those without weights are
+  // configuration alone.
+  if (std::string list = os::join(checkpoint.directory, "modules.json"); os::exists(list)) {
+    json::Value modules = json::parse(os::read_text(list, kMaxTextBytes), list);
+    if (!modules.array()) corrupt(list, "is not a JSON array");
+    for (const json::Value& module : *modules.array()) {
+      const json::Value* folder = module.find("path");
+      if (!folder || !folder->string()) corrupt(list, "has a module without a path");
+      if (folder->string()->empty()) continue;
+      std::string name = *folder->string() + "/config.json";
+      std::string path = os::join(checkpoint.directory, name);
+      if (folder->string()->find_first_of("/\\:.") != std::string::npos)
+        corrupt(list, json::quote(*folder->string()) + " is not the name of a folder beside it");
+      if (os::exists(
+              os::join(os::join(checkpoint.directory, *folder->string()), "model.safetensors")))
+        throw Error(ErrorCode::kValue, list + ": module " + json::quote(*folder->string()) +
+                                           " has weights of its own, which are not converted; "
+                                           "optimize and save the model in Python");
+      if (os::exists(path)) files.emplace_back(name, os::read_text(path, kMaxTextBytes));
+    }
   }
   return files;
 }

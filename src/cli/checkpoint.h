@@ -1,8 +1,10 @@
 // A Hugging Face directory of safetensors: one file, or shards with an index.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -23,7 +25,13 @@ struct Checkpoint {
 // files or in none, unknown layouts.
 Checkpoint open_checkpoint(const std::string& path);
 
+// Which file holds each tensor, from the text of a model.safetensors.index.json. The names are base
+// names, whatever the text says. Throws Error(kCorrupt).
+std::map<std::string, std::string> parse_index(std::string_view text, const std::string& who);
+
 // Files beside the weights that a saved directory keeps: configuration, tokenizer, remote code.
-std::vector<std::pair<std::string, std::string>> companion_files(const Checkpoint& checkpoint);
+// `options` (JSON) are those of the conversion, which config.json then names.
+std::vector<std::pair<std::string, std::string>> companion_files(const Checkpoint& checkpoint,
+                                                                 std::string_view options);
 
 }  // namespace lowbit::cli

@@ -1,23 +1,19 @@
-// A float checkpoint into a low-bit save: one tensor at a time, rows in chunks, so that memory is
-// bounded by one packed tensor and one chunk whatever the model's size.
+// A float checkpoint into a low-bit save: one chunk of rows at a time, so that memory is bounded by
+// a chunk and its packed bytes, whatever the size of the model or of a tensor.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <map>
 #include <memory>
-#include <set>
 
-#include "cli/checkpoint.h"
 #include "cli/commands.h"
-#include "cli/names.h"
-#include "format/floats.h"
+#include "cli/job.h"
 #include "io/os.h"
 #include "lowbit/error.h"
 #include "lowbit/file.h"
 #include "lowbit/quantize.h"
+#include "reference/reference.h"
 
 namespace lowbit::cli {
 namespace {
@@ -25,495 +21,263 @@ namespace {
 constexpr std::uint64_t kChunkBytes = 32 << 20;  // several times the caches, so threads stay busy
 constexpr std::uint64_t kMaxPlanBytes = 256'000'000;
 
-[[noreturn]] void refuse(const std::string& text) {
-  throw Error(ErrorCode::kValue, text);
-}
-
-std::optional<DType> float_type(FileDType dtype) {
-  switch (dtype) {
-    case FileDType::kF16:
-      return DType::kFloat16;
-    case FileDType::kBF16:
-      return DType::kBFloat16;
-    case FileDType::kF32:
-      return DType::kFloat32;
-    case FileDType::kF64:
-      return DType::kFloat64;
-    default:
-      return std::nullopt;
-  }
-}
-
-std::optional<FileDType> dtype_named(std::string_view name) {
-  if (name.starts_with("torch.")) name.remove_prefix(6);
-  for (const FileDTypeInfo& info : file_dtypes())
-    if (info.torch_name == name) return info.dtype;
-  return std::nullopt;
-}
-
-// ---- what becomes of each tensor
-// -----------------------------------------------------------------
-
-struct Item {
-  SavedTensor saved;
-  const FileTensor* source;
-  const TensorFile* file;
-};
-
-struct Job {
-  std::vector<Item> items;
-  std::vector<std::pair<std::string, std::string>> ties;
-  std::string options;
-};
-
-std::string quoted_list(const std::vector<std::string>& items) {
-  std::string text = "[";
-  for (std::size_t i = 0; i < items.size(); ++i) text += (i ? ", " : "") + json::quote(items[i]);
-  return text + "]";
-}
-
-const std::string* text_of(const json::Value& config, std::string_view key) {
-  const json::Value* value = config.find(key);
-  return value ? value->string() : nullptr;
-}
-
-// The dtype that transformers would load the model in.
-std::optional<FileDType> model_dtype(const json::Value& config) {
-  for (std::string_view key : {"dtype", "torch_dtype"})
-    if (const std::string* name = text_of(config, key))
-      if (std::optional<FileDType> dtype = dtype_named(*name); dtype && float_type(*dtype))
-        return dtype;
-  return std::nullopt;
-}
-
-bool is_causal(const json::Value& config) {
-  const json::Value* architectures = config.find("architectures");
-  if (!architectures || !architectures->array()) return false;
-  for (const json::Value& name : *architectures->array())
-    if (name.string() && name.string()->ends_with("ForCausalLM")) return true;
-  return false;
-}
-
-bool excluded(const std::vector<std::string>& patterns, std::string_view name) {
-  std::string_view owner = name.substr(0, name.rfind('.'));
-  return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) {
-    return name_matches(pattern, name) || name_matches(pattern, owner);
-  });
-}
-
-Item item_of(const Checkpoint& checkpoint, std::size_t index, std::optional<FileDType> dtype) {
-  const auto& [source, file] = checkpoint.tensors[index];
-  if (source->dtype == FileDType::kF8E4M3 || source->dtype == FileDType::kF8E5M2)
-    refuse(file->path() + ": tensor " + json::quote(source->name) +
-           " is fp8, whose scales lie elsewhere; convert a bf16 version of the model");
-  Item item{{}, source, file};
-  item.saved.name = source->name;
-  item.saved.dtype = dtype && float_type(source->dtype) ? *dtype : source->dtype;
-  item.saved.shape = source->shape;
-  return item;
-}
-
-Job job_from_names(const ConvertArgs& args, const Checkpoint& checkpoint) {
-  Job job;
-  Format format = parse_format(args.low_bit);
-  int group_size = make_layout(format, 1, 1, args.group_size).group_size;
-  std::optional<FileDType> dtype = model_dtype(checkpoint.config);
-
-  constexpr std::string_view kHead = "lm_head.weight";
-  std::string table;
-  bool has_head = false;
-  for (const auto& tensor : checkpoint.tensors) {
-    has_head |= tensor.first->name == kHead;
-    if (tensor.first->name.ends_with("embed_tokens.weight")) table = tensor.first->name;
-  }
-  const json::Value* tie = checkpoint.config.find("tie_word_embeddings");
-  bool says_tied = tie && tie->boolean() && *tie->boolean();
-  // Checkpoints leave a tied head out; one that has it nevertheless is overruled by the table.
-  bool tied = !table.empty() && is_causal(checkpoint.config) && (says_tied || !has_head);
-
-  std::vector<std::string> unknown;
-  for (std::size_t i = 0; i < checkpoint.tensors.size(); ++i) {
-    const FileTensor& source = *checkpoint.tensors[i].first;
-    if (is_dropped(source.name) || (tied && source.name == kHead)) continue;
-    Item item = item_of(checkpoint, i, dtype);
-    bool is_matrix = source.shape.size() >= 2 && float_type(source.dtype) && source.bytes > 0;
-    bool keep = !is_matrix || excluded(args.not_converted, source.name) ||
-                (tied && source.name == table && excluded(args.not_converted, kHead));
-    if (!keep) {
-      Role role = role_of(source.name);
-      bool merged =
-          source.name.find(".experts.") != std::string::npos;  // into 3-D, by transformers
-      if (role == Role::kUnknown || source.shape.size() != 2 || merged) {
-        unknown.push_back(source.name);
-        continue;
-      }
-      if (role == Role::kLinear || (tied && source.name == table)) {
-        item.saved.format = format;
-        item.saved.group_size = group_size;
-      }
-    }
-    job.items.push_back(std::move(item));
-  }
-  if (!unknown.empty()) {
-    std::string text = checkpoint.directory + ": the names of " + std::to_string(unknown.size()) +
-                       " tensors do not tell what they are:";
-    for (std::size_t i = 0; i < unknown.size() && i < 10; ++i) text += "\n  " + unknown[i];
-    if (unknown.size() > 10) text += "\n  ... and " + std::to_string(unknown.size() - 10) + " more";
-    refuse(text +
-           "\nGive --plan with the JSON of ipex_llm.plan(model).to_dict(), or name them in "
-           "--not-convert");
-  }
-  if (tied) job.ties.emplace_back(kHead, table);
-  job.options =
-      "{\"cpu_embedding\": false, \"disable_optimize_pre\": false, \"embedding_qtype\": null, "
-      "\"group_size\": " +
-      std::to_string(args.group_size) +
-      ", \"lightweight_bmm\": false, \"low_bit\": " + json::quote(format_info(format).name) +
-      ", \"modules_to_not_convert\": " + quoted_list(args.not_converted) +
-      ", \"optimize_llm\": true}";
-  return job;
-}
-
-Job job_from_plan(const ConvertArgs& args, const Checkpoint& checkpoint) {
-  json::Value plan = json::parse(os::read_text(args.plan, kMaxPlanBytes), args.plan);
-  auto bad = [&](const std::string& what) { refuse(args.plan + ": " + what); };
-  const json::Value* parameters = plan.find("parameters");
-  const json::Value* options = plan.find("options");
-  if (!parameters || !parameters->array() || !options || !options->object())
-    bad("is not the JSON of ipex_llm.plan(...).to_dict()");
-
-  std::map<std::string_view, std::size_t> by_name;
-  for (std::size_t i = 0; i < checkpoint.tensors.size(); ++i)
-    by_name.emplace(checkpoint.tensors[i].first->name, i);
-  Job job;
-  std::set<std::string_view> used;
-  for (const json::Value& parameter : *parameters->array()) {
-    const json::Value* names = parameter.find("names");
-    const std::string* dtype = text_of(parameter, "dtype");
-    if (!names || !names->array() || names->array()->empty() || !dtype)
-      bad("lacks names or dtypes");
-    std::optional<std::size_t> index;
-    std::string first;
-    for (const json::Value& name : *names->array()) {
-      if (!name.string()) bad("has a name that is not a string");
-      if (first.empty()) {
-        first = *name.string();
-      } else {
-        job.ties.emplace_back(*name.string(), first);
-      }
-      auto it = by_name.find(*name.string());
-      if (it == by_name.end()) continue;
-      used.insert(it->first);
-      if (!index) index = it->second;
-    }
-    if (!index)
-      refuse(args.plan + ": parameter " + json::quote(first) + " is not in " +
-             checkpoint.directory + "; is it the plan of this model?");
-    Item item = item_of(checkpoint, *index, dtype_named(*dtype));
-    item.saved.name = first;
-    const json::Value* shape = parameter.find("shape");
-    std::vector<std::int64_t> sizes;
-    if (!shape || !shape->array()) bad("parameter " + json::quote(first) + " has no shape");
-    for (const json::Value& size : *shape->array())
-      sizes.push_back(size.integer() ? *size.integer() : -1);
-    if (sizes != item.source->shape)
-      bad("parameter " + json::quote(first) + " has another shape in the checkpoint");
-    if (const std::string* low_bit = text_of(parameter, "low_bit")) {
-      item.saved.format = parse_format(*low_bit);
-      const json::Value* group = parameter.find("group_size");
-      if (group && group->integer()) item.saved.group_size = static_cast<int>(*group->integer());
-      const json::Value* transposed = parameter.find("transposed");
-      item.saved.transposed = transposed && transposed->boolean() && *transposed->boolean();
-      const json::Value* stored = parameter.find("stored_shape");
-      if (stored && stored->array()) {
-        for (const json::Value& size : *stored->array())
-          item.saved.stored_shape.push_back(size.integer() ? *size.integer() : -1);
-        if (item.saved.stored_shape == item.saved.shape) item.saved.stored_shape.clear();
-      }
-    }
-    job.items.push_back(std::move(item));
-  }
-  std::optional<FileDType> dtype = model_dtype(checkpoint.config);
-  for (std::size_t i = 0; i < checkpoint.tensors.size(); ++i) {
-    const std::string& name = checkpoint.tensors[i].first->name;
-    if (!used.contains(name) && !is_dropped(name))
-      job.items.push_back(item_of(checkpoint, i, dtype));
-  }
-  json::Object kept;
-  for (const auto& option : *options->object())
-    if (option.first != "torch_dtype") kept.push_back(option);
-  job.options = json::dump(json::Value(std::move(kept)));
-  return job;
-}
-
-// ---- memory
-// --------------------------------------------------------------------------------------
-
 // Bytes at a multiple of 64, as the quantizers want them.
 class Buffer {
  public:
-  explicit Buffer(std::uint64_t bytes) : bytes_(bytes), owner_(new std::byte[bytes + 64]) {
-    auto address = reinterpret_cast<std::uintptr_t>(owner_.get());
-    data_ = owner_.get() + (64 - address % 64) % 64;
+  std::byte* get(std::uint64_t bytes) {
+    if (bytes > size_) {
+      owner_.reset(new std::byte[bytes + 64]);
+      size_ = bytes;
+      auto address = reinterpret_cast<std::uintptr_t>(owner_.get());
+      data_ = owner_.get() + (64 - address % 64) % 64;
+    }
+    return data_;
   }
-  std::byte* data() const { return data_; }
-  std::span<std::byte> span() const { return {data_, static_cast<std::size_t>(bytes_)}; }
 
  private:
-  std::uint64_t bytes_;
   std::unique_ptr<std::byte[]> owner_;
-  std::byte* data_;
+  std::uint64_t size_ = 0;
+  std::byte* data_ = nullptr;
 };
-
-double load_float(DType type, const std::byte* p) {
-  if (type == DType::kFloat64) {
-    double v;
-    std::memcpy(&v, p, 8);
-    return v;
-  }
-  std::uint32_t bits = std::to_integer<std::uint32_t>(p[0]) | std::to_integer<std::uint32_t>(p[1])
-                                                                  << 8;
-  if (type == DType::kFloat16) return decode_float(kHalfKind, bits);
-  if (type == DType::kBFloat16) return std::bit_cast<float>(bits << 16);
-  float v;
-  std::memcpy(&v, p, 4);
-  return v;
-}
-
-void store_float(DType type, double v, std::byte* p) {
-  if (type == DType::kFloat64) {
-    std::memcpy(p, &v, 8);
-    return;
-  }
-  if (type == DType::kFloat32) {
-    float f = static_cast<float>(v);
-    std::memcpy(p, &f, 4);
-    return;
-  }
-  // Every source is a float32 at least in range, and rounding to float32 first would round twice.
-  std::uint32_t bits = encode_float(type == DType::kFloat16 ? kHalfKind : kBrainKind, v);
-  p[0] = static_cast<std::byte>(bits);
-  p[1] = static_cast<std::byte>(bits >> 8);
-}
-
-// `count` elements cast from one float type to another, on all threads.
-void cast(DType from, const std::byte* in, DType to, std::byte* out, std::int64_t count,
-          const Threads& threads) {
-  const std::size_t in_bytes = dtype_bytes(from), out_bytes = dtype_bytes(to);
-  constexpr std::int64_t kPiece = 1 << 16;
-  threads.run((count + kPiece - 1) / kPiece, [&](std::int64_t piece) {
-    std::int64_t end = std::min(count, (piece + 1) * kPiece);
-    for (std::int64_t i = piece * kPiece; i < end; ++i)
-      store_float(to, load_float(from, in + static_cast<std::size_t>(i) * in_bytes),
-                  out + static_cast<std::size_t>(i) * out_bytes);
-  });
-}
-
-// ---- the work
-// --------------------------------------------------------------------------------------
 
 class Progress {
  public:
   Progress(std::uint64_t total, bool quiet) : total_(total), quiet_(quiet) {}
+  // Bytes that an earlier run has done: they say nothing about this one's speed.
+  void skip(std::uint64_t bytes) { done_ += bytes, skipped_ += bytes; }
   void add(std::uint64_t bytes) {
     done_ += bytes;
+    if (quiet_) return;
+    auto now = std::chrono::steady_clock::now();
     int percent =
         total_ ? static_cast<int>(100.0 * static_cast<double>(done_) / static_cast<double>(total_))
                : 100;
-    if (quiet_ || percent < next_) return;
+    if (percent < next_ && now - said_ < std::chrono::seconds(10)) return;
     next_ = percent / 5 * 5 + 5;
-    double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-    double left =
-        done_ ? seconds * static_cast<double>(total_ - done_) / static_cast<double>(done_) : 0;
+    said_ = now;
+    double seconds = std::chrono::duration<double>(now - start_).count();
+    double left = seconds * static_cast<double>(total_ - done_) /
+                  static_cast<double>(std::max<std::uint64_t>(done_ - skipped_, 1));
     std::fprintf(stderr, "lowbit: %3d %%, %.2f of %.2f GB, %.0f s left\n", percent,
                  static_cast<double>(done_) / 1e9, static_cast<double>(total_) / 1e9, left);
   }
 
  private:
-  std::uint64_t total_, done_ = 0;
+  std::uint64_t total_, done_ = 0, skipped_ = 0;
   bool quiet_;
   int next_ = 5;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now(), said_ = start_;
 };
+
+std::uint64_t bytes_of(FileDType dtype) {
+  return static_cast<std::uint64_t>(file_dtype_info(dtype).bytes);
+}
+
+// Rows [begin, end) of one matrix of a tensor.
+struct Chunk {
+  std::int64_t matrix, begin, end;
+  std::int64_t padded;  // rows as packed: a matrix of several is padded to whole tiles with zeros
+};
+
+// What rows of a chunk take: values, packed bytes, and the mapped pages of the source.
+std::uint64_t chunk_bytes(const Item& item, const Layout& layout, std::int64_t rows) {
+  return static_cast<std::uint64_t>(rows) *
+         (static_cast<std::uint64_t>(layout.k) * (bytes_of(item.saved.dtype) + 8) +
+          static_cast<std::uint64_t>(layout.tile_bytes) / kTileRows + 1);
+}
+
+void check_memory(const Item& item, std::uint64_t budget) {
+  if (!item.saved.format) return;
+  std::uint64_t least = chunk_bytes(item, packed_shape(item.saved).layout, kTileRows);
+  if (least > budget)
+    throw Error(ErrorCode::kResource, "convert: tensor " + json::quote(item.saved.name) +
+                                          " needs " + std::to_string(least) +
+                                          " bytes of memory, --max-memory allows " +
+                                          std::to_string(budget) + "; raise it");
+}
 
 class Converter {
  public:
   Converter(SaveWriter& writer, const ConvertArgs& args, const Threads& threads, Progress& progress)
-      : writer_(writer), args_(args), threads_(threads), progress_(progress) {}
+      : writer_(writer), threads_(threads), progress_(progress), budget_(args.max_memory) {}
 
   void plain(const Item& item) {
-    const FileTensor& source = *item.source;
-    const std::byte* data = item.file->data(source).data();
-    std::uint64_t elements = source.bytes / static_cast<std::uint64_t>(bytes_of(source.dtype));
-    const std::uint64_t step = kChunkBytes / static_cast<std::uint64_t>(bytes_of(source.dtype));
-    for (std::uint64_t at = 0; at < elements; at += step) {
-      std::uint64_t count = std::min(step, elements - at);
-      std::span<const std::byte> piece(data + at * bytes_of(source.dtype),
-                                       count * bytes_of(source.dtype));
-      if (item.saved.dtype == source.dtype) {
-        writer_.write(piece);
+    const std::int64_t elements = item.source.elements();
+    const std::int64_t step = static_cast<std::int64_t>(
+        std::clamp<std::uint64_t>(budget_ / 4, 4096, kChunkBytes) / bytes_of(item.saved.dtype));
+    for (std::int64_t at = 0; at < elements; at += step) {
+      const std::int64_t end = std::min(elements, at + step);
+      if (item.source.direct(item.saved.dtype)) {
+        writer_.write(item.source.mapped(at, end));
       } else {
-        Buffer out(count * bytes_of(item.saved.dtype));
-        cast(*float_type(source.dtype), piece.data(), *float_type(item.saved.dtype), out.data(),
-             static_cast<std::int64_t>(count), threads_);
-        writer_.write(out.span());
+        const std::uint64_t bytes =
+            static_cast<std::uint64_t>(end - at) * bytes_of(item.saved.dtype);
+        std::byte* values = values_.get(bytes);
+        item.source.read(at, end, *float_type(item.saved.dtype), values, threads_);
+        writer_.write({values, static_cast<std::size_t>(bytes)});
       }
-      item.file->release(piece);
-      progress_.add(piece.size());
+      item.source.release(at, end);
     }
+    progress_.add(item.source.bytes());
   }
 
+  // Bytes of a tile do not depend on other tiles unless the tensor needs an exponent, and whether
+  // it does is known from any chunk that would have one. Hardly any does: then it starts anew.
   void packed(const Item& item, std::size_t index) {
-    PackedShape shape = packed_shape(item.saved);
-    std::uint64_t need = shape.bytes() + 2 * kChunkBytes;
-    if (shape.matrices != 1)
-      need += matrix_elements(shape) * static_cast<std::uint64_t>(shape.matrices) * 4;
-    if (need > args_.max_memory)
-      throw Error(ErrorCode::kResource, "convert: tensor " + json::quote(item.saved.name) +
-                                            " needs " + std::to_string(need) +
-                                            " bytes of memory, --max-memory allows " +
-                                            std::to_string(args_.max_memory) + "; raise it");
-    Buffer out(shape.bytes());
-    std::memset(out.data(), 0, out.span().size());
-    int exponent = shape.matrices == 1 ? matrix(item, shape.layout, out) : stack(item, shape, out);
-    writer_.set_exponent(index, exponent);
-    writer_.write(out.span());
-    progress_.add(item.source->bytes);
+    const PackedShape shape = packed_shape(item.saved);
+    int exponent = 0;
+    bool again = !for_each_chunk(item, shape, [&](const Chunk& chunk) {
+      const Layout part = layout_of(shape.layout, chunk);
+      std::span<std::byte> out(packed_.get(static_cast<std::uint64_t>(part.bytes())),
+                               static_cast<std::size_t>(part.bytes()));
+      if (quantize(rows(item, shape, chunk), part, out, threads_) != 0) return false;
+      writer_.write(out);
+      return true;
+    });
+    if (again) {
+      writer_.restart_tensor();
+      reference::ScaleRange range;
+      for_each_chunk(item, shape, [&](const Chunk& chunk) {
+        const Layout part = layout_of(shape.layout, chunk);
+        const MatrixView view = rows(item, shape, chunk);
+        std::vector<reference::ScaleRange> ranges(static_cast<std::size_t>(part.tiles));
+        threads_.run(part.tiles, [&](std::int64_t tile) {
+          ranges[static_cast<std::size_t>(tile)] = reference::tile_range(view, part, tile);
+        });
+        for (const reference::ScaleRange& one : ranges) range.merge(one);
+        return true;
+      });
+      exponent = reference::exponent_for(format_info(shape.layout.format), range);
+      writer_.set_exponent(index, exponent);
+      for_each_chunk(item, shape, [&](const Chunk& chunk) {
+        const Layout part = layout_of(shape.layout, chunk);
+        const MatrixView view = rows(item, shape, chunk);
+        std::byte* out = packed_.get(static_cast<std::uint64_t>(part.bytes()));
+        threads_.run(part.tiles, [&](std::int64_t tile) {
+          reference::quantize_tile(view, part, exponent, tile, out + tile * part.tile_bytes);
+        });
+        writer_.write({out, static_cast<std::size_t>(part.bytes())});
+        return true;
+      });
+    }
+    progress_.add(item.source.bytes());
   }
 
  private:
-  static std::uint64_t bytes_of(FileDType dtype) {
-    return static_cast<std::uint64_t>(file_dtype_info(dtype).bytes);
-  }
-  static std::uint64_t matrix_elements(const PackedShape& shape) {
-    return static_cast<std::uint64_t>(shape.layout.tiles * kTileRows * shape.layout.k);
+  static Layout layout_of(const Layout& layout, const Chunk& chunk) {
+    return make_layout(layout.format, chunk.padded, layout.k, layout.group_size);
   }
 
-  // Rows [begin, end) of the matrix as it is packed. Holds a cast copy if one is needed.
-  MatrixView rows(const Item& item, const Layout& layout, std::int64_t begin, std::int64_t end,
-                  std::unique_ptr<Buffer>& copy) const {
-    const FileTensor& source = *item.source;
-    DType type = *float_type(source.dtype);
-    const std::byte* data = item.file->data(source).data();
-    MatrixView view{data, type, end - begin, layout.k, layout.k, 1};
-    if (item.saved.transposed) {
-      view.row_stride = 1;
-      view.col_stride = layout.n;
-    }
-    std::int64_t first = begin * view.row_stride;
-    view.data = data + static_cast<std::uint64_t>(first) * bytes_of(source.dtype);
-    if (item.saved.dtype == source.dtype) return view;
-    DType wanted = *float_type(item.saved.dtype);
-    std::int64_t count = (end - begin) * layout.k;
-    copy = std::make_unique<Buffer>(static_cast<std::uint64_t>(count) * dtype_bytes(wanted));
-    if (item.saved.transposed) {
-      for (std::int64_t r = 0; r < end - begin; ++r)
-        for (std::int64_t c = 0; c < layout.k; ++c)
-          store_float(
-              wanted,
-              load_float(type, data + static_cast<std::uint64_t>(begin + r + c * layout.n) *
-                                          bytes_of(source.dtype)),
-              copy->data() + static_cast<std::uint64_t>(r * layout.k + c) * dtype_bytes(wanted));
+  // Runs body on whole tiles in order until it says false; says whether it never did.
+  template <class Body>
+  bool for_each_chunk(const Item& item, const PackedShape& shape, const Body& body) {
+    const Layout& layout = shape.layout;
+    const std::uint64_t tile = std::max<std::uint64_t>(1, chunk_bytes(item, layout, kTileRows));
+    const std::uint64_t chunk = std::min(4 * kChunkBytes, budget_);
+    std::int64_t step =
+        static_cast<std::int64_t>(std::max<std::uint64_t>(1, chunk / tile)) * kTileRows;
+    for (std::int64_t m = 0; m < shape.matrices; ++m)
+      for (std::int64_t begin = 0; begin < layout.n; begin += step) {
+        const std::int64_t end = std::min(layout.n, begin + step);
+        std::int64_t padded = end - begin;
+        if (shape.matrices > 1) padded = (padded + kTileRows - 1) / kTileRows * kTileRows;
+        if (!body({m, begin, end, padded})) return false;
+        const std::int64_t start = m * layout.n * layout.k;
+        if (item.saved.transposed) {  // every chunk looks at all pages of its matrix
+          item.source.release(start, start + layout.n * layout.k);
+        } else {
+          item.source.release(start + begin * layout.k, start + end * layout.k);
+        }
+      }
+    return true;
+  }
+
+  // The rows of a chunk as they are packed: mapped, or as a copy where they are stored otherwise.
+  MatrixView rows(const Item& item, const PackedShape& shape, const Chunk& chunk) {
+    const std::int64_t n = shape.layout.n, k = shape.layout.k, start = chunk.matrix * n * k;
+    const FileDType dtype = item.saved.dtype;
+    const DType wanted = *float_type(dtype);
+    const std::int64_t count = chunk.end - chunk.begin;
+    MatrixView view{nullptr, wanted, chunk.padded, k, k, 1};
+    if (item.source.direct(dtype) && chunk.padded == count) {
+      std::int64_t first = item.saved.transposed ? chunk.begin : chunk.begin * k;
+      view.data = item.source.mapped(start + first, start + first + 1).data();
+      if (item.saved.transposed) {
+        view.row_stride = 1;
+        view.col_stride = n;
+      }
     } else {
-      cast(type, static_cast<const std::byte*>(view.data), wanted, copy->data(), count, threads_);
+      const std::uint64_t size = bytes_of(dtype);
+      std::byte* values = values_.get(static_cast<std::uint64_t>(chunk.padded * k) * size);
+      view.data = values;
+      if (item.saved.transposed) {  // [k, n]: a piece of each row
+        view.row_stride = 1;
+        view.col_stride = chunk.padded;
+        if (chunk.padded != count)
+          std::memset(values, 0, static_cast<std::size_t>(chunk.padded * k) * size);
+        threads_.run(k, [&](std::int64_t c) {
+          item.source.read(start + c * n + chunk.begin, start + c * n + chunk.end, wanted,
+                           values + static_cast<std::uint64_t>(c * chunk.padded) * size,
+                           serial_threads());
+        });
+      } else {
+        item.source.read(start + chunk.begin * k, start + chunk.end * k, wanted, values, threads_);
+        std::memset(values + static_cast<std::uint64_t>(count * k) * size, 0,
+                    static_cast<std::size_t>((chunk.padded - count) * k) * size);
+      }
     }
-    return {copy->data(), wanted, end - begin, layout.k, layout.k, 1};
+    check_finite(item, view, chunk);
+    return view;
   }
 
-  void check_finite(const Item& item, const MatrixView& view, std::int64_t first_row) const {
+  void check_finite(const Item& item, const MatrixView& view, const Chunk& chunk) const {
     std::int64_t bad = first_nonfinite(view, threads_);
     if (bad < 0) return;
-    refuse(item.file->path() + ": tensor " + json::quote(item.saved.name) +
-           " holds a value that is not finite at row " +
-           std::to_string(first_row + bad / view.cols) + ", column " +
-           std::to_string(bad % view.cols) +
-           ", which no low-bit type can represent; repair the checkpoint or name the module in "
-           "--not-convert");
-  }
-
-  // Chunks of whole tiles: bytes of a tile do not depend on other tiles unless the tensor needs an
-  // exponent, and whether it does is known from any chunk that would have one.
-  int matrix(const Item& item, const Layout& layout, const Buffer& out) {
-    std::uint64_t row_bytes = static_cast<std::uint64_t>(layout.k) * 8;
-    std::int64_t step = std::max<std::int64_t>(
-        kTileRows, static_cast<std::int64_t>(kChunkBytes / std::max<std::uint64_t>(1, row_bytes)) /
-                       kTileRows * kTileRows);
-    if (item.saved.transposed) step = layout.n;  // a chunk of columns would touch every page
-    bool whole = false;
-    for (std::int64_t begin = 0; begin < layout.n && !whole; begin += step) {
-      std::int64_t end = std::min(layout.n, begin + step);
-      std::unique_ptr<Buffer> copy;
-      MatrixView view = rows(item, layout, begin, end, copy);
-      check_finite(item, view, begin);
-      Layout part = make_layout(layout.format, end - begin, layout.k, layout.group_size);
-      std::span<std::byte> target =
-          out.span().subspan(static_cast<std::size_t>(begin / kTileRows * layout.tile_bytes),
-                             static_cast<std::size_t>(part.bytes()));
-      int exponent = quantize(view, part, target, threads_);
-      whole = exponent != 0;
-      if (!item.saved.transposed)
-        item.file->release(
-            item.file->data(*item.source)
-                .subspan(static_cast<std::size_t>(begin * layout.k) * bytes_of(item.source->dtype),
-                         static_cast<std::size_t>((end - begin) * layout.k) *
-                             bytes_of(item.source->dtype)));
-    }
-    int exponent = 0;
-    if (whole) {
-      std::unique_ptr<Buffer> copy;
-      MatrixView view = rows(item, layout, 0, layout.n, copy);
-      check_finite(item, view, 0);
-      exponent = quantize(view, layout, out.span(), threads_);
-    }
-    item.file->release(item.file->data(*item.source));
-    return exponent;
-  }
-
-  // Several matrices are packed as one of all their rows, each padded to whole tiles with zeros.
-  int stack(const Item& item, const PackedShape& shape, const Buffer& out) {
-    const Layout& one = shape.layout;
-    DType type = *float_type(item.source->dtype), wanted = *float_type(item.saved.dtype);
-    std::uint64_t padded = matrix_elements(shape);
-    Buffer rows(padded * static_cast<std::uint64_t>(shape.matrices) * dtype_bytes(wanted));
-    std::memset(rows.data(), 0, rows.span().size());
-    const std::byte* data = item.file->data(*item.source).data();
-    const std::uint64_t size = bytes_of(item.source->dtype);
-    threads_.run(shape.matrices, [&](std::int64_t m) {
-      const std::byte* from = data + static_cast<std::uint64_t>(m * one.n * one.k) * size;
-      std::byte* to = rows.data() + static_cast<std::uint64_t>(m) * padded * dtype_bytes(wanted);
-      for (std::int64_t r = 0; r < one.n; ++r)
-        for (std::int64_t c = 0; c < one.k; ++c) {
-          std::int64_t at = item.saved.transposed ? c * one.n + r : r * one.k + c;
-          store_float(wanted, load_float(type, from + static_cast<std::uint64_t>(at) * size),
-                      to + static_cast<std::uint64_t>(r * one.k + c) * dtype_bytes(wanted));
-        }
-    });
-    Layout all =
-        make_layout(one.format, shape.matrices * one.tiles * kTileRows, one.k, one.group_size);
-    MatrixView view{rows.data(), wanted, all.n, one.k, one.k, 1};
-    check_finite(item, view, 0);
-    int exponent = quantize(view, all, out.span(), threads_);
-    item.file->release(item.file->data(*item.source));
-    return exponent;
+    throw Error(ErrorCode::kValue,
+                item.source.parts[0].stored.file->path() + ": tensor " +
+                    json::quote(item.saved.name) + " holds a value that is not finite at row " +
+                    std::to_string(chunk.begin + bad / view.cols) + ", column " +
+                    std::to_string(bad % view.cols) +
+                    (chunk.matrix ? " of matrix " + std::to_string(chunk.matrix) : "") +
+                    ", which no low-bit type can represent; repair the checkpoint or name the "
+                    "module in --not-convert");
   }
 
   SaveWriter& writer_;
-  const ConvertArgs& args_;
   const Threads& threads_;
   Progress& progress_;
+  const std::uint64_t budget_;
+  Buffer values_, packed_;
 };
+
+// Which source this is: what a changed checkpoint, or one under the same name, would not have.
+std::string identity(const Checkpoint& checkpoint,
+                     const std::vector<std::pair<std::string, std::string>>& companions) {
+  auto digest_of = [](std::string_view text) {
+    return digest_text(digest(std::as_bytes(std::span(text.data(), text.size()))));
+  };
+  std::string text;
+  for (const auto& file : checkpoint.files)
+    text += file->path() + " " + std::to_string(file->bytes()) + " " +
+            std::to_string(os::modified(file->path())) + " " +
+            digest_text(digest(file->header_data())) + "\n";
+  for (const auto& [name, contents] : companions) text += name + " " + digest_of(contents) + "\n";
+  return text;
+}
 
 }  // namespace
 
 void convert(const ConvertArgs& args, const Threads& threads) {
   Checkpoint checkpoint = open_checkpoint(args.source);
-  Job job = args.plan.empty() ? job_from_names(args, checkpoint) : job_from_plan(args, checkpoint);
+  Job job = args.plan.empty()
+                ? job_from_names(args, checkpoint)
+                : job_from_plan(os::read_text(args.plan, kMaxPlanBytes), args.plan, checkpoint);
 
   SaveRequest request;
   request.directory = args.destination;
   request.max_shard_bytes = args.max_shard_bytes;
-  request.extra_files = companion_files(checkpoint);
+  request.extra_files = companion_files(checkpoint, job.options);
+  request.resume_key = identity(checkpoint, request.extra_files);
   request.manifest.options = job.options;
   request.manifest.ties = job.ties;
   std::map<std::string, const Item*> by_name;
@@ -521,14 +285,21 @@ void convert(const ConvertArgs& args, const Threads& threads) {
   for (const Item& item : job.items) {
     request.manifest.tensors.push_back(item.saved);
     by_name.emplace(item.saved.name, &item);
-    total += item.source->bytes;
+    total += item.source.bytes();
   }
-  SaveWriter writer(std::move(request));
   Progress progress(total, args.quiet);
+  for (const Item& item : job.items) check_memory(item, args.max_memory);
+  SaveWriter writer(std::move(request));
+  if (writer.resumed() > 0 && !args.quiet)
+    std::fprintf(stderr, "lowbit: %zu of %zu tensors are there from an interrupted conversion\n",
+                 writer.resumed(), writer.order().size());
   Converter converter(writer, args, threads, progress);
+  std::size_t position = 0;
   for (std::size_t index : writer.order()) {
     const Item& item = *by_name.at(writer.tensors()[index].name);
-    if (item.saved.format) {
+    if (position++ < writer.resumed()) {
+      progress.skip(item.source.bytes());
+    } else if (item.saved.format) {
       converter.packed(item, index);
     } else {
       converter.plain(item);

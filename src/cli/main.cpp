@@ -17,7 +17,8 @@ int main(int argc, char** argv) {
   app.footer(
       "Exit codes: 0 done; 1 refused or failed, with the reason on standard error and nothing "
       "left\n"
-      "behind; 2 wrong usage.");
+      "behind; 2 wrong usage. A conversion that a signal ends goes on when the command is "
+      "repeated.");
   int threads = 0;
   app.add_option("--threads", threads, "How many threads work (default: all cores)")
       ->check(CLI::NonNegativeNumber);
@@ -30,9 +31,12 @@ int main(int argc, char** argv) {
   CLI::App* convert = app.add_subcommand(
       "convert",
       "Convert a Hugging Face directory of safetensors (or one .safetensors file) into a low-bit\n"
-      "save, tensor by tensor in bounded memory. Which tensors are linear is told by their names; "
-      "a\n"
-      "model whose names do not tell needs --plan.");
+      "save, in bounded memory. Sources are fp32, fp16, bf16, fp64, or fp8 with scales. Which "
+      "tensors\n"
+      "are linear is told by their names; a model whose names do not tell needs --plan.\n"
+      "Configuration, tokenizer and code files go along. A conversion that was killed goes on "
+      "where\n"
+      "it was when the same command runs again.");
   convert->add_option("SOURCE", convert_args.source, "Model directory or .safetensors file")
       ->required();
   convert->add_option("DESTINATION", convert_args.destination, "Directory to write")->required();
@@ -51,7 +55,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   convert
       ->add_option("--max-memory", convert_args.max_memory,
-                   "Memory for tensors in work, e.g. 400MB; more is refused, not used")
+                   "Memory for rows in work, e.g. 400MB: less means smaller pieces, the same bytes")
       ->transform(CLI::AsSizeValue(true))
       ->capture_default_str();
   convert->add_flag("--quiet", convert_args.quiet, "No progress on standard error");

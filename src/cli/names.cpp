@@ -20,7 +20,6 @@ constexpr std::string_view kLinear[] = {
     "down_proj",
     "gate_up_proj",
     "lm_head",
-    "embed_out",
     "fc1",
     "fc2",
     "query",
@@ -51,6 +50,7 @@ constexpr std::string_view kLinear[] = {
     "out_lin",
     "lin1",
     "lin2",
+    "shared_expert_gate",
 };
 constexpr std::string_view kEmbedding[] = {
     "embed_tokens",
@@ -72,6 +72,16 @@ constexpr std::string_view kDropped[] = {
     "inv_freq", "position_ids", "masked_bias", "attn_mask", "causal_mask",
 };
 
+constexpr ExpertNames kExperts[] = {{"mlp", "gate_proj", "up_proj", "down_proj"},
+                                    {"block_sparse_moe", "w1", "w3", "w2"}};
+// As conversion_mapping.py of transformers 5.23 has it, where tests/python/test_convert.py
+// compares.
+constexpr std::string_view kMerging[] = {
+    "mixtral",     "minimax", "qwen2_moe", "qwen3_moe", "deepseek_v2",
+    "deepseek_v3", "dots1",   "glm4_moe",  "olmoe",     "flex_olmo",
+};
+constexpr std::string_view kKeptType[] = {"e_score_correction_bias"};
+
 template <class Names>
 bool contains(const Names& names, std::string_view name) {
   return std::find(std::begin(names), std::end(names), name) != std::end(names);
@@ -91,6 +101,42 @@ std::vector<std::string_view> segments(std::string_view name) {
 
 bool is_dropped(std::string_view name) {
   return contains(kDropped, segments(name).back());
+}
+
+bool stays_as_stored(std::string_view name) {
+  return contains(kKeptType, segments(name).back());
+}
+
+std::span<const ExpertNames> expert_names() {
+  return kExperts;
+}
+
+bool merges_experts(std::string_view model_type) {
+  return contains(kMerging, model_type);
+}
+
+ExpertName parse_expert(std::string_view name) {
+  std::vector<std::string_view> parts = segments(name);
+  const std::size_t n = parts.size();
+  if (n < 5 || parts[n - 1] != "weight" || parts[n - 4] != "experts" || parts[n - 3].empty() ||
+      parts[n - 3].find_first_not_of("0123456789") != std::string_view::npos)
+    return {};
+  for (const ExpertNames& names : kExperts) {
+    if (parts[n - 5] != names.block) continue;
+    const std::string_view one = parts[n - 2];
+    if (one != names.gate && one != names.up && one != names.down) continue;
+    std::string prefix(name.substr(0, static_cast<std::size_t>(parts[n - 5].data() - name.data())));
+    return {prefix + (one == names.down ? "mlp.experts.down_proj" : "mlp.experts.gate_up_proj")};
+  }
+  return {};
+}
+
+std::string model_name(std::string_view name) {
+  constexpr std::string_view kBefore = ".block_sparse_moe.", kNow = ".mlp.";
+  std::string renamed(name);
+  if (std::size_t at = renamed.find(kBefore); at != std::string::npos)
+    renamed.replace(at, kBefore.size(), kNow);
+  return renamed;
 }
 
 Role role_of(std::string_view name) {

@@ -302,6 +302,43 @@ std::string dump(const Value& value) {
   throw Error(ErrorCode::kValue, "a number with a fraction has no canonical text; use an integer");
 }
 
+std::vector<std::pair<std::string, std::string_view>> members(std::string_view text,
+                                                              std::string_view who) {
+  const Value value = parse(text, who);
+  if (!value.object())
+    throw Error(ErrorCode::kCorrupt,
+                std::string(who) + ": expected an object, got " + value.kind());
+  std::vector<std::pair<std::string, std::string_view>> found;
+  // The text is valid: only strings and nesting matter for where a value ends.
+  std::size_t at = text.find('{') + 1;
+  auto skip_string = [&] {
+    for (++at; text[at] != '"'; ++at)
+      if (text[at] == '\\') ++at;
+    ++at;
+  };
+  auto skip_space = [&] { at = text.find_first_not_of(" \t\r\n", at); };
+  for (const auto& item : *value.object()) {
+    at = text.find('"', at);
+    skip_string();  // the key
+    at = text.find(':', at) + 1;
+    skip_space();
+    const std::size_t start = at;
+    for (int depth = 0; depth > 0 || (text[at] != ',' && text[at] != '}');) {
+      if (text[at] == '"') {
+        skip_string();
+        continue;
+      }
+      if (text[at] == '{' || text[at] == '[') ++depth;
+      if (text[at] == '}' || text[at] == ']') --depth;
+      ++at;
+    }
+    std::size_t end = text.find_last_not_of(" \t\r\n", at - 1) + 1;
+    found.emplace_back(item.first, text.substr(start, end - start));
+    ++at;
+  }
+  return found;
+}
+
 std::string quote(std::string_view text) {
   std::string out = "\"";
   for (char c : text) {

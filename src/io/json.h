@@ -55,6 +55,11 @@ Value parse(std::string_view text, std::string_view who);
 // canonical; Error(kValue).
 std::string dump(const Value& value);
 
+// The members of the object that `text` holds, each value as it is written there. Throws as
+// parse().
+std::vector<std::pair<std::string, std::string_view>> members(std::string_view text,
+                                                              std::string_view who);
+
 // `text` as a JSON string with its quotes; the text must be valid UTF-8.
 std::string quote(std::string_view text);
 

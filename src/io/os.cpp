@@ -110,12 +110,38 @@ std::string temporary_name() {
   return name.append(kTemporarySuffix);
 }
 
+constexpr std::string_view kPartialSuffix = ".part";
+
+bool is_partial_name(std::string_view name) {
+  return name.starts_with(kTemporaryPrefix) && name.ends_with(kPartialSuffix) &&
+         name.size() > kTemporaryPrefix.size() + 16 + kPartialSuffix.size();
+}
+
 bool is_temporary_name(std::string_view name) {
   return name.starts_with(kTemporaryPrefix) && name.ends_with(kTemporarySuffix) &&
          name.size() == kTemporaryPrefix.size() + 16 + kTemporarySuffix.size();
 }
 
+// What the next saver may take away, once no process holds it.
+bool is_left_over(std::string_view name, std::string_view kept) {
+  return is_temporary_name(name) ||
+         (is_partial_name(name) && (kept.empty() || !name.starts_with(kept)));
+}
+
+[[noreturn]] void in_use(const std::string& path) {
+  throw Error(ErrorCode::kIo, path +
+                                  ": another process is writing this file; wait until it is "
+                                  "done");
+}
+
 }  // namespace
+
+std::string partial_name(std::uint64_t key, std::string_view tail) {
+  constexpr char hex[] = "0123456789abcdef";
+  std::string name(kTemporaryPrefix);
+  for (int i = 60; i >= 0; i -= 4) name.push_back(hex[key >> i & 15]);
+  return name.append(tail).append(kPartialSuffix);
+}
 
 void set_fault_hook(std::function<void(std::string_view)> hook) {
   fault_hook() = std::move(hook);
@@ -180,6 +206,13 @@ std::vector<std::string> make_directories(const std::string& path) {
 void remove_directory_if_empty(const std::string& path) noexcept {
   std::error_code code;
   std::filesystem::remove(to_path(path), code);  // refuses a directory that is not empty
+}
+
+std::int64_t modified(const std::string& path) {
+  std::error_code code;
+  auto time = std::filesystem::last_write_time(to_path(path), code);
+  if (code) raise("examine", path, code);
+  return static_cast<std::int64_t>(time.time_since_epoch().count());
 }
 
 bool exists(const std::string& path) {
@@ -311,6 +344,22 @@ Memory ReadFile::map() const {
   return memory;
 }
 
+namespace {
+
+// Fails at once where the disk is too full, instead of after minutes of writing. File systems that
+// cannot reserve are asked nothing further.
+std::error_code reserve([[maybe_unused]] int fd, [[maybe_unused]] std::uint64_t bytes) {
+#ifdef __linux__
+  if (bytes > 0 && ::fallocate(fd, 0, 0, static_cast<off_t>(bytes)) != 0) {
+    std::error_code code = last_error();
+    if (no_space(code)) return code;
+  }
+#endif
+  return {};
+}
+
+}  // namespace
+
 NewFile::NewFile(const std::string& directory, std::uint64_t expected_bytes)
     : directory_(directory) {
   step("create");
@@ -322,18 +371,66 @@ NewFile::NewFile(const std::string& directory, std::uint64_t expected_bytes)
   if (fd < 0) raise("create a file in", directory, last_error());
   handle_ = fd;
   ::flock(fd, LOCK_EX | LOCK_NB);  // tells other savers that the maker of this file is alive
-#ifdef __linux__
-  // Fails at once where the disk is too full, instead of after minutes of writing. File systems
-  // that cannot reserve are asked nothing further.
-  if (expected_bytes > 0 && ::fallocate(fd, 0, 0, static_cast<off_t>(expected_bytes)) != 0) {
-    std::error_code code = last_error();
-    if (no_space(code)) {
-      ::close(fd);
-      ::unlink(path_.c_str());
-      raise("reserve " + std::to_string(expected_bytes) + " bytes for a file in", directory, code);
-    }
+  if (std::error_code code = reserve(fd, expected_bytes)) {
+    ::close(fd);
+    ::unlink(path_.c_str());
+    raise("reserve " + std::to_string(expected_bytes) + " bytes for a file in", directory, code);
   }
-#endif
+}
+
+NewFile::NewFile(const std::string& directory, std::uint64_t expected_bytes,
+                 const std::string& name)
+    : directory_(directory), path_(join(directory, name)) {
+  step("create");
+  int fd;
+  do {
+    fd = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+  } while (fd < 0 && errno == EINTR);
+  if (fd < 0) raise("create", path_, last_error());
+  std::error_code code;
+  struct stat info;
+  if (::flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+    ::close(fd);
+    in_use(path_);
+  }
+  struct stat named;
+  if (::fstat(fd, &info) != 0) {
+    code = last_error();
+  } else if (!S_ISREG(info.st_mode)) {
+    ::close(fd);
+    not_regular(path_, "something else");
+  } else if (::stat(path_.c_str(), &named) != 0 || named.st_ino != info.st_ino) {
+    ::close(fd);  // renamed between opening and locking: it is part of a save now
+    in_use(path_);
+  } else {
+    code = reserve(fd, expected_bytes);
+  }
+  handle_ = fd;
+  if (code) {
+    ::close(fd);
+    ::unlink(path_.c_str());
+    raise("reserve " + std::to_string(expected_bytes) + " bytes for a file in", directory, code);
+  }
+}
+
+void NewFile::resize(std::uint64_t bytes) {
+  step("write");
+  if (::ftruncate(static_cast<int>(handle_), static_cast<off_t>(bytes)) != 0)
+    raise("resize", path_, last_error());
+}
+
+std::size_t NewFile::read_at(std::uint64_t offset, std::span<std::byte> bytes) const {
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    std::size_t ask = std::min<std::size_t>(bytes.size() - done, std::size_t{1} << 30);
+    ssize_t got = ::pread(static_cast<int>(handle_), bytes.data() + done, ask,
+                          static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) raise("read", path_, last_error());
+    if (got == 0) break;
+    done += static_cast<std::size_t>(got);
+  }
+  return done;
 }
 
 void NewFile::write(std::span<const std::byte> bytes) {
@@ -397,10 +494,10 @@ void sync_directory(const std::string& path) {
   if (result != 0 && code != std::errc::invalid_argument) raise("write to disk", path, code);
 }
 
-void remove_stale_files(const std::string& directory) noexcept {
+void remove_stale_files(const std::string& directory, std::string_view kept) noexcept {
   try {
     for (const std::string& name : list_directory(directory)) {
-      if (!is_temporary_name(name)) continue;
+      if (!is_left_over(name, kept)) continue;
       std::string path = join(directory, name);
       int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
       if (fd < 0) continue;
@@ -538,6 +635,45 @@ NewFile::NewFile(const std::string& directory, std::uint64_t) : directory_(direc
   handle_ = reinterpret_cast<std::intptr_t>(handle);
 }
 
+NewFile::NewFile(const std::string& directory, std::uint64_t, const std::string& name)
+    : directory_(directory), path_(join(directory, name)) {
+  step("create");
+  HANDLE handle = CreateFileW(to_path(path_).c_str(), GENERIC_READ | GENERIC_WRITE | DELETE, 0,
+                              nullptr, OPEN_ALWAYS, FILE_ATTRIBUTE_NORMAL, nullptr);
+  if (handle == INVALID_HANDLE_VALUE) {
+    if (GetLastError() == ERROR_SHARING_VIOLATION) in_use(path_);
+    raise("create", path_, last_error());
+  }
+  handle_ = reinterpret_cast<std::intptr_t>(handle);
+}
+
+void NewFile::resize(std::uint64_t bytes) {
+  step("write");
+  LARGE_INTEGER where;
+  where.QuadPart = static_cast<LONGLONG>(bytes);
+  if (!SetFilePointerEx(as_handle(handle_), where, nullptr, FILE_BEGIN) ||
+      !SetEndOfFile(as_handle(handle_)))
+    raise("resize", path_, last_error());
+}
+
+std::size_t NewFile::read_at(std::uint64_t offset, std::span<std::byte> bytes) const {
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    OVERLAPPED where = {};
+    where.Offset = static_cast<DWORD>(offset + done);
+    where.OffsetHigh = static_cast<DWORD>((offset + done) >> 32);
+    DWORD ask = static_cast<DWORD>(std::min<std::uint64_t>(bytes.size() - done, 1u << 30));
+    DWORD got = 0;
+    if (!::ReadFile(as_handle(handle_), bytes.data() + done, ask, &got, &where)) {
+      if (GetLastError() == ERROR_HANDLE_EOF) break;
+      raise("read", path_, last_error());
+    }
+    if (got == 0) break;
+    done += got;
+  }
+  return done;
+}
+
 void NewFile::write(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     step("write");
@@ -602,10 +738,10 @@ void sync_directory(const std::string&) {
   step("sync directory");  // MOVEFILE_WRITE_THROUGH has done it
 }
 
-void remove_stale_files(const std::string& directory) noexcept {
+void remove_stale_files(const std::string& directory, std::string_view kept) noexcept {
   try {
     for (const std::string& name : list_directory(directory))
-      if (is_temporary_name(name)) DeleteFileW(to_path(join(directory, name)).c_str());
+      if (is_left_over(name, kept)) DeleteFileW(to_path(join(directory, name)).c_str());
   } catch (...) {
   }
 }

@@ -59,16 +59,25 @@ class ReadFile {
 // The whole of a small file; Error(kCorrupt) if it is longer than `cap`.
 std::string read_text(const std::string& path, std::uint64_t cap);
 
+// Modification time in the system's own unit, to tell whether a file has changed.
+std::int64_t modified(const std::string& path);
+
 // A new file under a temporary name in `directory`, removed unless publish() is reached.
 class NewFile {
  public:
   NewFile(const std::string& directory, std::uint64_t expected_bytes);
+  // Under a name of the caller's choice (is_partial_name), which a killed process leaves behind and
+  // the next one takes up: what the file held stays. Error(kIo) if its maker is alive.
+  NewFile(const std::string& directory, std::uint64_t expected_bytes, const std::string& name);
   ~NewFile();
   NewFile(const NewFile&) = delete;
   NewFile& operator=(const NewFile&) = delete;
 
   void write(std::span<const std::byte> bytes);
   void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
+  void resize(std::uint64_t bytes);
+  // How many of the wanted bytes there are: fewer where the file ends.
+  std::size_t read_at(std::uint64_t offset, std::span<std::byte> bytes) const;
   void sync();                            // on disk before anything names it
   void publish(const std::string& name);  // rename within the directory, replacing atomically
   const std::string& path() const { return path_; }
@@ -108,8 +117,12 @@ bool exists(const std::string& path);
 std::vector<std::string> list_directory(const std::string& path);  // names, sorted
 // Removing is never worth failing a save for: false if it did not work.
 bool remove_file(const std::string& path) noexcept;
-// Removes temporary files whose maker is no longer alive.
-void remove_stale_files(const std::string& directory) noexcept;
+// Removes temporary and partial files whose maker is no longer alive, except partial ones whose
+// name starts with `kept`.
+void remove_stale_files(const std::string& directory, std::string_view kept = {}) noexcept;
+
+// ".lowbit-<16 hex digits>" and a tail that ends in ".part": files that outlive a kill.
+std::string partial_name(std::uint64_t key, std::string_view tail);
 
 std::string join(const std::string& directory, std::string_view name);
 

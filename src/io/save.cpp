@@ -1,6 +1,6 @@
 // Writing a saved directory. Order of the steps, each of which may be the last one before a crash:
 //
-//   write weight files under temporary names, sync them
+//   write the data of weight files under temporary names, then their headers, sync them
 //   lock the directory
 //   rename weight files to names that carry their content  (nobody reads them yet)
 //   write and rename extra files; sync the directory
@@ -9,6 +9,11 @@
 //
 // Names carry the content's digest, so the files of the old save are never overwritten with
 // anything else, and one that is mapped by this very process stays as it is.
+//
+// A request with a resume_key writes under names made of it instead of random ones, and keeps a
+// journal beside: a line per complete tensor. After a kill the next writer of the same request
+// reads the journal, digests what the lines speak of, and goes on behind the last tensor that is
+// right.
 #include <algorithm>
 #include <cstdio>
 #include <numeric>
@@ -64,10 +69,18 @@ void check_request(const SaveRequest& request) {
       throw Error(ErrorCode::kValue, "save: " + json::quote(alias) + " is tied to " +
                                          json::quote(target) + ", expected a tensor that is saved");
   for (const auto& file : request.extra_files) {
+    // As strict as every system we load on: no drive letters, no "..", one folder at most.
+    auto plain = [](std::string_view name) {
+      return !name.empty() && name.find_first_of("/\\:") == std::string_view::npos &&
+             name[0] != '.';
+    };
     const std::string& name = file.first;
-    // As strict as every system we load on: no separators, no drive letters, no "..".
-    if (name.empty() || name.find_first_of("/\\:") != std::string::npos || name[0] == '.' ||
-        name == kManifestName || is_weight_file_name(name))
+    const std::size_t slash = name.find('/');
+    const bool right = slash == std::string::npos
+                           ? plain(name) && name != kManifestName && !is_weight_file_name(name)
+                           : plain(std::string_view(name).substr(0, slash)) &&
+                                 plain(std::string_view(name).substr(slash + 1));
+    if (!right)
       throw Error(ErrorCode::kValue,
                   "save: " + json::quote(name) + " cannot be the name of an extra file");
   }
@@ -115,6 +128,52 @@ std::span<const std::byte> bytes_of(std::string_view text) {
   return std::as_bytes(std::span(text.data(), text.size()));
 }
 
+std::string base_name(const std::string& name) {
+  return name.substr(name.find('/') + 1);  // npos + 1 is 0
+}
+
+constexpr std::size_t kMaxJournalLine = 64;
+
+struct JournalLine {
+  std::size_t position;  // in the order of writing
+  Digest digest;
+  int exponent;
+};
+
+std::string journal_line(std::size_t position, const SavedTensor& tensor, const Digest& digest) {
+  return std::to_string(position) + " " + digest_text(digest) + " " +
+         std::to_string(tensor.exponent) + "\n";
+}
+
+std::optional<JournalLine> parse_journal_line(const std::string& line) {
+  JournalLine entry;
+  char hex[33];
+  int end = 0;
+  if (std::sscanf(line.c_str(), "%zu %32[0-9a-f] %d%n", &entry.position, hex, &entry.exponent,
+                  &end) != 3 ||
+      end != static_cast<int>(line.size()))
+    return std::nullopt;
+  std::optional<Digest> digest = parse_digest(hex);
+  if (!digest) return std::nullopt;
+  entry.digest = *digest;
+  return entry;
+}
+
+// Of `bytes` bytes from `start` on; of nothing if the file ends before.
+std::optional<Digest> digest_in_file(const os::NewFile& file, std::uint64_t start,
+                                     std::uint64_t bytes) {
+  Hasher hasher;
+  std::vector<std::byte> buffer(static_cast<std::size_t>(std::min<std::uint64_t>(bytes, 1 << 20)));
+  for (std::uint64_t at = 0; at < bytes;) {
+    std::span<std::byte> piece(
+        buffer.data(), static_cast<std::size_t>(std::min<std::uint64_t>(bytes - at, 1 << 20)));
+    if (file.read_at(start + at, piece) != piece.size()) return std::nullopt;
+    hasher.update(piece);
+    at += piece.size();
+  }
+  return hasher.finish();
+}
+
 }  // namespace
 
 struct SaveWriter::State {
@@ -127,13 +186,21 @@ struct SaveWriter::State {
   std::size_t at = 0;     // position in order
   std::size_t shard = 0;  // of order[at]
   std::size_t in_shard = 0;
+  std::uint64_t start = 0;    // of order[at] in its file
   std::uint64_t written = 0;  // bytes of order[at]
   Hasher hasher;
   bool committed = false;
+  // Of a request that can be resumed.
+  Digest key;
+  std::size_t resumed = 0;
+  std::unique_ptr<os::NewFile> journal;
+  std::uint64_t journal_bytes = 0;
 
   // Opens the next shard's file if needed and closes tensors that are complete.
   void settle();
-  void finish_tensor();
+  void open_shard();
+  void next_tensor(const Digest& digest);
+  void open_journal();
 };
 
 SaveWriter::SaveWriter(SaveRequest request) : state_(std::make_unique<State>()) {
@@ -181,10 +248,12 @@ SaveWriter::SaveWriter(SaveRequest request) : state_(std::make_unique<State>()) 
 
   s.made_directories = os::make_directories(s.request.directory);
   try {
+    if (!s.request.resume_key.empty()) s.open_journal();
     s.settle();
   } catch (...) {
     // The destructor of a half-constructed object does not run.
     s.files.clear();
+    s.journal.reset();
     for (std::size_t i = s.made_directories.size(); i-- > 0;)
       os::remove_directory_if_empty(s.made_directories[i]);
     throw;
@@ -194,6 +263,7 @@ SaveWriter::SaveWriter(SaveRequest request) : state_(std::make_unique<State>()) 
 SaveWriter::~SaveWriter() {
   if (!state_ || state_->committed) return;
   state_->files.clear();  // removes the temporary files
+  state_->journal.reset();
   for (std::size_t i = state_->made_directories.size(); i-- > 0;)
     os::remove_directory_if_empty(state_->made_directories[i]);
 }
@@ -210,10 +280,14 @@ void SaveWriter::set_exponent(std::size_t tensor, int exponent) {
   state_->request.manifest.tensors[tensor].exponent = exponent;
 }
 
-void SaveWriter::State::finish_tensor() {
-  SavedTensor& tensor = request.manifest.tensors[order[at]];
-  tensor.digest = hasher.finish();
+std::size_t SaveWriter::resumed() const {
+  return state_->resumed;
+}
+
+void SaveWriter::State::next_tensor(const Digest& digest) {
+  request.manifest.tensors[order[at]].digest = digest;
   hasher = Hasher();
+  start += stored[order[at]].bytes;
   written = 0;
   ++at;
   if (++in_shard == shards[shard].tensors.size()) {
@@ -222,17 +296,85 @@ void SaveWriter::State::finish_tensor() {
   }
 }
 
+void SaveWriter::State::open_shard() {
+  // Under the lock no other saver can take the new file for a dead one's.
+  os::DirectoryLock lock(request.directory);
+  std::uint64_t bytes = shards[shard].bytes;
+  if (journal) {
+    char tail[16];
+    std::snprintf(tail, sizeof tail, "-%05zu", shard + 1);
+    files.push_back(
+        std::make_unique<os::NewFile>(request.directory, bytes, os::partial_name(key.high, tail)));
+  } else {
+    files.push_back(std::make_unique<os::NewFile>(request.directory, bytes));
+  }
+  // The header comes last: until then the file starts with zeros, which no reader takes.
+  start = shards[shard].header.size();
+}
+
 void SaveWriter::State::settle() {
   while (at < order.size()) {
-    if (files.size() == shard) {
-      // Under the lock no other saver can take the new file for a dead one's.
-      os::DirectoryLock lock(request.directory);
-      files.push_back(std::make_unique<os::NewFile>(request.directory, shards[shard].bytes));
-      files.back()->write(bytes_of(shards[shard].header));
-    }
+    if (files.size() == shard) open_shard();
     if (written < stored[order[at]].bytes) return;
-    finish_tensor();
+    Digest digest = hasher.finish();
+    if (journal) {
+      std::string line = journal_line(at, request.manifest.tensors[order[at]], digest);
+      journal->write_at(journal_bytes, bytes_of(line));
+      journal_bytes += line.size();
+    }
+    next_tensor(digest);
   }
+}
+
+// The journal: the key, then a line per complete tensor. What it says is believed for as long as
+// the digests of the data agree; a line is written after its tensor, but a machine that loses power
+// may keep the one without the other.
+void SaveWriter::State::open_journal() {
+  std::string text = "lowbit " + std::to_string(kManifestVersion) + "\n" + request.resume_key +
+                     "\n" + request.manifest.options + "\n";
+  for (const Shard& one : shards) text += digest_text(digest(bytes_of(one.header)));
+  for (const SavedTensor& tensor : request.manifest.tensors) {
+    text += file_dtype_info(tensor.dtype).torch_name;
+    text += tensor.format ? format_info(*tensor.format).name : "-";
+    text += std::to_string(tensor.group_size) + (tensor.transposed ? "t" : "-");
+  }
+  key = digest(bytes_of(text));
+  const std::string head = "lowbit " + digest_text(key) + "\n";
+  {
+    os::DirectoryLock lock(request.directory);
+    // Another source's or other options' left-overs are of no use any more.
+    os::remove_stale_files(request.directory, os::partial_name(key.high, "").substr(0, 24));
+    journal =
+        std::make_unique<os::NewFile>(request.directory, 0, os::partial_name(key.high, "-journal"));
+  }
+
+  std::string said(head.size() + order.size() * kMaxJournalLine, '\0');
+  said.resize(journal->read_at(0, std::as_writable_bytes(std::span(said))));
+  std::string good = head;
+  if (said.starts_with(head)) {
+    std::size_t line = head.size();
+    while (at < order.size()) {
+      std::size_t end = said.find('\n', line);
+      if (end == std::string::npos) break;
+      std::optional<JournalLine> entry = parse_journal_line(said.substr(line, end - line));
+      if (!entry || entry->position != at) break;
+      if (files.size() == shard) open_shard();
+      if (digest_in_file(*files[shard], start, stored[order[at]].bytes) != entry->digest) break;
+      request.manifest.tensors[order[at]].exponent = entry->exponent;
+      good += said.substr(line, end + 1 - line);
+      next_tensor(entry->digest);
+      line = end + 1;
+    }
+  }
+  resumed = at;
+  journal_bytes = good.size();
+  if (!said.starts_with(good)) journal->write_at(0, bytes_of(good));
+  journal->resize(journal_bytes);
+}
+
+void SaveWriter::restart_tensor() {
+  state_->written = 0;
+  state_->hasher = Hasher();
 }
 
 void SaveWriter::write(std::span<const std::byte> bytes) {
@@ -246,7 +388,7 @@ void SaveWriter::write(std::span<const std::byte> bytes) {
     throw Error(ErrorCode::kValue, "save: tensor " + json::quote(tensor.name) + ": got " +
                                        std::to_string(s.written + bytes.size()) +
                                        " bytes, expected " + std::to_string(tensor.bytes));
-  s.files[s.shard]->write(bytes);
+  s.files[s.shard]->write_at(s.start + s.written, bytes);
   s.hasher.update(bytes);
   s.written += bytes.size();
   s.settle();
@@ -262,6 +404,7 @@ Manifest SaveWriter::commit() {
   const std::string& directory = s.request.directory;
   manifest.files.clear();
   for (std::size_t i = 0; i < s.shards.size(); ++i) {
+    s.files[i]->write_at(0, bytes_of(s.shards[i].header));
     s.files[i]->sync();
     SavedFile file;
     file.bytes = s.shards[i].bytes;
@@ -280,13 +423,19 @@ Manifest SaveWriter::commit() {
   os::DirectoryLock lock(directory);
   std::vector<std::unique_ptr<os::NewFile>> extras;
   for (const auto& [name, contents] : s.request.extra_files) {
-    extras.push_back(std::make_unique<os::NewFile>(directory, 0));
+    std::string folder = directory;
+    if (std::size_t slash = name.find('/'); slash != std::string::npos) {
+      folder = os::join(directory, name.substr(0, slash));
+      for (std::string& made : os::make_directories(folder)) s.made_directories.push_back(made);
+    }
+    extras.push_back(std::make_unique<os::NewFile>(folder, 0));
     extras.back()->write(bytes_of(contents));
     extras.back()->sync();
   }
   os::NewFile new_manifest(directory, 0);
   new_manifest.write(bytes_of(text));
   new_manifest.sync();
+  s.journal.reset();  // nothing is left to resume once names change
 
   std::vector<std::string> published;  // names that did not exist before
   try {
@@ -300,8 +449,12 @@ Manifest SaveWriter::commit() {
       s.files[i]->publish(name);
       if (!existed) published.push_back(path);
     }
-    for (std::size_t i = 0; i < extras.size(); ++i)
-      extras[i]->publish(s.request.extra_files[i].first);
+    for (std::size_t i = 0; i < extras.size(); ++i) {
+      const std::string& name = s.request.extra_files[i].first;
+      bool existed = os::exists(os::join(directory, name));
+      extras[i]->publish(base_name(name));
+      if (!existed) published.push_back(os::join(directory, name));
+    }
     os::sync_directory(directory);
     new_manifest.publish(std::string(kManifestName));
   } catch (...) {
@@ -318,6 +471,9 @@ Manifest SaveWriter::commit() {
       if (is_weight_file_name(name) && !kept.contains(name))
         os::remove_file(os::join(directory, name));
     os::remove_stale_files(directory);
+    for (const auto& file : s.request.extra_files)
+      if (std::size_t slash = file.first.find('/'); slash != std::string::npos)
+        os::remove_stale_files(os::join(directory, file.first.substr(0, slash)));
   } catch (const Error&) {
     // The save is complete; what could not be removed goes with the next one.
   }

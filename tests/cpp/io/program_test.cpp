@@ -18,6 +18,19 @@ TEST(Names, TellRoles) {
   EXPECT_EQ(role_of("model.layers.0.self_attn.rotary_emb.inv_freq"), Role::kDropped);
 }
 
+TEST(Names, OfExpertsTellWhereTheyAreMerged) {
+  EXPECT_EQ(parse_expert("model.layers.0.mlp.experts.7.up_proj.weight").target,
+            "model.layers.0.mlp.experts.gate_up_proj");
+  EXPECT_EQ(parse_expert("model.layers.0.block_sparse_moe.experts.11.w2.weight").target,
+            "model.layers.0.mlp.experts.down_proj");
+  for (const char* name :
+       {"model.layers.0.mlp.experts.up_proj.weight", "mlp.experts.x.up_proj.weight",
+        "a.mlp.experts.0.w1.weight", "a.mlp.experts.0.up_proj.bias", "experts.0.up_proj.weight"})
+    EXPECT_EQ(parse_expert(name).target, "") << name;
+  EXPECT_EQ(model_name("a.block_sparse_moe.gate.weight"), "a.mlp.gate.weight");
+  EXPECT_EQ(model_name("a.mlp.gate.weight"), "a.mlp.gate.weight");
+}
+
 TEST(Names, SkipListsNameWholeSegmentsOrGlobs) {
   EXPECT_TRUE(name_matches("kv_proj", "layers.0.kv_proj.weight"));
   EXPECT_FALSE(name_matches("kv_proj", "layers.0.qkv_proj.weight"));
@@ -97,6 +110,29 @@ TEST(Checkpoint, RefusesBadIndexes) {
     Error error = caught([&] { open_checkpoint(directory.path()); });
     EXPECT_NE(std::string(error.what()).find(c.expected), std::string::npos)
         << c.map << ": " << error.what();
+  }
+}
+
+TEST(Checkpoint, CompanionsLieBesideTheWeights) {
+  TemporaryDirectory directory;
+  write_file(directory / "model.safetensors", one_tensor("ta"));
+  write_file(directory / "config.json",
+             R"({"a": [1.5, {"b": "}\"]"}], "torch_dtype": "float32", "quantization_config": {}})");
+  std::filesystem::create_directory(directory / "1_Pooling");
+  write_file(directory / "1_Pooling/config.json", "{}");
+  write_file(directory / "modules.json", R"([{"path": ""}, {"path": "1_Pooling"}, {"path": "2"}])");
+  Checkpoint checkpoint = open_checkpoint(directory.path());
+  auto files = companion_files(checkpoint, R"({"low_bit": "nf4"})");
+  ASSERT_EQ(files.size(), 3u);
+  EXPECT_EQ(files[0].second,
+            "{\n  \"a\": [1.5, {\"b\": \"}\\\"]\"}],\n  \"dtype\": \"float32\",\n  "
+            "\"quantization_config\": {\"quant_method\": \"ipex_llm\", \"low_bit\": "
+            "\"nf4\"}\n}\n");
+  EXPECT_EQ(files[2].first, "1_Pooling/config.json");
+  for (const char* path : {"..", "../x", "/etc", "a/b", "a\\\\b", "C:"}) {
+    write_file(directory / "modules.json", "[{\"path\": \"" + std::string(path) + "\"}]");
+    Error error = caught([&] { companion_files(checkpoint, "{}"); });
+    EXPECT_NE(std::string(error.what()).find("beside it"), std::string::npos) << error.what();
   }
 }
 

@@ -170,7 +170,7 @@ TEST(Saved, TheWriterRefusesWhatItCannotWrite) {
   refused([](SaveRequest& r) { r.manifest.tensors[0].shape = {INT64_MAX, 70}; }, "");
   refused([](SaveRequest& r) { r.manifest.tensors[0].shape = {70}; }, "2 dimensions");
   refused([](SaveRequest& r) { r.manifest.tensors[2].stored_shape = {16, 37}; }, "not the size of");
-  for (const char* name : {"", "../x", "a/b", "a\\b", "C:x", ".hidden", "ipex_llm.json"})
+  for (const char* name : {"", "../x", "a/b/c", "a\\b", "C:x", ".hidden", "ipex_llm.json"})
     refused([&](SaveRequest& r) { r.extra_files = {{name, ""}}; }, "extra file");
 }
 
