@@ -12,7 +12,7 @@ from torch import nn
 
 from ipex_llm import arguments, convert, save
 from ipex_llm.imports import awq, bitsandbytes, gptq
-from ipex_llm.imports.grids import Imported
+from ipex_llm.imports.names import targets_of
 from ipex_llm.imports.report import Report, keep_report
 from ipex_llm.imports.source import Checkpoint, read_json
 from ipex_llm.low_memory import low_memory_init
@@ -39,6 +39,7 @@ def load_quantized(
     optimize_llm: bool = True,
     cpu_embedding: bool = False,
     lightweight_bmm: bool = False,
+    kv_cache_dtype: str | None = None,
     torch_dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
     mmap: bool = True,
@@ -59,7 +60,7 @@ def load_quantized(
             runs of inputs (GPTQ's act-order): they are dequantized and quantized again.
         low_bit: also convert, as `optimize_model` does, what the checkpoint left float;
             `modules_to_not_convert` names exceptions. None leaves it.
-        optimize_llm, cpu_embedding, lightweight_bmm: as in `optimize_model`.
+        optimize_llm, cpu_embedding, lightweight_bmm, kv_cache_dtype: as in `optimize_model`.
         torch_dtype: what floats are cast to and packed weights show; by default what config.json
             says.
         trust_remote_code: whether config.json may name code of its own, which is then run.
@@ -75,11 +76,12 @@ def load_quantized(
     """
     options = arguments.resolve_options(
         _WHO,
-        low_bit=low_bit,
+        low_bit="sym_int4" if low_bit is None else low_bit,  # kv_cache_dtype asks for one
         optimize_llm=optimize_llm,
         modules_to_not_convert=modules_to_not_convert,
         cpu_embedding=cpu_embedding,
         lightweight_bmm=lightweight_bmm,
+        kv_cache_dtype=kv_cache_dtype,
         torch_dtype=torch_dtype,
     )
     requantize = arguments.resolve_low_bit(_WHO, "requantize", requantize)
@@ -100,7 +102,6 @@ def load_quantized(
         )
     if model is None:
         model = _construct(directory, config, options.torch_dtype, trust_remote_code)
-    _drop_unused(model, checkpoint, weights)
     _fill(model, directory, checkpoint, weights, requantize, exact)
     _forget_quantization(model)
 
@@ -186,8 +187,8 @@ def _forget_quantization(model: nn.Module) -> None:
             getattr(part, "__dict__", {}).pop(name, None)
 
 
-def _drop_unused(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, Any]) -> None:
-    """Takes tensors out of the checkpoint that transformers ignores as well.
+def _drop_unused(model: nn.Module, checkpoint: Checkpoint, weights, targets: dict) -> None:
+    """Takes out of the checkpoint what transformers ignores as well.
 
     Tables that models compute, what the model's class says may be there, and biases of zeros that
     GPTQ tools give to every layer.
@@ -197,8 +198,8 @@ def _drop_unused(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, An
         patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
         ignored += [re.compile(pattern) for pattern in patterns]
     slots = {name for name, _, _ in save.slots_of(model)}
-    for name in list(checkpoint.tensors):
-        if name in slots:
+    for target, name in list(targets.items()):
+        if not isinstance(name, str) or target in slots or name in weights:
             continue
         empty_bias = (
             name.endswith(".bias")
@@ -206,34 +207,44 @@ def _drop_unused(model: nn.Module, checkpoint: Checkpoint, weights: dict[str, An
             and not any(slot.endswith("." + name) or name.endswith("." + slot) for slot in slots)
             and not checkpoint.tensors[name].any()
         )
-        if empty_bias or any(pattern.search(name) for pattern in ignored):
-            del checkpoint.tensors[name]
+        if empty_bias or any(pattern.search(target) for pattern in ignored):
+            del targets[target]
 
 
 def _fill(model, directory: str, checkpoint, weights, requantize: str, exact: bool) -> None:
+    twice = checkpoint.tensors.keys() & weights.keys()
+    if twice:
+        name = min(twice)
+        raise ValueError(f"{weights[name].where}: {name!r} is there both quantized and not")
+    targets = targets_of(_WHO, model, [*checkpoint.tensors, *weights])
+    _drop_unused(model, checkpoint, weights, targets)
     transposed = _transposed(model, weights)
-    entries: dict[str, dict] = {}
-    for name, tensor in checkpoint.tensors.items():
-        entries[name] = {"shape": list(tensor.shape)}
-    for name, weight in weights.items():
-        if name in entries:
-            raise ValueError(f"{weight.where}: {name!r} is there both quantized and not")
-        shape = list(weight.shape)
-        if name in transposed:
-            shape[-2:] = shape[:-3:-1]
-        entries[name] = {"shape": shape, "low_bit": ""}
-
+    entries = {
+        target: _entry(target, source, checkpoint, weights, transposed)
+        for target, source in targets.items()
+    }
     slots = {name: tensor for name, tensor, _ in save.slots_of(model)}
     report = Report()
 
-    def value(name: str, members: list[str]) -> torch.Tensor:
-        dtype = slots[members[0]].dtype
-        if name not in weights:
-            tensor = checkpoint.tensors[name]
+    def value(target: str, members: list[str]) -> torch.Tensor:
+        dtype, source = slots[members[0]].dtype, targets[target]
+        if "low_bit" not in entries[target]:
+            tensor = (
+                checkpoint.tensors[source]
+                if isinstance(source, str)
+                else source.of_tensors(checkpoint.tensors)
+            )
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
-        imported: Imported = weights[name].take_over(dtype, requantize, exact)
+        if isinstance(source, str):
+            where = weights[source].where
+            imported = weights[source].take_over(dtype, requantize, exact)
+        else:
+            names = [name for part in source.parts for name in part]
+            where = weights[names[0]].where
+            parts = {name: weights[name].take_over(dtype, requantize, exact) for name in names}
+            imported = source.of_weights(parts, requantize)
         packed = imported.weight
-        if name in transposed:
+        if source in transposed:
             packed = LowBitTensor(
                 packed.packed,
                 packed.low_bit,
@@ -246,13 +257,36 @@ def _fill(model, directory: str, checkpoint, weights, requantize: str, exact: bo
         report.add(members[0], packed, imported.exact, imported.note)
         if exact and not imported.exact:
             raise ValueError(
-                f"{weights[name].where}: exact=True, but {packed.low_bit} cannot hold it exactly "
+                f"{where}: exact=True, but {packed.low_bit} cannot hold it exactly "
                 f"({imported.note}); leave exact=True out to accept that"
             )
         return packed
 
     save.fill(_WHO, model, directory, entries, {}, value)
     keep_report(model, report)
+
+
+def _entry(target: str, source, checkpoint, weights, transposed: set[str]) -> dict:
+    """The shape of a tensor of the model, and whether it is a packed weight."""
+    if isinstance(source, str):
+        if source not in weights:
+            return {"shape": list(checkpoint.tensors[source].shape)}
+        shape = list(weights[source].shape)
+        if source in transposed:
+            shape[-2:] = shape[:-3:-1]
+        return {"shape": shape, "low_bit": ""}
+    names = [name for part in source.parts for name in part]
+    packed = [name in weights for name in names]
+    parts = weights if packed[0] else checkpoint.tensors
+    shape = None
+    if len(set(packed)) == 1:
+        shape = source.shape([[tuple(parts[name].shape) for name in p] for p in source.parts])
+    if shape is None:
+        raise ValueError(
+            f"{_WHO}: {checkpoint.directory}: {names[0]!r} and the others that make {target!r} are "
+            f"of different sizes, or only some are quantized"
+        )
+    return {"shape": shape, "low_bit": ""} if packed[0] else {"shape": shape}
 
 
 def _transposed(model: nn.Module, weights: dict[str, Any]) -> set[str]:

@@ -367,21 +367,101 @@ def test_scales_take_the_exponent_that_keeps_them():
 def quantized_llama(directory, shards: int = 1, extra=None, **changes):
     """A llama whose linear layers are GPTQ: the float model with those weights."""
     model = tiny_llama(**changes)
-    rng = np.random.default_rng(0)
-    tensors = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
-    for name, module in list(model.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            n, k = module.weight.shape
-            index = np.arange(k) // 32
-            packed, weight = gptq_tensors(rng, f"model.{name}", n, k, 4, index, 1, symmetric=True)
-            tensors = {k: v for k, v in tensors.items() if k != f"model.{name}.weight"} | packed
-            with torch.no_grad():
-                module.weight.copy_(torch.from_numpy(weight))
-    tensors.update(extra or {})
-    config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-    write(directory, tensors, quantization, shards, **config)
+    state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    quantize_into(directory, model, state, shards, extra)
     return model
+
+
+def quantize_into(directory, model, state: dict, shards: int = 1, extra=None, only: str = "proj"):
+    """Writes `state` with its projections as GPTQ matrices, whose numbers it gets."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, tensor in state.items():
+        if tensor.dim() != 2 or only not in name:
+            tensors[name] = tensor
+            continue
+        index = np.arange(tensor.shape[1]) // 32
+        prefix = name.removesuffix(".weight")
+        packed, weight = gptq_tensors(rng, prefix, *tensor.shape, 4, index, 1, symmetric=True)
+        tensors |= packed
+        tensor.copy_(torch.from_numpy(weight))
+    config = {
+        **model.config.to_dict(),
+        "architectures": [type(model).__name__],
+        "dtype": "float32",
+    }
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    write(directory, tensors | (extra or {}), quantization, shards, **config)
+
+
+@pytest.mark.parametrize("only", ["proj", "self_attn"])
+def test_experts_become_one_tensor(only, tmp_path):
+    """Checkpoints hold a matrix per expert, transformers 5 one tensor for all of them."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=64,
+        num_experts=12,
+        num_experts_per_tok=2,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=72,
+    )
+    reference = Qwen2MoeForCausalLM(config).eval()
+    state = {}  # as the checkpoints of this architecture have it
+    for name, tensor in reference.state_dict().items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            state[name] = tensor
+            continue
+        prefix = name.rpartition(".")[0]
+        for expert in range(12):
+            if name.endswith("down_proj"):
+                state[f"{prefix}.{expert}.down_proj.weight"] = tensor[expert]
+            else:
+                state[f"{prefix}.{expert}.gate_proj.weight"] = tensor[expert, :32]
+                state[f"{prefix}.{expert}.up_proj.weight"] = tensor[expert, 32:]
+    quantize_into(tmp_path, reference, state, only=only)
+    model = load_quantized(tmp_path, exact=True)
+    experts = model.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name)
+        if only == "proj":
+            assert (weight.low_bit, weight.group_size) == ("sym_int4", 32)
+            weight = weight.dequantize(torch.float32)
+        assert torch.equal(weight, getattr(reference.model.layers[0].mlp.experts, name))
+    with ipex_llm.set_activation_precision("fp32"):  # and gradients on: nothing is fused
+        logits, expected = model(IDS).logits, reference(IDS).logits
+    assert (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_experts_that_are_not_complete_are_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_local_experts=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=72,
+    )
+    rng, prefix = np.random.default_rng(0), "model.layers.0.block_sparse_moe.experts"
+    tensors = {}
+    for name, n, k in (("0.w1", 32, 64), ("0.w3", 32, 64), ("1.w1", 32, 64)):
+        tensors |= gptq_tensors(rng, f"{prefix}.{name}", n, k, 4, np.arange(k) // 32, 1)[0]
+    write(
+        tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "group_size": 32}, **config.to_dict()
+    )
+    with low_memory_init():
+        model = MixtralForCausalLM(config)
+    with pytest.raises(ValueError, match="of which some are missing"):
+        load_quantized(tmp_path, model)
 
 
 def test_tied_embeddings_shards_and_what_old_tools_left_behind(tmp_path):
@@ -554,6 +634,8 @@ def test_remote_code_is_not_run(tmp_path):
 def test_arguments(tmp_path):
     with pytest.raises(ValueError, match="unknown requantize 'int9'"):
         load_quantized(DATA / "gptq", requantize="int9")
+    with pytest.raises(ValueError, match="unknown kv_cache_dtype 'int3'"):
+        load_quantized(DATA / "gptq", kv_cache_dtype="int3")
     with pytest.raises(TypeError, match="exact must be True or False"):
         load_quantized(DATA / "gptq", exact=1)
     with pytest.raises(FileNotFoundError, match="not a directory"):
