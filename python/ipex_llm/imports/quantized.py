@@ -91,9 +91,9 @@ def load_quantized(
     if model is not None:
         arguments.module_or_raise(_WHO, model)
 
-    checkpoint = Checkpoint(_WHO, directory, mmap)
     config = _json_of(directory, "config.json")
     quantization = _description(directory, config)
+    checkpoint = Checkpoint(_WHO, directory, mmap)
     weights = _COLLECT[quantization["quant_method"]](checkpoint, quantization)
     if not weights:
         raise ValueError(
@@ -117,6 +117,8 @@ def load_quantized(
 
 def _json_of(directory: str, name: str) -> dict[str, Any]:
     path = Path(directory) / name
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{_WHO}: {directory} is not a directory; give a checkpoint's")
     if not path.exists():
         raise FileNotFoundError(
             f"{_WHO}: {directory} has no {name}; give the checkpoint's directory"
@@ -140,6 +142,11 @@ def _description(directory: str, config: dict[str, Any]) -> dict[str, Any]:
     method = found.get("quant_method")
     if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
         method = "bitsandbytes"
+    if method == "ipex_llm":
+        raise ValueError(
+            f"{_WHO}: {directory} is a save of this library; construct its model under "
+            f"low_memory_init() and call load_low_bit(model, {directory!r})"
+        )
     if method not in _COLLECT:
         raise ValueError(
             f"{_WHO}: {directory}: quantized by {method!r}, which is not read; expected one of: "

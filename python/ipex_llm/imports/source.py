@@ -31,8 +31,6 @@ class Checkpoint:
     def __init__(self, who: str, directory: str, mmap: bool = True) -> None:
         self.who = who
         self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise FileNotFoundError(f"{who}: {directory} is not a directory; give the checkpoint's")
         self.tensors: dict[str, torch.Tensor] = {}
         self.file_of: dict[str, str] = {}
         listed = self._index()
@@ -143,7 +141,7 @@ def reject_quantized(who: str, directory: str) -> None:
     except (OSError, ValueError):
         return
     found = config.get("quantization_config")
-    if isinstance(found, dict):
+    if isinstance(found, dict) and found.get("quant_method") != "ipex_llm":
         raise ValueError(
             f"{who}: {directory} is no save of this library but a checkpoint quantized by "
             f"{found.get('quant_method')!r}; ipex_llm.load_quantized({directory!r}) reads those"

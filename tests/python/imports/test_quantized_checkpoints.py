@@ -103,7 +103,9 @@ def test_saved_loaded_and_fused_like_any_optimized_model(tmp_path):
     model = load_quantized(DATA / "bnb_nf4", torch_dtype=torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     model.save_low_bit(tmp_path)
-    assert "quantization_config" not in (tmp_path / "config.json").read_text()
+    assert "bnb_4bit" not in (tmp_path / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"is a save of this library.*load_low_bit"):
+        load_quantized(tmp_path)
     with low_memory_init():
         again = LlamaForCausalLM.from_pretrained(tmp_path)
     again = load_low_bit(again, tmp_path)
