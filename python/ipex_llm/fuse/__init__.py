@@ -244,7 +244,7 @@ def _accept(module, scenarios, config, known: list[Description]):
     for description in known:
         copied = Description.from_dict(description.to_dict())
         try:
-            proof = prove.prove(module, copied, scenarios[:1], config, dtype)
+            proof = prove.prove(module, copied, scenarios, config, dtype, short=True)
         except Exception:
             continue
         return copied, proof

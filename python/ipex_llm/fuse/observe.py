@@ -42,7 +42,7 @@ def knows_inputs(model: nn.Module) -> bool:
 
 
 # (batch, prompt, one token, several, padding at the left)
-_RUNS = ((1, (12, 1, 3), 0), (2, (9, 1, 3), 4))
+_RUNS = ((1, (7, 1, 2), 0), (2, (6, 1, 2), 3))
 _SOURCE = 14  # tokens of an encoder: no length that a decoder has
 
 

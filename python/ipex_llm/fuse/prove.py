@@ -196,8 +196,15 @@ def prove(
     scenarios: list[list[Step]],
     config,
     dtype: torch.dtype,
+    short: bool = False,
 ) -> Proof:
-    """Raises Unrecognised if the fused form differs from the module in any scenario."""
+    """Raises Unrecognised if the fused form differs from the module in any scenario.
+
+    `short`, for siblings of a module that was proved in full: a prompt and a token on its cache,
+    and in the working dtype the prompt.
+    """
+    if short:
+        scenarios = [scenarios[0][:2]]
     a = description.attention
     halves = [half for half in (a, description.mlp) if half is not None]
     residual = all(half.residual and half.post_norm.kind == "none" for half in halves)
@@ -229,6 +236,8 @@ def prove(
                 _same_cache(cache, fused_cache, a.layer_idx)
     if dtype == torch.float32:
         return Proof(worst)
+    if short:
+        scenarios = [scenarios[0][:1]]
     return Proof(worst, _working_error(module, description, scenarios, config, dtype))
 
 
@@ -264,7 +273,7 @@ def prove_stack(module: nn.Module, child: str, config) -> None:
                 copied.__dict__[STACK] = child
             cache = DynamicCache(config=config)
             outputs = []
-            for seed, (batch, tokens) in enumerate(((2, 5), (2, 1), (2, 3), (2, 1))):
+            for seed, (batch, tokens) in enumerate(((2, 5), (2, 3), (2, 1))):
                 x = random_hidden((batch, tokens, config.hidden_size), seed)
                 before = _local.stacks
                 out = copied(inputs_embeds=x, past_key_values=cache, use_cache=True)

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -112,34 +113,45 @@ def _child(case, queue) -> None:
                    "fused": "", "n": 0, "error": 0.0, "left": text})  # fmt: skip
 
 
+def _alone(case) -> dict:
+    """In a process of its own: one that crashes or hangs costs itself only."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_child, args=(case, queue))
+    process.start()
+    try:
+        return queue.get(timeout=300)
+    except Exception:
+        row = {"name": case.model_type, "class": case.class_name, "status": "failed"}
+        return {**row, "fused": "", "n": 0, "error": 0.0, "left": "crashed, or took 300 s"}
+    finally:
+        process.kill()
+        process.join()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only")
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
+    import torch
     import transformers
+    from transformers import LlamaForCausalLM  # noqa: F401
 
-    from zoo import builders
+    from zoo import builders, checks  # noqa: F401
 
+    # What every child would import is imported; no pool of threads is started that a fork would
+    # lose.
+    torch.set_num_threads(1)
     cases = [c for c in builders.cases(("causal_lm",))]
     cases = [c for c in cases if not arguments.only or arguments.only == c.model_type]
-    context = multiprocessing.get_context("fork")
     rows = []
-    for case in cases:
-        # A process each: one that crashes or hangs costs itself only.
-        queue = context.Queue()
-        process = context.Process(target=_child, args=(case, queue))
-        process.start()
-        try:
-            row = queue.get(timeout=300)
-        except Exception:
-            row = {"name": case.model_type, "class": case.class_name, "status": "failed"}
-            row.update({"fused": "", "n": 0, "error": 0.0, "left": "crashed, or took 300 s"})
-        process.kill()
-        process.join()
-        rows.append(row)
-        print(f"{row['name']}: {row['status']}: {row['fused'] or '-'} ({row['n']}) "
-              f"{row['error']:.1e} {row['left']}", flush=True)  # fmt: skip
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for row in pool.map(_alone, cases):
+            rows.append(row)
+            print(f"{row['name']}: {row['status']}: {row['fused'] or '-'} ({row['n']}) "
+                  f"{row['error']:.1e} {row['left']}", flush=True)  # fmt: skip
     built = [r for r in rows if r["status"] not in ("not built", "not run")]
     bad = [r for r in built if r["status"] != "ok"]
     fused = [r for r in built if r["fused"]]
