@@ -170,6 +170,29 @@ def test_long_prompts_cross_chunks_and_long_caches_split():
         assert close(have, want)
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("gemma2", {"sliding_window": 16, "head_dim": 16}),  # softcap
+        ("gpt_oss", {"sliding_window": 16, "head_dim": 16, "num_local_experts": 4}),  # sinks
+        ("bloom", {}),  # ALiBi
+        ("falcon", {"alibi": False, "new_decoder_architecture": True}),
+    ],
+    ids=str,
+)
+def test_long_prompts_in_a_batch_with_padding(kind, more):
+    plain, fused = pair(kind, **more)
+    assert any("attention" in e["fused"] for e in ipex_llm.optimization_report(fused).fused)
+    prompt = ids(2, 70)
+    mask = torch.ones_like(prompt)
+    mask[1, :30] = 0
+    with torch.no_grad():
+        want, have = (m(prompt, attention_mask=mask).logits[mask.bool()] for m in (plain, fused))
+    assert close(have, want)
+    generate = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(plain.generate(prompt, **generate), fused.generate(prompt, **generate))
+
+
 def test_bfloat16_is_no_worse_than_the_original():
     _, fused = pair(dtype=torch.bfloat16)
     for entry in ipex_llm.optimization_report(fused).fused:
