@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse import forward, prove
-from ipex_llm.fuse.attention import written_out
+from ipex_llm.fuse.attention import is_causal, written_out
 from ipex_llm.fuse.cache import FORMATS
 from ipex_llm.fuse.describe import Description
 from ipex_llm.fuse.learn import wait
@@ -300,7 +300,9 @@ def _recognise(module, scenarios, config) -> Description:
                 call = seen.attention[0]
                 description.causal = call.causal if call.mask is None else None
                 mask = next((arguments[k] for k in forward._MASK & arguments.keys()), None)
-                if isinstance(mask, torch.Tensor) and mask.dim() == 2 and call.mask is None:
+                if isinstance(mask, torch.Tensor) and mask.dim() != 4 and call.mask is None:
+                    if not is_causal(mask):
+                        raise Unrecognised("a mask that does not reach the attention")
                     description.flag = True
                 if description.attention is not None and call.bias is not None:
                     description.bias = next(k for k, v in arguments.items() if v is call.bias)

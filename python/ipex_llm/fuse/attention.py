@@ -130,6 +130,16 @@ def _fit(scores, product, seen, arguments, settings: Iterable[float]) -> _Fit | 
     return None
 
 
+def is_causal(mask) -> bool:
+    """Whether a mask is a float [n, n] that says nothing but causal."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not mask.is_floating_point():
+        return False
+    if mask.shape[0] != mask.shape[1]:
+        return False
+    hidden = torch.ones(mask.shape, dtype=torch.bool).triu(1)
+    return not bool(mask[~hidden].any()) and bool((mask[hidden] <= _MASKED).all())
+
+
 def bias_for(bias: torch.Tensor, batch: int, heads: int, tokens: int, positions: int):
     """A bias of scores as [batch or 1, heads, tokens or 1, positions]; None if it is none."""
     if not bias.is_floating_point() or bias.dim() < 2 or bias.shape[-1] != positions:

@@ -55,7 +55,7 @@ def run(module: nn.Module, state, call, attention: Callable, precision: int):
     elif hasattr(past, "self_attention_cache"):
         call.past, kept = past.self_attention_cache, past
     hooked = state.hooked or isinstance(past, dict)
-    if hooked and not _served(description, call):
+    if hooked and not _served(state, call):
         return None
     if description.cross is None:
         return _hooked(module, description, handle.number, call, precision) if hooked else None
@@ -82,12 +82,13 @@ def run(module: nn.Module, state, call, attention: Callable, precision: int):
     )
 
 
-def _served(description: Description, call) -> bool:
+def _served(state, call) -> bool:
+    description = state.description
     if call.past is not None or call.bias is not None or description.causal is None:
         return False
     if call.mask is None:
         return not description.flag or call.hidden.shape[1] == 1
-    return description.flag and call.mask.dim() == 2
+    return description.flag and state.is_flag(call.mask)
 
 
 def _hooked(module, description: Description, number: int, call, precision: int) -> torch.Tensor:

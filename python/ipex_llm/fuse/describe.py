@@ -140,7 +140,7 @@ class Description:
     bias: str = ""  # the argument that is added to the scores
     # Proved to compute the same in training mode: nothing like a dropout is inside.
     any_mode: bool = False
-    # The mask is a flag: given, [tokens, tokens] or larger, it stands for causal attention.
+    # The mask is a flag: one that is given and is causal stands for causal attention.
     flag: bool = False
 
     def to_dict(self) -> dict[str, Any]:

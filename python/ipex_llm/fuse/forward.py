@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ipex_llm.errors import translate
 from ipex_llm.fuse import cache as caches
 from ipex_llm.fuse import cross
-from ipex_llm.fuse.attention import bias_for
+from ipex_llm.fuse.attention import bias_for, is_causal
 from ipex_llm.fuse.describe import Description, Handle, Unfit
 from ipex_llm.layers import Mixin
 from ipex_llm.ops import _ops, _state
@@ -116,8 +116,19 @@ class State:
         self.names: tuple[str, ...] = ()
         self.own = self.description.arguments()
         self.hooked = False  # hooks on projections, which are served
+        self.flag: torch.Tensor | None = None
         self.modules: list[nn.Module] = []
         self.hook_id = -1
+
+    def is_flag(self, mask) -> bool:
+        """Whether a mask is causal and no more; every tensor is looked at once."""
+        if mask is None:
+            return False
+        if mask is not self.flag:
+            if not is_causal(mask):
+                return False
+            self.flag = mask
+        return True
 
     def __getstate__(self):
         return {**self.description.to_dict(), "cache_format": self.cache_format}
@@ -254,7 +265,7 @@ def _run_attention(state: State, call: Call, number: int, precision: int):
     else:
         cos = sin = None
     if description.flag:
-        if tokens > 1 and (mask is None or mask.dim() != 2):
+        if tokens > 1 and not state.is_flag(mask):
             return None
         mask = None
     if mask is not None:

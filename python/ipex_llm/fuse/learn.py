@@ -73,7 +73,9 @@ def wait(model: nn.Module, entries: list[dict[str, Any]], known: list[nn.Module]
 def _learn(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     from ipex_llm.fuse import accept_into
 
-    waiting = block.__dict__.pop(_WAITING)
+    waiting = block.__dict__.pop(_WAITING, None)
+    if waiting is None:
+        return  # another thread is at it; this call goes to the original
     with torch.inference_mode(False):
         # A few tokens, one, and one more; or the call as it came, whose masks fit nothing else.
         for lengths in (_PROBE_TOKENS, (None,)):

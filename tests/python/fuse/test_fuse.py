@@ -1,7 +1,9 @@
 """Fused decoder blocks: the same results as the original, or the original itself."""
 
 import copy
+import pathlib
 import pickle
+import re
 
 import pytest
 import torch
@@ -482,3 +484,16 @@ def test_models_inside_something_else():
     assert [e["name"] for e in report.fused] == ["inner.0.model.layers.0", "inner.0.model.layers.1"]
     with torch.no_grad():
         assert close(fused(ids()), plain(ids()))
+
+
+def test_the_report_in_the_documents_is_that_of_smollm2(smollm2_dir):
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype="auto")
+    report = str(ipex_llm.optimization_report(ipex_llm.optimize_model(model)))
+
+    def without_numbers(text):  # the last digits are the machine's
+        return re.sub(r"\d\.\d+(e-\d+)?", "#", text)
+
+    root = pathlib.Path(__file__).resolve().parents[3]
+    for document in ("README.md", "docs/fusion.md"):
+        text = (root / document).read_text(encoding="utf-8")
+        assert without_numbers(report) in without_numbers(text), document
