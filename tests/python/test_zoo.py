@@ -26,6 +26,7 @@ SAMPLE = {
     "ViTForImageClassification": "patch embedding",
     "BitForImageClassification": "standardized convolutions",
     "Qwen2VLForConditionalGeneration": "vision and text",
+    "PatchTSTModel": "time series",
 }
 CASES = {case.class_name: case for case in builders.cases() if case.class_name in SAMPLE}
 

@@ -135,6 +135,8 @@ OVERRIDES = {
     "kyutai_speech_to_text": {"vocab_size": 99, "pad_token_id": 3, "audio_pad_token_id": 98},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "mimi": {"upsample_groups": 64},
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
+    "data2vec-vision": {"out_indices": [3, 5, 7, 11]},
     "kosmos-2": {"latent_query_num": 4},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
@@ -152,7 +154,7 @@ OVERRIDES = {
     # Models of time series must be told how far to look; they have no default for it.
     **{
         name: {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2],
-               "num_time_features": 2}
+               "num_time_features": 2, "label_length": 4}
         for name in ("autoformer", "informer", "time_series_transformer")
     },
     # Their widths come from image sides and checkpoints' own numbers of channels.
@@ -345,10 +347,12 @@ def small_config(config_class, overrides: dict | None = None, degree: str = "sma
             given = {k: v for k, v in spec.init_kwargs.items() if k not in wanted}
             given.update(OVERRIDES.get(getattr(nested, "model_type", ""), {}))
             given.update(overrides.pop(name, {}))
-            try:
-                values[name] = small_config(nested, given, degree)
-            except Exception:
-                continue
+            for part in dict.fromkeys((degree, "narrow")):  # outputs may be named by layer
+                try:
+                    values[name] = small_config(nested, given, part)
+                    break
+                except Exception:
+                    continue
     values.update(overrides)
     as_dicts = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in values.items()}
     only_given = {k: v for k, v in values.items() if k not in _FIXED or k in overrides}

@@ -123,6 +123,10 @@ class Makers:
             yield {"input_ids": self.ids[:, :, None].repeat(1, 1, channels)}
             codes = self.ids[:, :4, None].repeat(1, 1, channels)
             yield {"input_ids": ids, "decoder_input_ids": codes}
+        channels = _number(_part(self.config, "decoder_config"), "num_channels")
+        if channels:
+            codes = self.ids[:, :4, None].repeat(1, 1, channels)
+            yield {"input_ids": ids, "decoder_input_ids": codes}
         if "state" in accepted:
             yield {"state": normal(1, _number(self.config, "max_state_dim") or 32)}
 

@@ -191,8 +191,12 @@ def table(results) -> str:
         )
     lines += [
         "",
-        "A class is *not built* where its configuration cannot be made small by the names of its "
-        "fields, or no input for its forward is known here; that says nothing about the class.",
+        "A class is built as small as its configuration can be made by the names of its fields: "
+        "everything, else only the numbers of layers, tokens and experts, else only the widths, "
+        "else nothing. It is *not built*, with the reason of the smallest, where all of these "
+        "exceed 100 million parameters or contradict each other, where it needs a package that "
+        "cannot be installed beside the pinned torch (timm, natten, torchaudio, detectron2), and "
+        "where no input for its forward is known here; that says nothing about the class.",
     ]
     for task, rows in groups.items():
         lines += [
