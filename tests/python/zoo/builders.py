@@ -95,6 +95,14 @@ def _strips() -> dict:
     return kernels
 
 
+# Models of time series must be told how far to look; they have no default for it.
+_SERIES = {
+    "prediction_length": 4,
+    "context_length": 8,
+    "label_length": 4,
+    "lags_sequence": [1, 2],
+    "num_time_features": 2,
+}
 # What the names above cannot say: sizes that must fit each other in a way of their own.
 OVERRIDES = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -147,16 +155,12 @@ OVERRIDES = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     },
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
-    "dots3_note": {"vision_config": {"hidden_size": 64}},
     "beit": {"out_indices": [3, 5, 7, 11]},
     "t5gemma": {"is_encoder_decoder": True},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
-    # Models of time series must be told how far to look; they have no default for it.
-    **{
-        name: {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2],
-               "num_time_features": 2, "label_length": 4}
-        for name in ("autoformer", "informer", "time_series_transformer")
-    },
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
     # Their widths come from image sides and checkpoints' own numbers of channels.
     "perceiver": {
         "d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2,
