@@ -228,8 +228,9 @@ def run_case(case: OtherCase, low_bits=("sym_int4", "nf4"), save: bool = True):
 
 def _check(case: OtherCase, model, low_bit, save, result) -> None:
     result.share, result.left = checks._share(ipex_llm.plan(model, low_bit))
+    original = copy.deepcopy(model)
     ipex_llm.optimize_model(model, low_bit)
-    reference = ipex_llm.dequantize(copy.deepcopy(model))
+    reference = checks.rounded_copy(original, model)
     with torch.no_grad(), ipex_llm.set_activation_precision("fp32"):
         got, rounded = _output(model, case), _output(reference, case)
         result.error = checks._difference(got, rounded)
