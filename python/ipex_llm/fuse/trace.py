@@ -104,14 +104,19 @@ _SMALL_BUFFER = 1 << 18  # elements: masks and tables of positions, not activati
 
 @contextlib.contextmanager
 def preserved(model: nn.Module):
-    """Puts attributes, submodules and buffers of all modules back as they were before.
+    """Puts attributes, submodules, buffers and hooks of all modules back as they were before.
 
-    A forward may store what it saw, stretch its position tables, or exchange modules for good
-    because an input was short.
+    A forward may store what it saw, stretch its position tables, exchange modules for good because
+    an input was short, or install hooks and note that it did: transformers' models do where hidden
+    states are asked for, and would install them twice if only the note went.
     """
     before = []
     for module in model.modules():
-        inner = {name: dict(module.__dict__[name]) for name in ("_modules", "_buffers")}
+        inner = {
+            name: dict(value)
+            for name, value in module.__dict__.items()
+            if name in ("_modules", "_buffers") or ("_hooks" in name and isinstance(value, dict))
+        }
         values = [
             (b, b.clone())
             for b in module._buffers.values()
