@@ -138,27 +138,95 @@ void divide_by_power(float* values, std::int64_t count, int exponent) {
   for (std::int64_t i = 0; i < count; ++i) values[i] *= second;
 }
 
-// Float32 copy of up to 16 rows, weight.cols apart, divided by 2^exponent.
-void copy_tile(const QuantizeKernels& kernels, const MatrixView& weight, std::int64_t first_row,
-               int rows, int exponent, float* out) {
-  const bool wide = weight.dtype == DType::kFloat64;
-  if (!wide && weight.col_stride == 1) {
-    for (int r = 0; r < rows; ++r) {
-      kernels.widen(element_address(weight, first_row + r, 0), weight.dtype, weight.cols,
-                    out + r * weight.cols);
-    }
-  } else if (!wide && weight.row_stride == 1 && rows == kTileRows) {
-    kernels.widen_columns(element_address(weight, first_row, 0), weight.dtype, weight.col_stride,
-                          weight.cols, out, weight.cols);
-  } else {
-    for (int r = 0; r < rows; ++r) {
-      for (std::int64_t k = 0; k < weight.cols; ++k) {
-        out[r * weight.cols + k] = static_cast<float>(reference::element(weight, first_row + r, k));
-      }
+// Sources that the kernels cannot read where they are, copied a few tiles at a time: transposed if
+// rows are contiguous, and in float32 where an exponent, float64 or other strides ask for it.
+class Copies {
+ public:
+  Copies(const QuantizeKernels& kernels, const MatrixView& weight, int exponent)
+      : kernels_(kernels),
+        weight_(weight),
+        exponent_(exponent),
+        transposes_(weight.dtype != DType::kFloat64 && weight.row_stride == 1 &&
+                    weight.col_stride != 1),
+        element_bytes_(static_cast<std::int64_t>(dtype_bytes(weight.dtype))),
+        stride_((weight.cols + 31) / 32 * 32 + kPad),
+        batch_(std::clamp<std::int64_t>(
+            kBatchBytes / (kTileRows * stride_ * element_bytes_) / 2 * 2, 2, 32)),
+        floats_(static_cast<std::size_t>(kTileRows * stride_)) {
+    if (transposes_) {
+      transposed_.resize(static_cast<std::size_t>(batch_ * kTileRows * stride_ * element_bytes_));
     }
   }
-  if (exponent != 0) divide_by_power(out, rows * weight.cols, exponent);
-}
+
+  // Tile `tile` of a run of tiles that ends before tile_end, asked for in ascending order.
+  cpu::SourceTile tile(std::int64_t tile, std::int64_t tile_end) {
+    const std::int64_t row = tile * kTileRows;
+    const int rows = static_cast<int>(std::min<std::int64_t>(kTileRows, weight_.rows - row));
+    MatrixView source{element_address(weight_, row, 0),
+                      weight_.dtype,
+                      rows,
+                      weight_.cols,
+                      weight_.row_stride,
+                      weight_.col_stride};
+    if (transposes_) {
+      if (tile >= transposed_end_) transpose(tile, tile_end);
+      if (row + rows <= transposed_rows_end_) {
+        source.data = transposed_.data() + (row - transposed_begin_) * stride_ * element_bytes_;
+        source.row_stride = stride_;
+        source.col_stride = 1;
+        if (exponent_ == 0) return {source.data, source.dtype, stride_, rows, source.cols, false};
+      }
+    }
+    widen(source);
+    return {floats_.data(), DType::kFloat32, stride_, rows, source.cols, false};
+  }
+
+ private:
+  // Tiles that are transposed together: the more, the longer what is read of each column (1 KiB of
+  // 16-bit weights in 32 tiles), as far as the copy stays in the last-level cache.
+  static constexpr std::int64_t kBatchBytes = 4 << 20;
+  // Rows a multiple of 4 KiB apart would compete for the same lines of the caches.
+  static constexpr std::int64_t kPad = 32;
+
+  void transpose(std::int64_t tile, std::int64_t tile_end) {
+    const std::int64_t block = 64 / element_bytes_;
+    transposed_begin_ = tile * kTileRows;
+    transposed_end_ = std::min(tile + batch_, tile_end);
+    // Whole blocks, of which the last may reach into the next run; what is left of one at the end
+    // of the matrix is copied plainly.
+    const std::int64_t end = (transposed_end_ * kTileRows + block - 1) / block * block;
+    transposed_rows_end_ = std::min(end, weight_.rows / block * block);
+    if (transposed_rows_end_ > transposed_begin_) {
+      kernels_.transpose(element_address(weight_, transposed_begin_, 0),
+                         static_cast<int>(element_bytes_), weight_.col_stride,
+                         transposed_rows_end_ - transposed_begin_, weight_.cols, transposed_.data(),
+                         stride_);
+    }
+  }
+
+  void widen(const MatrixView& source) {
+    for (std::int64_t r = 0; r < source.rows; ++r) {
+      float* out = floats_.data() + r * stride_;
+      if (source.dtype != DType::kFloat64 && source.col_stride == 1) {
+        kernels_.widen(element_address(source, r, 0), source.dtype, source.cols, out);
+      } else {
+        for (std::int64_t k = 0; k < source.cols; ++k) {
+          out[k] = static_cast<float>(reference::element(source, r, k));
+        }
+      }
+      if (exponent_ != 0) divide_by_power(out, source.cols, exponent_);
+    }
+  }
+
+  const QuantizeKernels& kernels_;
+  const MatrixView& weight_;
+  const int exponent_;
+  const bool transposes_;
+  const std::int64_t element_bytes_, stride_, batch_;
+  std::int64_t transposed_begin_ = 0, transposed_rows_end_ = 0, transposed_end_ = 0;  // rows, tiles
+  std::vector<unsigned char> transposed_;
+  std::vector<float> floats_;
+};
 
 // One pass over all tiles with a given exponent.
 reference::ScaleRange quantize_pass(const QuantizeKernels* kernels, const MatrixView& weight,
@@ -169,9 +237,11 @@ reference::ScaleRange quantize_pass(const QuantizeKernels* kernels, const Matrix
   const std::int64_t per_thread = direct ? kTasksPerThread : 1;  // a copy buffer per task
   const std::int64_t tasks = std::min<std::int64_t>(layout.tiles, threads.count() * per_thread);
   std::vector<reference::ScaleRange> ranges(static_cast<std::size_t>(tasks));
-  std::vector<float> copies;
-  const std::int64_t copy_size = kTileRows * layout.k;
-  if (kernels != nullptr && !direct) copies.resize(static_cast<std::size_t>(tasks * copy_size));
+  std::vector<Copies> copies;
+  if (kernels != nullptr && !direct) {
+    copies.reserve(static_cast<std::size_t>(tasks));
+    for (std::int64_t i = 0; i < tasks; ++i) copies.emplace_back(*kernels, weight, exponent);
+  }
   threads.run(tasks, [&](std::int64_t task) {
     const FloatEnvironment environment;
     reference::ScaleRange& range = ranges[static_cast<std::size_t>(task)];
@@ -190,9 +260,7 @@ reference::ScaleRange quantize_pass(const QuantizeKernels* kernels, const Matrix
                                 rows, layout.k, tile + 1 < layout.tiles},
                                layout, codec, packed_tile, &range);
       } else {
-        float* copy = copies.data() + task * copy_size;
-        copy_tile(*kernels, weight, row, rows, exponent, copy);
-        kernels->quantize_tile({copy, DType::kFloat32, layout.k, rows, layout.k, false}, layout,
+        kernels->quantize_tile(copies[static_cast<std::size_t>(task)].tile(tile, run.end), layout,
                                codec, packed_tile, &range);
       }
     }

@@ -77,9 +77,10 @@ struct QuantizeKernels {
                          float power, int r, const TargetTile& target);
   // Index of the first element that is not finite, or -1. float32, float16, bfloat16.
   std::int64_t (*first_nonfinite)(const void* data, DType dtype, std::int64_t count);
-  // 16 rows x `cols` of a column-major source (rows contiguous) to float32 rows `out_stride` apart.
-  void (*widen_columns)(const void* data, DType dtype, std::int64_t col_stride, std::int64_t cols,
-                        float* out, std::int64_t out_stride);
+  // Column-major to row-major: `rows` x `cols` elements of 2 or 4 bytes, rows contiguous in the
+  // source. `rows` must be a multiple of 64 / bytes.
+  void (*transpose)(const void* data, int bytes, std::int64_t col_stride, std::int64_t rows,
+                    std::int64_t cols, void* out, std::int64_t out_stride);
   // Contiguous elements to float32.
   void (*widen)(const void* data, DType dtype, std::int64_t count, float* out);
 };

@@ -266,6 +266,12 @@ struct V {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, v.b);
   }
   static void finish_streams() { _mm_sfence(); }
+  static B interleave_low16(B x, B y) {
+    return {_mm256_unpacklo_epi16(x.a, y.a), _mm256_unpacklo_epi16(x.b, y.b)};
+  }
+  static B interleave_high16(B x, B y) {
+    return {_mm256_unpackhi_epi16(x.a, y.a), _mm256_unpackhi_epi16(x.b, y.b)};
+  }
   static B zero_bytes() { return set_int(0); }
   static B as_bytes(F v) { return bits(v); }
   static B or_bytes(B x, B y) { return or_(x, y); }

@@ -35,7 +35,7 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
   const std::byte* planes[2] = {block, block + sizes.plane_bytes};
   const std::byte* meta = block + kPlanes * sizes.plane_bytes;
   // Two chains per sum where there are few, or the latency of vpdpbusd shows.
-  constexpr int kChains = kTokens * kPlanes <= 2 ? 2 : 1;
+  constexpr int kChains = kTokens * kPlanes <= 4 ? 2 : 1;
   __m512 total[kTokens];
   unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
   for (std::int64_t g = 0; g < walk.groups; ++g) {

@@ -214,6 +214,8 @@ struct V {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v);
   }
   static void finish_streams() { _mm_sfence(); }
+  static B interleave_low16(B a, B b) { return _mm512_unpacklo_epi16(a, b); }
+  static B interleave_high16(B a, B b) { return _mm512_unpackhi_epi16(a, b); }
   static B zero_bytes() { return _mm512_setzero_si512(); }
   static B as_bytes(F v) { return _mm512_castps_si512(v); }
   static B or_bytes(B a, B b) { return _mm512_or_si512(a, b); }

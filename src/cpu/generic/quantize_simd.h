@@ -836,45 +836,62 @@ void widen(const void* data, DType dtype, std::int64_t count, float* out) {
   return widen_as<DType::kFloat32>(data, count, out);
 }
 
-template <DType kDType>
-void widen_columns_as(const void* data, std::int64_t col_stride, std::int64_t cols, float* out,
-                      std::int64_t out_stride) {
-  const char* at = static_cast<const char*>(data);
-  for (std::int64_t i = 0; i < cols; i += 16) {
-    B u[16];
-    for (int j = 0; j < 16; ++j) {
-      u[j] = V::zero_bytes();
-      if (i + j < cols) {
-        u[j] = V::as_bytes(load<kDType>(at + (i + j) * col_stride * kElementBytes<kDType>));
-      }
-    }
-    V::transpose(u);
-    for (int r = 0; r < 16; ++r) {
-      auto* row = reinterpret_cast<unsigned char*>(out + r * out_stride + i);
-      if (i + 16 <= cols) {
-        V::store_bytes(row, u[r]);
+// Stripes of as many columns as fill a line of a row; in each, every line of the source once.
+template <int kBytes>
+void transpose_as(const unsigned char* data, std::int64_t col_stride, std::int64_t rows,
+                  std::int64_t cols, unsigned char* out, std::int64_t out_stride) {
+  constexpr int kSide = 64 / kBytes;  // rows and columns of a block
+  for (std::int64_t col = 0; col < cols; col += kSide) {
+    const int width = cols - col < kSide ? static_cast<int>(cols - col) : kSide;
+    for (std::int64_t row = 0; row < rows; row += kSide) {
+      const unsigned char* block = data + (col * col_stride + row) * kBytes;
+      const auto column = [&](int j) {
+        if (j >= width) return V::zero_bytes();
+        const unsigned char* at = block + j * col_stride * kBytes;
+        V::prefetch(reinterpret_cast<const char*>(at + kSide * col_stride * kBytes));
+        return V::load_bytes(at);
+      };
+      const auto put = [&](std::int64_t r, B line) {
+        unsigned char* to = out + ((row + r) * out_stride + col) * kBytes;
+        if (width == kSide) return V::store_bytes(to, line);
+        alignas(64) unsigned char part[64];
+        V::store_bytes(part, line);
+        __builtin_memcpy(to, part, static_cast<std::size_t>(width) * kBytes);
+      };
+      if constexpr (kBytes == 4) {
+        B u[16];
+        for (int j = 0; j < 16; ++j) u[j] = column(j);
+        V::transpose(u);
+        for (int r = 0; r < 16; ++r) put(r, u[r]);
       } else {
-        alignas(64) unsigned char rest[64];
-        V::store_bytes(rest, u[r]);
-        __builtin_memcpy(row, rest, static_cast<std::size_t>(cols - i) * 4);
+        // Two columns make words; within 128-bit lanes, so that word w is row 8 (w / 4) + w % 4 of
+        // one half and four rows further of the other.
+        B low[16], high[16];
+        for (int j = 0; j < 16; ++j) {
+          const B a = column(2 * j), b = column(2 * j + 1);
+          low[j] = V::interleave_low16(a, b);
+          high[j] = V::interleave_high16(a, b);
+        }
+        V::transpose(low);
+        V::transpose(high);
+        for (int w = 0; w < 16; ++w) {
+          put(w / 4 * 8 + w % 4, low[w]);
+          put(w / 4 * 8 + w % 4 + 4, high[w]);
+        }
       }
     }
   }
 }
 
-void widen_columns(const void* data, DType dtype, std::int64_t col_stride, std::int64_t cols,
-                   float* out, std::int64_t out_stride) {
-  if (dtype == DType::kFloat16) {
-    return widen_columns_as<DType::kFloat16>(data, col_stride, cols, out, out_stride);
-  }
-  if (dtype == DType::kBFloat16) {
-    return widen_columns_as<DType::kBFloat16>(data, col_stride, cols, out, out_stride);
-  }
-  return widen_columns_as<DType::kFloat32>(data, col_stride, cols, out, out_stride);
+void transpose(const void* data, int bytes, std::int64_t col_stride, std::int64_t rows,
+               std::int64_t cols, void* out, std::int64_t out_stride) {
+  const auto run = bytes == 4 ? transpose_as<4> : transpose_as<2>;
+  run(static_cast<const unsigned char*>(data), col_stride, rows, cols,
+      static_cast<unsigned char*>(out), out_stride);
 }
 
 const QuantizeKernels kKernels = {
-    V::kName, quantize_tile, dequantize_tile, dequantize_row, first_nonfinite, widen_columns, widen,
+    V::kName, quantize_tile, dequantize_tile, dequantize_row, first_nonfinite, transpose, widen,
 };
 
 }  // namespace

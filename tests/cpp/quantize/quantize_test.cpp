@@ -208,6 +208,27 @@ TEST_P(QuantizeEveryFormat, StridedSourcesGiveTheBytesOfTheirCopies) {
   }
 }
 
+// More tiles than are transposed together, cut into runs of an odd number of them, and rows left
+// over.
+TEST_P(QuantizeEveryFormat, TallTransposedSourcesGiveTheBytesOfTheirCopies) {
+  const std::int64_t n = 75 * 16 + 5, k = 40;
+  const Layout layout = make_layout(info().format, n, k);
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Matrix strided(dtype, n, k, 1, n), copy(dtype, n, k);
+    strided.fill_random(12);
+    for (std::int64_t i = 0; i < n; ++i) {
+      for (std::int64_t j = 0; j < k; ++j) copy.set(i, j, strided.get(i, j));
+    }
+    PackedBuffer expected(layout, 1);
+    const int exponent = quantize(copy.view(), layout, expected.span());
+    for (int threads : {1, 2, 3}) {
+      PackedBuffer got(layout, 2);
+      EXPECT_EQ(quantize(strided.view(), layout, got.span(), TestThreads(threads)), exponent);
+      EXPECT_TRUE(got == expected) << info().name << " " << dtype_name(dtype) << " " << threads;
+    }
+  }
+}
+
 TEST_P(QuantizeEveryFormat, BytesDoNotDependOnTheThreadCount) {
   for (double scale : {0.05, 1e-12}) {  // the second needs an exponent, hence two passes
     Matrix weight(DType::kBFloat16, 150, 96);
