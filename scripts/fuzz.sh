@@ -19,8 +19,10 @@ mkdir -p build-fuzz
 flags=(-std=c++20 -O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Iinclude -Isrc -Itests/fuzz)
 objects=()
 for source in src/io/*.cpp src/cli/{checkpoint,names}.cpp \
-              src/format/{format,checks,error,threads}.cpp src/reference/element.cpp; do
-  object=build-fuzz/$(basename "$source" .cpp).o
+              src/format/{format,checks,error,threads,pack}.cpp \
+              src/reference/{element,exponent,quantize,dequantize}.cpp \
+              src/cpu/{quantize,select,features}.cpp; do
+  object=build-fuzz/$(dirname "$source" | tr / -)-$(basename "$source" .cpp).o
   objects+=("$object")
   "$compiler" "${flags[@]}" -fsanitize=fuzzer-no-link -c "$source" -o "$object"
 done

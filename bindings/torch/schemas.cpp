@@ -44,6 +44,24 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def("file_open(str directory, bool mmap, bool verify) -> (str manifest, Tensor[] tensors)");
   // One safetensors file of any maker, as strictly checked.
   m.def("safetensors_open(str path, bool mmap) -> (str[] names, Tensor[] tensors)");
+  // A GGUF file (include/lowbit/gguf.h): describe_gguf() of its header, and the blocks of its
+  // tensors in that order, uint8 [bytes].
+  m.def("gguf_open(str path, bool mmap) -> (str description, Tensor[] blocks)");
+  // The table of ggml's types, one line each: number, name, elements and bytes of a block, number
+  // of the exact format or -1, its group size, whether it has values.
+  m.def("ggml_types() -> str");
+  // Blocks of a matrix [n, k] of ggml type `type` -> floats [n, k], or the given rows (int64 [m]).
+  m.def(
+      "ggml_dequantize(Tensor blocks, int type, int n, int k, Tensor? rows, ScalarType dtype) -> "
+      "Tensor");
+  // ... -> packed bytes in the type's exact format; not lossless: the bytes are undefined.
+  m.def(
+      "ggml_pack(Tensor blocks, int type, int n, int k, Tensor? rows) -> "
+      "(Tensor packed, int exponent, bool lossless)");
+  // The inverse.
+  m.def(
+      "ggml_unpack(Tensor packed, int n, int k, int format, int group_size, int exponent, "
+      "Tensor? rows, int type) -> (Tensor blocks, bool lossless)");
   // Begins a save: a handle, and the names of the request's tensors in the order in which their
   // bytes must be written.
   m.def(

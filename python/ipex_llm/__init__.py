@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .fuse import optimization_report
     from .imports.quantized import load_quantized
     from .imports.report import import_report
+    from .imports.gguf import load_gguf
+    from .imports.gguf_save import save_gguf
     from .optimize import load_low_bit, low_memory_init, optimize_model
     from .planning import plan
 
@@ -32,6 +34,8 @@ _LAZY = {
     "load_quantized": ".imports.quantized",
     "import_report": ".imports.report",
     "optimization_report": ".fuse",
+    "load_gguf": ".imports.gguf",
+    "save_gguf": ".imports.gguf_save",
 }
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "dequantize",
     "get_activation_precision",
     "import_report",
+    "load_gguf",
     "load_low_bit",
     "load_quantized",
     "low_memory_init",
@@ -47,6 +52,7 @@ __all__ = [
     "optimize_model",
     "plan",
     "register_with_transformers",
+    "save_gguf",
     "set_activation_precision",
 ]
 

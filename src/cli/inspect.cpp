@@ -11,6 +11,7 @@
 #include "lowbit/dispatch.h"
 #include "lowbit/error.h"
 #include "lowbit/file.h"
+#include "lowbit/gguf.h"
 #include "lowbit/linear.h"
 #include "lowbit/quantize.h"
 
@@ -59,6 +60,16 @@ std::vector<Row> rows_of_file(const TensorFile& file) {
   return rows;
 }
 
+std::vector<Row> rows_of_gguf(const GgufFile& file) {
+  std::vector<Row> rows;
+  for (const GgufTensor& tensor : file.header().tensors) {
+    const GgmlTypeInfo& type = ggml_type_info(tensor.type);
+    rows.push_back({tensor.name, std::string(type.name), shape_text(tensor.shape, ", "), "float32",
+                    tensor.bytes, type.block_elems > 1 ? type.block_elems : 0, 0, ""});
+  }
+  return rows;
+}
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -81,6 +92,10 @@ double best_time(double seconds, const Body& body) {
 
 void inspect(const InspectArgs& args) {
   std::vector<Row> rows;
+  if (args.json && args.path.ends_with(".gguf")) {
+    std::printf("%s\n", describe_gguf(GgufFile::open(args.path)->header()).c_str());
+    return;
+  }
   std::string options = "null", ties = "{}";
   if (is_save(args.path)) {
     SavedDirectory saved = open_saved(args.path, {.verify = false});
@@ -90,6 +105,8 @@ void inspect(const InspectArgs& args) {
     for (const auto& [alias, target] : saved.manifest.ties)
       text += (text.empty() ? "" : ", ") + json::quote(alias) + ": " + json::quote(target);
     ties = "{" + text + "}";
+  } else if (args.path.ends_with(".gguf")) {
+    rows = rows_of_gguf(*GgufFile::open(args.path));
   } else {
     rows = rows_of_file(*TensorFile::open(args.path));
   }
@@ -129,7 +146,12 @@ void verify(const std::string& path, const Threads& threads) {
   std::uint64_t bytes = 0;
   std::size_t tensors = 0;
   const char* what;
-  if (is_save(path) || !path.ends_with(".safetensors")) {
+  if (path.ends_with(".gguf")) {
+    auto file = GgufFile::open(path);
+    bytes = file->bytes();
+    tensors = file->header().tensors.size();
+    what = "the header is right; a GGUF file has no digests";
+  } else if (is_save(path) || !path.ends_with(".safetensors")) {
     SavedDirectory saved = open_saved(path, {}, threads);
     for (const SavedFile& file : saved.manifest.files) bytes += file.bytes;
     tensors = saved.manifest.tensors.size();

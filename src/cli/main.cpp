@@ -61,14 +61,16 @@ int main(int argc, char** argv) {
   convert->add_flag("--quiet", convert_args.quiet, "No progress on standard error");
 
   cli::InspectArgs inspect_args;
-  CLI::App* inspect = app.add_subcommand("inspect", "List what a save or a safetensors file holds");
-  inspect->add_option("PATH", inspect_args.path, "Save directory or .safetensors file")->required();
+  CLI::App* inspect =
+      app.add_subcommand("inspect", "List what a save, a safetensors or a GGUF file holds");
+  inspect->add_option("PATH", inspect_args.path, "Save directory, .safetensors or .gguf file")
+      ->required();
   inspect->add_flag("--json", inspect_args.json, "As JSON");
 
   std::string verify_path;
   CLI::App* verify = app.add_subcommand(
       "verify", "Check every rule that the reader enforces, and the digest of every tensor");
-  verify->add_option("PATH", verify_path, "Save directory or .safetensors file")->required();
+  verify->add_option("PATH", verify_path, "Save directory, .safetensors or .gguf file")->required();
 
   cli::BenchArgs bench_args;
   CLI::App* bench = app.add_subcommand("bench", "Time quantizing and products on this machine");

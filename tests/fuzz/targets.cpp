@@ -8,12 +8,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "cli/checkpoint.h"
 #include "cli/names.h"
 #include "io/json.h"
 #include "lowbit/error.h"
 #include "lowbit/file.h"
+#include "lowbit/gguf.h"
+#include "lowbit/linear.h"
 #include "targets.h"
 
 using namespace lowbit;
@@ -86,9 +89,49 @@ void glob_target(std::string_view text) {
   cli::name_matches(text.substr(0, half), text.substr(half));
 }
 
+void gguf_target(std::string_view text) {
+  std::string bytes = "GGUF\3" + std::string(3, '\0') + std::string(text);
+  GgufHeader header = parse_gguf_header(std::as_bytes(std::span(bytes)), bytes.size(), "fuzz");
+  std::uint64_t end = header.bytes;
+  for (const GgufTensor& tensor : header.tensors) {
+    require(tensor.offset % header.alignment == 0 && tensor.offset >= end &&
+            tensor.offset - end < header.alignment && tensor.bytes > 0);
+    end = tensor.offset + tensor.bytes;
+  }
+  require(header.tensors.empty() || end <= bytes.size());
+  json::parse(describe_gguf(header), "fuzz");
+}
+
+// Any bytes are blocks; what packs without rounding means the same. The first byte chooses a type.
+void ggml_target(std::string_view text) {
+  if (text.empty()) return;
+  const auto types = ggml_types();
+  const GgmlTypeInfo& type = types[static_cast<unsigned char>(text[0]) % types.size()];
+  const std::int64_t blocks = std::ssize(text.substr(1)) / type.block_bytes;
+  const std::int64_t k = blocks * type.block_elems;
+  const auto bytes = std::as_bytes(
+      std::span(text.data() + 1, static_cast<std::size_t>(blocks * type.block_bytes)));
+  const GgmlMatrix matrix{bytes, type.number, 1, k};
+  std::vector<float> expected(static_cast<std::size_t>(k)), got(expected.size());
+  ggml_dequantize(matrix, {}, {expected.data(), DType::kFloat32, 1, k, k, 1});
+  if (!type.exact) return;
+  const Layout layout = make_layout(*type.exact, 1, k, type.exact_group_size);
+  struct alignas(64) Unit {
+    std::byte bytes[64];
+  };
+  std::vector<Unit> units(static_cast<std::size_t>(layout.bytes() / 64));
+  const std::span<std::byte> packed(reinterpret_cast<std::byte*>(units.data()),
+                                    static_cast<std::size_t>(layout.bytes()));
+  const auto exponent = ggml_pack(matrix, {}, layout, packed);
+  if (!exponent) return;
+  reference::dequantize(packed, layout, *exponent, {got.data(), DType::kFloat32, 1, k, k, 1});
+  require(got == expected);
+}
+
 constexpr fuzz::Target kTargets[] = {
     {"json", json_target},         {"header", header_target}, {"raw_header", raw_header_target},
     {"manifest", manifest_target}, {"index", index_target},   {"glob", glob_target},
+    {"gguf", gguf_target},         {"ggml", ggml_target},
 };
 
 }  // namespace

@@ -64,13 +64,13 @@ def keep_report(model: nn.Module, report: Report) -> None:
 def import_report(model: nn.Module) -> Report:
     """How the weights of a model that came from another tool's files were taken over.
 
-    Raises ValueError for a model that was not made by `load_quantized` or from a save of the
-    archived project.
+    Raises ValueError for a model that was not made by `load_quantized`, `load_gguf` or from a save
+    of the archived project.
     """
     arguments.module_or_raise("import_report", model)
     if _REPORT not in model.__dict__:
         raise ValueError(
-            "import_report: the model was not imported; load_quantized, or load_low_bit on a save "
-            "of the archived project, makes one that was"
+            "import_report: the model was not imported; load_quantized, load_gguf, or load_low_bit on "
+            "a save of the archived project, makes one that was"
         )
     return Report(model.__dict__[_REPORT])

@@ -1,0 +1,611 @@
+"""`load_gguf`: an optimized transformers model from a GGUF file of llama.cpp.
+
+Blocks become our packed weights directly where the types have the same codes and scales (the table
+is in docs/imports-gguf.md); nothing is rounded then, and no float copy is made. The rest is
+dequantized by the core and quantized. The file is checked by the core (include/lowbit/gguf.h)
+before any other library sees it; transformers' own GGUF support then says which architecture it is,
+how tensors are called and what llama.cpp did to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from ipex_llm import arguments, ops, planning
+from ipex_llm.arguments import Options
+from ipex_llm.errors import translate
+from ipex_llm.imports.assemble import optimize_with
+from ipex_llm.imports.report import Report, keep_report
+from ipex_llm.low_memory import low_memory_init
+from ipex_llm.tensor import LowBitTensor
+
+__all__ = ["TYPES", "load_gguf"]
+
+
+class GgmlType(NamedTuple):
+    """One row of the core's table of ggml's types."""
+
+    number: int
+    name: str
+    block: int  # elements
+    bytes: int  # of a block
+    exact: str | None  # the low_bit name whose codes and scales are those of the blocks
+    group_size: int  # of `exact`
+    has_values: bool
+
+
+def _read_types() -> dict[str, GgmlType]:
+    formats = list(ops.FORMATS)
+    rows = {}
+    for line in ops._ops.ggml_types().splitlines():
+        number, name, block, size, exact, group_size, has_values = line.split()
+        exact = formats[int(exact)] if int(exact) >= 0 else None
+        rows[name] = GgmlType(
+            int(number), name, int(block), int(size), exact, int(group_size), has_values == "1"
+        )
+    return rows
+
+
+TYPES = _read_types()
+
+# What becomes of the types without an exact counterpart where low_bit=None: at least their number
+# of levels, in groups of 32. F32 and F64 stay float.
+_NEAREST = {
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K"), "asym_int4"),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"), "asym_int4"),
+    **dict.fromkeys(("IQ3_XXS", "IQ3_S"), "asym_int4"),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "Q5_K"), "asym_int5"),
+    **dict.fromkeys(("Q6_K", "Q8_K", "Q8_0", "MXFP4"), "sym_int8"),
+    "F16": "fp16",
+    "BF16": "bf16",
+}
+
+_CHUNK_BYTES = 1 << 28  # of float32 weights at a time, where blocks are dequantized and quantized
+
+
+def load_gguf(
+    path,
+    low_bit=None,
+    *,
+    model_class=None,
+    torch_dtype=torch.bfloat16,
+    mmap=True,
+    **kwargs,
+):
+    """Loads a GGUF file as an optimized transformers model.
+
+    Args:
+        path: the file (one file: shards must be merged).
+        low_bit: None keeps what the file has: weights in Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4,
+            TQ1_0, TQ2_0, F16 and BF16 are taken over without rounding, other block types become the
+            nearest of our types with at least their levels, F32 stays float. A type's name makes
+            every weight that optimize_model would pack that type; weights that are it already are
+            taken over.
+        model_class: the class whose `from_config` makes the model; AutoModelForCausalLM by default.
+        torch_dtype: dtype of what stays float, and of activations.
+        mmap: read the file through a mapping.
+        **kwargs: as for optimize_model: group_size (with low_bit), optimize_llm,
+            modules_to_not_convert, cpu_embedding, lightweight_bmm, embedding_qtype, strict,
+            progress. An untied embedding table is dequantized unless embedding_qtype names a type;
+            if that is the table's own, it is taken over as well.
+
+    Returns the model in eval mode, as optimize_model leaves it: save_low_bit and all else work.
+    `ipex_llm.import_report(model)` says which weights were taken over exactly.
+    Its tokenizer: `AutoTokenizer.from_pretrained(os.path.dirname(path), gguf_file=basename)`.
+
+    Raises ValueError for a file that breaks a rule of the format (docs/security.md), an
+    architecture that transformers does not know from GGUF files, and tensors that do not fit the
+    model; ImportError without transformers and gguf. Warns about tensors that the model has no use
+    for.
+
+    Example::
+
+        >>> model = ipex_llm.load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+        >>> model.generate(**tokenizer("Gravity is", return_tensors="pt"), max_new_tokens=20)
+    """
+    who = "load_gguf"
+    options = arguments.resolve_options(who, low_bit=low_bit, torch_dtype=torch_dtype, **kwargs)
+    if not isinstance(mmap, bool):
+        raise TypeError(f"{who}: mmap must be True or False, got {mmap!r}")
+    file = GgufFile(who, path, mmap)
+    shards = file.metadata.get("split.count", 1)
+    if isinstance(shards, int) and shards > 1:
+        raise ValueError(
+            f"{who}: {file.path} is one of {shards} shards; merge them first with "
+            "`llama-gguf-split --merge`"
+        )
+    with low_memory_init():
+        model, config = _empty_model(who, file, model_class, options.torch_dtype)
+    fill = _Fill(who, file, model, options, _origins(who, file, model, config))
+    packed = fill.run()
+    model = optimize_with(who, model.eval(), packed, fill.options)
+    keep_report(model, fill.report)
+    return model
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Tensor:
+    name: str
+    type: GgmlType
+    shape: tuple[int, ...]
+    blocks: torch.Tensor  # uint8, over the file
+
+    @property
+    def k(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    def dequantize(self, who: str) -> torch.Tensor:
+        """float32 of `shape`."""
+        number, rows, k = self.type.number, self.rows, self.k
+        values = _call(
+            who, ops._ops.ggml_dequantize, self.blocks, number, rows, k, None, torch.float32
+        )
+        return values.reshape(self.shape)
+
+
+class GgufFile:
+    """A checked GGUF file: its metadata (of arrays, type and length only) and tensors by name."""
+
+    def __init__(self, who: str, path, mmap: bool = True):
+        try:
+            self.path = os.fspath(path)
+        except TypeError:
+            raise TypeError(
+                f"{who}: path must be a str or a path, got {type(path).__name__}"
+            ) from None
+        if isinstance(self.path, bytes):
+            self.path = os.fsdecode(self.path)
+        if not self.path:
+            raise ValueError(f"{who}: the path is an empty text; give a file")
+        description, blocks = _call(who, ops._ops.gguf_open, self.path, mmap)
+        header = json.loads(description)
+        self.metadata: dict = header["metadata"]
+        self.tensors: dict[str, _Tensor] = {
+            name: _Tensor(name, TYPES[entry["type"]], tuple(entry["shape"]), data)
+            for (name, entry), data in zip(header["tensors"].items(), blocks, strict=True)
+        }
+
+
+def _call(who: str, operator, *arguments_):
+    try:
+        return operator(*arguments_)
+    except RuntimeError as error:
+        translated = translate(error)
+        if translated is error:
+            raise
+        raise type(translated)(f"{who}: {translated}") from None
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def _empty_model(who: str, file: GgufFile, model_class, dtype) -> tuple[nn.Module, dict]:
+    """The model on the meta device, and the configuration as transformers read it from the file."""
+    try:
+        import gguf  # noqa: F401  (what transformers reads the metadata with)
+        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    except ImportError as error:
+        raise ImportError(
+            f"{who}: needs transformers and gguf to know architectures: {error}; "
+            "pip install transformers gguf"
+        ) from None
+    architecture = file.metadata.get("general.architecture")
+    try:
+        config = load_gguf_checkpoint(file.path, return_tensors=False)["config"]
+    except Exception as error:
+        raise ValueError(
+            f"{who}: transformers cannot make a configuration of {file.path} "
+            f"(architecture {architecture!r}): {error}"
+        ) from error
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{who}: {file.path} has the architecture {architecture!r}, which this transformers "
+            "does not know; update it"
+        )
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    for key in ("bos", "eos", "pad"):
+        number = file.metadata.get(f"tokenizer.ggml.{_PADDING.get(key, key)}_token_id")
+        if isinstance(number, int) and not isinstance(getattr(made, f"{key}_token_id", None), list):
+            setattr(made, f"{key}_token_id", number)
+    cls = AutoModelForCausalLM if model_class is None else model_class
+    make = getattr(cls, "from_config", None) or getattr(cls, "_from_config", None)
+    if make is None:
+        raise TypeError(
+            f"{who}: model_class must be a transformers model or auto class, got {cls!r}"
+        )
+    return make(made, dtype=dtype or torch.get_default_dtype()), config
+
+
+_PADDING = {"pad": "padding"}
+
+
+# ---- which rows of which tensors a parameter is --------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Rows:
+    """A matrix, or a stack of them, as rows of tensors put one after the other.
+
+    Row i of the parameter (leading dimensions flattened), or of its transpose, is row order[i].
+    """
+
+    order: np.ndarray
+    shape: tuple[int, ...]  # of the parameter, or its transpose: [..., n, k]
+    transposed: bool = False
+
+
+@dataclasses.dataclass
+class _Origin:
+    """Where a parameter comes from."""
+
+    tensors: list[_Tensor]
+    values: Callable[[], torch.Tensor]  # dequantized, and what transformers does to that
+    rows: _Rows | None  # if that is choosing rows
+
+    @property
+    def type(self) -> GgmlType | None:
+        """The type of all tensors, if they have one."""
+        types = {tensor.type for tensor in self.tensors}
+        return types.pop() if len(types) == 1 else None
+
+
+class _Names:
+    """What transformers asks of a model to match names: its own, and those below its base model.
+
+    It would ask every submodule, at a tenth of a second each.
+    """
+
+    def __init__(self, model: nn.Module, depth: int = 1):
+        self.config, self._model, self._depth = model.config, model, depth
+        self._names = dict.fromkeys(model.state_dict())
+
+    def state_dict(self):
+        return self._names
+
+    def named_children(self):
+        if not self._depth:
+            return []
+        children = self._model.named_children()
+        return [(name, _Names(m, self._depth - 1)) for name, m in children if hasattr(m, "config")]
+
+
+class _Recording(dict):
+    """A dict that knows which keys were asked for or set."""
+
+    def __init__(self):
+        super().__init__()
+        self.touched: list[str] = []
+
+    def __getitem__(self, key):
+        self.touched.append(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key, value):
+        self.touched.append(key)
+        super().__setitem__(key, value)
+
+
+def _origins(who: str, file: GgufFile, model: nn.Module, config: dict) -> dict[str, _Origin]:
+    """The origin of every parameter and saved buffer, by one of its names.
+
+    What transformers does with a tensor (permuting rows, merging experts, ...) is found out by
+    letting it do that to row numbers instead of weights: what comes back as row numbers is a choice
+    of rows, which blocks survive; anything else is done to dequantized values.
+    """
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    architecture = file.metadata.get("general.architecture")
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+    mapping = get_gguf_hf_weights_map(_Names(model), processor)
+    parameters = _parameters(model)
+
+    def process(tensor: _Tensor, weights: np.ndarray, made: _Recording) -> list[str]:
+        """Lets transformers put what becomes of `weights` into `made`; returns the keys."""
+        made.touched.clear()
+        result = processor.process(
+            weights=weights,
+            name=tensor.name,
+            tensor_key_mapping=mapping,
+            parsed_parameters={"tensors": made},
+        )
+        if result.name in mapping:
+            made[mapping[result.name]] = result.weights
+        return list(dict.fromkeys(made.touched))
+
+    def values(tensors: list[_Tensor], key: str) -> Callable[[], torch.Tensor]:
+        def make() -> torch.Tensor:
+            made = _Recording()
+            for tensor in tensors:
+                process(tensor, tensor.dequantize(who).numpy(), made)
+            value = made[key]
+            return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+
+        return make
+
+    probes = _Recording()
+    users: dict[str, list[_Tensor]] = {}
+    first: dict[str, int] = {}
+    unused = []
+    count = 1  # 0 marks rows that no tensor fills
+    for tensor in file.tensors.values():
+        first[tensor.name] = count
+        numbers = np.arange(count, count + tensor.rows, dtype=np.float64)
+        count += tensor.rows
+        keys = [mapping[tensor.name]] if tensor.name in mapping else []
+        if len(tensor.shape) > 1:
+            # A function that wants to see all columns fails on one: then values it is.
+            with contextlib.suppress(Exception):
+                keys = process(tensor, numbers.reshape(*tensor.shape[:-1], 1), probes)
+        keys = [key for key in keys if key in parameters]
+        if not keys:
+            unused.append(tensor.name)
+        for key in keys:
+            users.setdefault(key, []).append(tensor)
+    if unused:
+        warnings.warn(
+            f"{who}: the model has no use for {len(unused)} tensors of the file: "
+            f"{', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}",
+            stacklevel=3,
+        )
+    _check_complete(who, parameters, users)
+    return {
+        key: _Origin(
+            tensors,
+            values(tensors, key),
+            _rows_of(probes.get(key), tensors, first, tuple(parameters[key].shape)),
+        )
+        for key, tensors in users.items()
+    }
+
+
+def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers under every name."""
+    saved = model.state_dict().keys()
+    state = dict(model.named_parameters(remove_duplicate=False))
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {**state, **{name: buffer for name, buffer in buffers if name in saved}}
+
+
+def _rows_of(probe, tensors, first, shape) -> _Rows | None:
+    """The rows that `probe` tells, if it tells rows."""
+    k = tensors[0].k
+    if probe is None or len(shape) < 2 or any(tensor.k != k for tensor in tensors):
+        return None
+    probe = probe.numpy() if isinstance(probe, torch.Tensor) else np.asarray(probe)
+    transposed = len(shape) == 2 and probe.shape == (1, shape[1]) and shape[0] == k
+    if transposed:
+        shape = (shape[1], shape[0])
+    elif probe.shape != (*shape[:-1], 1) or shape[-1] != k:
+        return None
+    numbers = probe.reshape(-1)
+    # From places in the whole file to places in `tensors` one after the other.
+    order = np.full(numbers.shape, -1, dtype=np.int64)
+    place = 0
+    for tensor in tensors:
+        start = first[tensor.name]
+        own = (numbers >= start) & (numbers < start + tensor.rows) & (numbers % 1 == 0)
+        order[own] = numbers[own].astype(np.int64) - start + place
+        place += tensor.rows
+    return None if (order < 0).any() else _Rows(order, shape, transposed)
+
+
+def _check_complete(who: str, parameters, users) -> None:
+    filled = {id(parameters[key]) for key in users}
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if id(parameter) not in filled and isinstance(parameter, nn.Parameter)
+    ]
+    if missing:
+        raise ValueError(
+            f"{who}: the file has no tensor for {len(missing)} parameters of the model: "
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+        )
+
+
+# ---- filling the model ---------------------------------------------------------------------------
+
+
+class _Fill:
+    """Gives every parameter of the empty model its weights, packed or float."""
+
+    def __init__(self, who, file, model, options: Options, origins: dict[str, _Origin]):
+        self.who, self.model, self.origins = who, model, origins
+        self.native = options.low_bit is None  # take what the file has
+        self.parameters = _parameters(model)
+        self.options, self.report = options, Report()
+        if self.native:
+            low_bit, group_size = _dominant(file)
+            self.options = dataclasses.replace(options, low_bit=low_bit, group_size=group_size)
+
+    def run(self) -> dict[str, LowBitTensor]:
+        """Fills in all floats, and returns the packed weights."""
+        packed: dict[str, LowBitTensor] = {}
+        left: list[str] = []
+        plan = planning.build_plan(self.model, self.options, self.who)
+        with torch.no_grad():
+            for entry in self._progress(plan):
+                key = next(name for name in entry.names if name in self.origins)
+                weight = None if entry.low_bit is None else self._packed(entry, key)
+                if weight is not None:
+                    packed[key] = weight
+                    continue
+                if entry.low_bit is not None:  # a float in the file stays one
+                    left.append(entry.name.rpartition(".")[0])
+                self._fill_float(entry.names, key)
+            for key in self.origins:
+                if not isinstance(self.parameters[key], nn.Parameter):
+                    self.parameters[key].copy_(self._float(key))
+        if left:
+            names = (*self.options.modules_to_not_convert, *left)
+            self.options = dataclasses.replace(self.options, modules_to_not_convert=names)
+        return packed
+
+    def _progress(self, entries) -> Iterator:
+        if not self.options.progress:
+            return iter(entries)
+        from tqdm import tqdm
+
+        return tqdm(entries, desc=self.who, unit="weight", file=sys.stderr)
+
+    def _packed(self, entry: planning.Entry, key: str) -> LowBitTensor | None:
+        """The weight in the type it shall have; nothing for one that stays float."""
+        origin = self.origins[key]
+        own = origin.type
+        low_bit, group_size = entry.low_bit, entry.group_size
+        looked_up = any(isinstance(module, nn.Embedding) for module, _ in entry.slots)
+        named = not self.native or (looked_up and self.options.embedding_qtype is not None)
+        if not named:
+            first = origin.tensors[0].type  # decides where one weight has several
+            low_bit = first.exact or _NEAREST.get(first.name)
+            if low_bit is None:
+                return None
+            group_size = _group_size(low_bit)
+        if own is not None and own.exact == low_bit:
+            if self.native or self.options.group_size in (0, own.group_size):
+                weight = self._exact(entry, origin, own)
+                if weight is not None:
+                    self.report.add(entry.name, weight, True, f"the blocks of {own.name}")
+                    return weight
+        if not named:
+            low_bit = _NEAREST.get(first.name, low_bit)
+            group_size = _group_size(low_bit)
+        weight = self._quantized(entry, key, low_bit, group_size)
+        kinds = ", ".join(sorted({tensor.type.name for tensor in origin.tensors}))
+        self.report.add(entry.name, weight, False, f"{kinds}, dequantized and rounded anew")
+        return weight
+
+    def _exact(self, entry, origin: _Origin, own: GgmlType) -> LowBitTensor | None:
+        """The blocks themselves; nothing where they have no lossless counterpart."""
+        rows = origin.rows
+        if rows is None or entry.stored_shape is not None or entry.transposed != rows.transposed:
+            return None
+        if len(rows.shape) > 2 and rows.shape[-2] % 16:
+            return None  # every matrix of a stack is padded by itself
+        blocks, order = _gathered(origin)
+        total = sum(tensor.rows for tensor in origin.tensors)
+        packed, exponent, lossless = _call(
+            self.who, ops._ops.ggml_pack, blocks, own.number, total, rows.shape[-1], order
+        )
+        if not lossless:
+            return None
+        return self._weight(entry, packed, own.exact, own.group_size, exponent, rows.shape)
+
+    def _weight(self, entry, packed, low_bit, group_size, exponent, shape) -> LowBitTensor:
+        return LowBitTensor(
+            packed,
+            low_bit,
+            group_size,
+            exponent,
+            stored_shape=shape,
+            transposed=entry.transposed,
+            shape=entry.shape,
+            dtype=entry.dtype,
+        )
+
+    def _quantized(self, entry, key, low_bit, group_size) -> LowBitTensor:
+        weight = self._quantized_rows(entry, key, low_bit, group_size)
+        if weight is not None:
+            return weight
+        values = self._float(key).to(torch.float32)
+        how = {"transposed": entry.transposed, "stored_shape": entry.stored_shape}
+        try:
+            weight = LowBitTensor.quantize(values, low_bit, group_size, **how)
+        except ValueError as error:
+            raise ValueError(f"{self.who}: {entry.name!r}: {error}") from None
+        return weight._like(weight.packed, dtype=entry.dtype)
+
+    def _quantized_rows(self, entry, key, low_bit, group_size) -> LowBitTensor | None:
+        """A matrix some rows at a time; nothing if a part needs an exponent: all share one."""
+        origin = self.origins[key]
+        rows = origin.rows
+        if rows is None or len(rows.shape) > 2 or entry.stored_shape is not None:
+            return None
+        if origin.type is None or entry.transposed != rows.transposed:
+            return None
+        n, k = rows.shape
+        step = max(16, _CHUNK_BYTES // (4 * k) // 16 * 16)
+        if n <= step:
+            return None
+        blocks, _ = _gathered(origin)
+        order = torch.from_numpy(rows.order)
+        total = sum(tensor.rows for tensor in origin.tensors)
+        of_all = (ops._ops.ggml_dequantize, blocks, origin.type.number, total, k)
+        parts = []
+        for start in range(0, n, step):
+            part = order[start : start + step].contiguous()
+            packed, exponent = ops.quantize(
+                _call(self.who, *of_all, part, torch.float32), low_bit, group_size
+            )
+            if exponent:
+                return None
+            parts.append(packed)
+        return self._weight(entry, torch.cat(parts), low_bit, group_size, 0, rows.shape)
+
+    def _float(self, key: str) -> torch.Tensor:
+        values = self.origins[key].values()
+        shape = tuple(self.parameters[key].shape)
+        if tuple(values.shape) != shape:
+            raise ValueError(
+                f"{self.who}: {key!r} has shape {shape} in the model and {tuple(values.shape)} in "
+                "the file"
+            )
+        return values
+
+    def _fill_float(self, names: tuple[str, ...], key: str) -> None:
+        old = self.parameters[key]
+        parameter = nn.Parameter(self._float(key).to(old.dtype).clone(), old.requires_grad)
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            self.model.get_submodule(owner)._parameters[attribute] = parameter
+
+
+def _group_size(low_bit: str) -> int:
+    """Of what is quantized because the file's type has no counterpart: that of ggml's blocks."""
+    return 32 if ops.FORMATS[low_bit].grouped else 0
+
+
+def _gathered(origin: _Origin) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The blocks of all tensors one after the other; the order of rows, None if it is theirs."""
+    blocks = [tensor.blocks for tensor in origin.tensors]
+    order = origin.rows.order
+    in_order = np.array_equal(order, np.arange(sum(tensor.rows for tensor in origin.tensors)))
+    return (
+        blocks[0] if len(blocks) == 1 else torch.cat(blocks),
+        None if in_order else torch.from_numpy(order),
+    )
+
+
+def _dominant(file: GgufFile) -> tuple[str, int]:
+    """The type and group size that most bytes of the file's matrices become."""
+    weights: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        low_bit = tensor.type.exact or _NEAREST.get(tensor.type.name)
+        if len(tensor.shape) > 1 and low_bit is not None:
+            weights[low_bit] = weights.get(low_bit, 0) + tensor.blocks.numel()
+    low_bit = max(weights, key=weights.__getitem__, default="bf16")
+    return low_bit, _group_size(low_bit)
