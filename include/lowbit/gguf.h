@@ -1,6 +1,6 @@
 // GGUF, the file format of llama.cpp: read as strictly as any file of strangers (docs/security.md),
 // its block types unpacked, and those with a counterpart among ours packed without rounding
-// (docs/imports-gguf.md). Paths are UTF-8.
+// (docs/gguf.md). Paths are UTF-8.
 #pragma once
 
 #include <cstddef>

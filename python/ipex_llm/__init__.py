@@ -14,10 +14,10 @@ from .tensor import LowBitTensor
 if TYPE_CHECKING:
     from .convert import dequantize, merge_adapters
     from .fuse import optimization_report
-    from .imports.quantized import load_quantized
-    from .imports.report import import_report
     from .imports.gguf import load_gguf
     from .imports.gguf_save import save_gguf
+    from .imports.quantized import load_quantized
+    from .imports.report import import_report
     from .optimize import load_low_bit, low_memory_init, optimize_model
     from .planning import plan
 

@@ -1,7 +1,7 @@
 """`load_gguf`: an optimized transformers model from a GGUF file of llama.cpp.
 
 Blocks become our packed weights directly where the types have the same codes and scales (the table
-is in docs/imports-gguf.md); nothing is rounded then, and no float copy is made. The rest is
+is in docs/gguf.md); nothing is rounded then, and no float copy is made. The rest is
 dequantized by the core and quantized. The file is checked by the core (include/lowbit/gguf.h)
 before any other library sees it; transformers' own GGUF support then says which architecture it is,
 how tensors are called and what llama.cpp did to them.

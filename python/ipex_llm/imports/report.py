@@ -70,7 +70,7 @@ def import_report(model: nn.Module) -> Report:
     arguments.module_or_raise("import_report", model)
     if _REPORT not in model.__dict__:
         raise ValueError(
-            "import_report: the model was not imported; load_quantized, load_gguf, or load_low_bit on "
-            "a save of the archived project, makes one that was"
+            "import_report: the model was not imported; load_quantized, load_gguf, or load_low_bit "
+            "on a save of the archived project, makes one that was"
         )
     return Report(model.__dict__[_REPORT])
