@@ -77,12 +77,24 @@ def given_chatglm(request, directory):
     return {"AutoModel": AutoModel, "saved_dir": "saved"}
 
 
+def given_gguf(request, directory):
+    from gguf_files import VOCABULARY, llama_metadata, llama_tensors, write
+
+    tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": list("abcdefgh") * 12}
+    assert len(tokens["tokenizer.ggml.tokens"]) == VOCABULARY
+    write(
+        directory / "model-Q4_1.gguf", "llama", llama_metadata(1, **tokens), llama_tensors(["Q4_1"])
+    )
+    return {}
+
+
 GIVENS = {
     "nothing": given_nothing,
     "whisper": given_whisper,
     "smollm2": given_smollm2,
     "minilm": given_minilm,
     "chatglm": given_chatglm,
+    "gguf": given_gguf,
 }
 
 EXAMPLES = {}
