@@ -578,7 +578,7 @@ def test_llama_cpp_generates_the_same(low_bit, group_size, smollm2_file, smollm2
     theirs = torch.tensor(llama_cpp_says(path, ids[0].tolist(), 24))
     with torch.no_grad():
         logits = model(torch.cat([ids, theirs[None]], dim=1)).logits[0, ids.shape[1] - 1 : -1]
-    # llama.cpp rounds activations to 8 bits in groups of 32, so where two tokens are nearly equal it
+    # llama.cpp rounds activations to 8 bits in groups of 32: where two tokens are nearly equal it
     # may choose the other one: never one that we find much less likely, and seldom.
     gaps = logits.max(-1).values - logits[torch.arange(24), theirs]
     assert gaps.max() < math.log(1.5), gaps
