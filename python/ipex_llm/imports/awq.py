@@ -50,7 +50,7 @@ class AwqWeight:
             zeros = unpack(self.qzeros, 4, groups).to(torch.int16)
             scales = self.scales[:, :groups].float()
         else:
-            codes = _in_order(unpack(self.qweight, 4, n)).t()
+            codes = _in_order(unpack(self.qweight, 4, n)).t().contiguous()
             zeros = _in_order(unpack(self.qzeros, 4, n)).t().to(torch.int16)
             scales = self.scales.float().t()
         size = grids.group_size_of(self.group_of_input)

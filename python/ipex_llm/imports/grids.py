@@ -121,8 +121,7 @@ def from_integers(
     asym_int4 with minima -zero * scale, or with `exact` sym_int5, which has room for every zero;
     else sym_int8.
     """
-    k = codes.shape[1]
-    centred = codes.to(torch.int16) - zeros.repeat_interleave(group_size, 1)[:, :k]
+    centred = _centred(codes, zeros, group_size, torch.int8 if bits <= 4 else torch.int16)
     low, high = (int(v) for v in centred.aminmax())
     if low >= -8 and high <= 7:
         return _symmetric(centred, scales, "sym_int4", 8, group_size, dtype)
@@ -135,6 +134,19 @@ def from_integers(
     if low >= -127 and high <= 127:
         return _symmetric(centred, scales, "sym_int8", 128, group_size, dtype)
     return _narrowed(centred, scales, group_size, dtype)
+
+
+def _centred(codes, zeros, group_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """code - zero, of codes [n, k] and zeros [n, groups]."""
+    codes, zeros = codes.to(dtype), zeros.to(dtype)
+    whole = codes.shape[1] // group_size
+    parts = [
+        codes[:, : whole * group_size].unflatten(1, (whole, group_size)) - zeros[:, :whole, None]
+    ]
+    if zeros.shape[1] == whole:
+        return parts[0].flatten(1)
+    parts.append(codes[:, None, whole * group_size :] - zeros[:, whole:, None])
+    return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 def _symmetric(centred, scales, low_bit: str, zero: int, group_size: int, dtype) -> Imported:

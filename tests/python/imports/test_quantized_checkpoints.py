@@ -15,7 +15,7 @@ from torch import nn
 
 import ipex_llm
 from ipex_llm import load_quantized, ops
-from ipex_llm.imports import grids
+from ipex_llm.imports import grids, words
 from ipex_llm.optimize import load_low_bit, low_memory_init
 from saved_models import same, snapshot, tiny_llama
 
@@ -219,6 +219,16 @@ def test_gptq_layouts(version, bits, k, size, ours, tmp_path):
     else:
         assert packed.low_bit == "sym_int8"
         assert error <= 1 / 250
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_words_read_alike_on_either_byte_order(bits, monkeypatch):
+    stored = torch.from_numpy(
+        np.random.default_rng(bits).integers(-(2**31), 2**31, (5, 7), np.int32)
+    )
+    codes = words.unpack(stored, bits, 7 * 32 // bits - 1)
+    monkeypatch.setattr(words.sys, "byteorder", "big")
+    assert torch.equal(words.unpack(stored, bits, 7 * 32 // bits - 1), codes)
 
 
 def test_gptq_act_order_of_whole_runs_is_exact(tmp_path):
