@@ -294,6 +294,27 @@ def test_a_replaced_projection_is_used():
         assert close(fused(ids()).logits, plain(ids()).logits)
 
 
+def test_adapters_are_served_by_the_original(monkeypatch):
+    peft = pytest.importorskip("peft")
+    models = pair()
+    calls = Calls(monkeypatch)
+    results = []
+    for model in models:
+        torch.manual_seed(2)
+        target = r"model\.layers\.1\.self_attn\.q_proj"
+        config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=target)
+        adapted = peft.get_peft_model(model, config).eval()
+        with torch.no_grad():
+            first = adapted(ids()).logits
+            with adapted.disable_adapter():
+                second = adapted(ids()).logits
+        results.append((first, second))
+    for want, have in zip(*results, strict=True):
+        assert close(have, want)
+    assert not close(results[0][0], results[0][1])
+    assert (calls.served, calls.refused) == (2, 2)  # the block without an adapter, and the other
+
+
 # ---- what must not change ------------------------------------------------------------------------
 
 
