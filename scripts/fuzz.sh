@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fuzzes the readers of hostile files under AddressSanitizer and UndefinedBehaviorSanitizer.
 #   scripts/fuzz.sh [TARGET ...]      all targets of tests/fuzz/targets.cpp unless some are named
+# (inputs of up to MAX_LEN bytes, default 1024)
 # Each runs for SECONDS_EACH (default 60) or, if RUNS is set, for that many executions. Inputs that
 # found new paths are kept in build-fuzz/corpus; the seeds are in tests/fuzz/corpus.
 # A unit that takes 200 s is a finding; less would blame inputs for a machine that pauses.
@@ -32,7 +33,7 @@ for target in "${targets[@]}"; do
   mkdir -p "build-fuzz/corpus/$target"
   echo "== $target"
   status=0
-  "build-fuzz/$target" "${limit[@]}" -timeout=200 -rss_limit_mb=2048 -max_len=4096 \
+  "build-fuzz/$target" "${limit[@]}" -timeout=200 -rss_limit_mb=2048 -max_len="${MAX_LEN:-1024}" \
     -artifact_prefix="build-fuzz/$target-" -print_final_stats=1 -verbosity=0 \
     "build-fuzz/corpus/$target" "tests/fuzz/corpus/$target" > "build-fuzz/$target.log" 2>&1 || status=$?
   grep -E "number_of_executed_units|average_exec_per_sec|ERROR|SUMMARY|Test unit written" "build-fuzz/$target.log" || true

@@ -1,6 +1,7 @@
 // A float checkpoint into a low-bit save: one chunk of rows at a time, so that memory is bounded by
 // a chunk and its packed bytes, whatever the size of the model or of a tensor.
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -265,9 +266,17 @@ std::string identity(const Checkpoint& checkpoint,
   return text;
 }
 
+[[noreturn]] void refuse_byte_order() {
+  throw Error(ErrorCode::kValue,
+              "convert: this machine is big-endian, where saves are read and "
+              "not made; convert elsewhere and copy the directory");
+}
+
 }  // namespace
 
 void convert(const ConvertArgs& args, const Threads& threads) {
+  if (std::endian::native != std::endian::little)
+    refuse_byte_order();  // values are read and packed as they lie in the file
   Checkpoint checkpoint = open_checkpoint(args.source);
   Job job = args.plan.empty()
                 ? job_from_names(args, checkpoint)

@@ -171,6 +171,23 @@ def test_small_memory_and_transposed_weights(tmp_path):
     converted_like_saved(tmp_path, cls, "--max-memory", "60KB", plan=True)
 
 
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon"])
+def test_any_instruction_set_gives_the_same_bytes(isa, tmp_path):
+    saved_float(tmp_path / "float", "mixtral", dtype=torch.bfloat16)
+    lowbit("convert", tmp_path / "float", tmp_path / "out", "--quiet", "--low-bit", "nf4")
+    arguments = ["--threads", "3", "convert", tmp_path / "float", tmp_path / isa]
+    done = subprocess.run(
+        [PROGRAM, *map(str, arguments), "--quiet", "--low-bit", "nf4"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LOWBIT_FORCE_ISA": isa},
+    )
+    if "LOWBIT_FORCE_ISA" in done.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert done.returncode == 0, done.stderr
+    assert names_and_bytes(tmp_path / isa) == names_and_bytes(tmp_path / "out")
+
+
 # ---- fp8 sources ---------------------------------------------------------------------------------
 
 

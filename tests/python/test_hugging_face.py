@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from ipex_llm import optimize_model
+from ipex_llm import optimize_model, program
 from saved_models import tiny_llama
 
 PROGRAM = """
-import sys, torch, warnings
+import json, os, sys, torch, warnings
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from ipex_llm import LowBitTensor
 from ipex_llm.optimize import low_memory_init, load_low_bit
@@ -59,9 +59,60 @@ assert not any(info.values())
 ordinary = AutoModelForCausalLM.from_pretrained(plain)
 assert not any(isinstance(p, LowBitTensor) for p in ordinary.parameters())
 
+# What transformers' own quantizers leave on a model; casts go on working.
+with open(os.path.join(saved, "config.json")) as file:
+    facts = json.load(file)["quantization_config"]
+assert facts["quant_method"] == "ipex_llm" and facts["low_bit"] == "sym_int4"
+from ipex_llm.transformers import LowBitConfig
+from transformers.quantizers import AutoQuantizationConfig
+config = AutoQuantizationConfig.from_pretrained(saved)
+assert isinstance(config, LowBitConfig) and config.to_dict() == facts
+assert model.is_quantized and model.quantization_method == "ipex_llm"
+assert model.hf_quantizer.is_serializable()
+assert model.config.quantization_config.low_bit == "sym_int4"
+assert model.half().dtype == torch.float16 and model.float().dtype == torch.float32
+
+# Quantized while it is loaded.
+for low_bit in ("nf4", "fp8_e4m3"):
+    fresh = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=LowBitConfig(low_bit, modules_to_not_convert=["lm_head"])
+    )
+    assert fresh.model.layers[0].mlp.up_proj.weight.low_bit == low_bit
+    by_hand = ipex_llm.optimize_model(
+        LlamaForCausalLM.from_pretrained(plain), low_bit, modules_to_not_convert=["lm_head"]
+    )
+    assert torch.equal(fresh(tokens).logits, by_hand(tokens).logits)
+    assert not isinstance(fresh.lm_head.weight, LowBitTensor)
+try:
+    LowBitConfig("int3")
+    raise SystemExit("int3 is no type")
+except ValueError as error:
+    assert "LowBitConfig" in str(error), error
+
+# A hub's cache is directories of links; a save may lie in a subfolder.
+snapshot = os.path.join(out + "_cache", "models--someone--tiny", "snapshots", "0" * 40)
+os.makedirs(snapshot)
+os.makedirs(os.path.join(out + "_cache", "models--someone--tiny", "refs"))
+with open(os.path.join(out + "_cache", "models--someone--tiny", "refs", "main"), "w") as file:
+    file.write("0" * 40)
+for name in os.listdir(saved):
+    os.symlink(os.path.join(saved, name), os.path.join(snapshot, name))
+cached = AutoModelForCausalLM.from_pretrained("someone/tiny", cache_dir=out + "_cache")
+assert torch.equal(cached(tokens).logits, expected)
+nested = AutoModelForCausalLM.from_pretrained(
+    os.path.dirname(saved), subfolder=os.path.basename(saved)
+)
+assert torch.equal(nested(tokens).logits, expected)
+
 model.save_pretrained(out)
 again = AutoModelForCausalLM.from_pretrained(out)
 assert torch.equal(again(tokens).logits, expected)
+os.remove(os.path.join(out, "ipex_llm.json"))
+try:
+    AutoModelForCausalLM.from_pretrained(out)
+    raise SystemExit("loaded without its manifest")
+except (ValueError, OSError) as error:
+    assert "ipex_llm.json" in str(error), error
 print("passed")
 """
 
@@ -76,6 +127,44 @@ def directories(tmp_path):
 def test_from_pretrained_and_save_pretrained(directories):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, directories)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert done.stdout.endswith("passed\n"), done.stderr
+
+
+LIBRARIES = """
+import sys, torch
+import ipex_llm.transformers
+from ipex_llm import LowBitTensor
+from sentence_transformers import SentenceTransformer
+from transformers import pipeline
+text, minilm, float_minilm = sys.argv[1:]
+
+generate = pipeline("text-generation", model=text)
+assert isinstance(generate.model.model.layers[0].mlp.up_proj.weight, LowBitTensor)
+said = generate("The capital of France is", max_new_tokens=5, do_sample=False)
+assert "Paris" in said[0]["generated_text"], said
+
+sentences = ["A man eats food.", "A man is eating.", "The girl carries a baby."]
+encoder = SentenceTransformer(minilm, device="cpu")
+assert any(isinstance(p, LowBitTensor) for p in encoder.parameters())
+ours = torch.as_tensor(encoder.encode(sentences))
+exact = torch.as_tensor(SentenceTransformer(float_minilm, device="cpu").encode(sentences))
+assert torch.cosine_similarity(ours, exact).min() > 0.99
+print("passed")
+"""
+
+
+def test_pipelines_and_sentence_transformers_load_conversions(smollm2_dir, minilm_dir, tmp_path):
+    """Directories that the program wrote, tokenizer and module folders included."""
+    for source, name in ((smollm2_dir, "text"), (minilm_dir, "minilm")):
+        arguments = ["convert", source, tmp_path / name, "--low-bit", "sym_int8", "--quiet"]
+        subprocess.run([program.PROGRAM, *map(str, arguments)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARIES, tmp_path / "text", tmp_path / "minilm", minilm_dir],
         capture_output=True,
         text=True,
         check=False,

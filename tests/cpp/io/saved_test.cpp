@@ -526,6 +526,58 @@ TEST(Saved, KilledAtAnyStepTheOldSaveOrTheNewLoads) {
     }
   }
 }
+// A writer whose process ends without a word leaves its complete tensors to the next one with an
+// equal request; the bytes are those of a save that was never interrupted.
+TEST(Saved, AnInterruptedWriterIsTakenUp) {
+  TemporaryDirectory directory;
+  save_small(directory / "whole", 4, 8000);
+  auto request = [&](const char* key) {
+    SaveRequest wanted = small_request(directory / "out");
+    wanted.max_shard_bytes = 8000;
+    wanted.resume_key = key;
+    return wanted;
+  };
+  auto write = [](SaveWriter& writer, std::size_t first, std::size_t end) {
+    for (std::size_t i = first; i < end; ++i) {
+      const std::size_t index = writer.order()[i];
+      const SavedTensor& tensor = writer.tensors()[index];
+      std::string bytes = content(tensor.name, stored_bytes(tensor), 4);
+      if (tensor.name == "z.weight") writer.set_exponent(index, -3);
+      writer.write(std::as_bytes(std::span(bytes)));
+    }
+  };
+  auto interrupted = [&](const char* key, std::size_t tensors) {
+    pid_t child = ::fork();
+    if (child == 0) {
+      SaveWriter writer(request(key));
+      write(writer, writer.resumed(), tensors);
+      ::_exit(0);
+    }
+    ASSERT_EQ(::waitpid(child, nullptr, 0), child);
+  };
+  interrupted("one", 4);
+  interrupted("one", 6);  // taken up and interrupted again
+  EXPECT_EQ(caught([&] { open_saved(directory / "out"); }).code(), ErrorCode::kNotFound);
+  {
+    SaveWriter writer(request("one"));
+    EXPECT_EQ(writer.resumed(), 6u);
+    Error error = caught([&] { SaveWriter other(request("one")); });
+    EXPECT_NE(std::string(error.what()).find("another process"), std::string::npos);
+    write(writer, 6, writer.order().size());
+    writer.commit();
+  }
+  ASSERT_EQ(names_in(directory / "out"), names_in(directory / "whole"));
+  for (const std::string& name : names_in(directory / "whole"))
+    EXPECT_EQ(read_file(directory / ("out/" + name)), read_file(directory / ("whole/" + name)));
+
+  // Another key starts anew and takes the left-overs away.
+  interrupted("one", 4);
+  {
+    SaveWriter writer(request("two"));
+    EXPECT_EQ(writer.resumed(), 0u);
+  }
+  for (const std::string& name : names_in(directory / "out")) EXPECT_NE(name[0], '.') << name;
+}
 #endif
 
 TEST(Saved, SaversAndReadersAtTheSameTime) {
