@@ -223,6 +223,7 @@ def _accept_stack(module: nn.Module, child: str, config) -> None:
         _log.debug("no stack", exc_info=True)
         return
     swap_class(module, forward.RunsStack)
+    swap_class(module._modules[child], forward.RunsBlocks)
     module.__dict__[forward.STACK] = child
 
 

@@ -24,6 +24,7 @@ from ipex_llm.fuse.forward import (
     STACK,
     STATE,
     Fused,
+    RunsBlocks,
     RunsStack,
     State,
     _local,
@@ -270,6 +271,7 @@ def prove_stack(module: nn.Module, child: str, config) -> None:
                 block.__dict__[STATE] = State(block.__dict__[STATE].description)
             if stacked:
                 swap_class(copied, RunsStack)
+                swap_class(copied._modules[child], RunsBlocks)
                 copied.__dict__[STACK] = child
             cache = DynamicCache(config=config)
             outputs = []

@@ -73,6 +73,9 @@ LOWBIT_INLINE vf vmax(vf a, vf b) {
 }
 
 LOWBIT_INLINE float sum_of(vf value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(value);
+#endif
   float parts[kLanes];
   store(parts, value);
   for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -82,6 +85,9 @@ LOWBIT_INLINE float sum_of(vf value) {
 }
 
 LOWBIT_INLINE float max_of(vf value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(value);
+#endif
   float parts[kLanes];
   store(parts, value);
   float best = parts[0];
@@ -414,12 +420,60 @@ LOWBIT_INLINE void transpose(vf* rows) {
 #endif
 }
 
+// Whether the two halves of a lane become floats where they are.
+template <DType kType>
+constexpr bool kPaired =
+#if defined(__AVX512F__)
+    kType != DType::kFloat32;
+#else
+    kType == DType::kBFloat16;
+#endif
+
+// The first (0) or second element of the pair of 16-bit elements in every lane.
+template <DType kType, int kSecond>
+LOWBIT_INLINE vf half_of_pair(vf pair) {
+  vu bits;
+  std::memcpy(&bits, &pair, sizeof bits);
+#if defined(__AVX512F__)
+  if constexpr (kType == DType::kFloat16) {
+    const vu shifted = bits >> (16 * kSecond);
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(shifted)));
+  }
+#endif
+  const vu wide = kSecond != 0 ? bits & 0xffff0000u : bits << 16;
+  vf value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
 // Keys of `count` positions to [d, kPositions] floats; columns of absent positions are zero.
 template <DType kType>
 void transpose_keys(const void* keys, std::int64_t stride, std::int64_t first, int count, int d,
                     float* to) {
   for (int p = 0; p < kPositions; p += kLanes) {
     int i = 0;
+    if constexpr (kPaired<kType>) {
+      // Two elements at a time are turned as one: half the shuffles, which are most of the work.
+      for (; i + 2 * kLanes <= d; i += 2 * kLanes) {
+        vf rows[kLanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          rows[l] = vf{};
+          if (p + l < count) {
+            std::memcpy(&rows[l],
+                        static_cast<const std::uint16_t*>(keys) + (first + p + l) * stride + i,
+                        sizeof(vf));
+          }
+        }
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          float* column = to + (i + 2 * l) * kPositions + p;
+          store(column, half_of_pair<kType, 0>(rows[l]));
+          store(column + kPositions, half_of_pair<kType, 1>(rows[l]));
+        }
+      }
+    }
     for (; i + kLanes <= d; i += kLanes) {
       vf rows[kLanes];
 #pragma GCC unroll 16
@@ -506,11 +560,57 @@ std::int64_t round_to_lanes(std::int64_t n) {
 namespace lowbit::cpu {
 namespace {
 
+// Whether accumulators hold, of every two vectors of channels, the even ones and then the odd ones,
+// as they come out of one load.
+template <DType kType>
+constexpr bool kSplitChannels = kType == DType::kBFloat16;
+
+LOWBIT_INLINE bool splits_channels(DType dtype, int d) {
+  return dtype == DType::kBFloat16 && d % (kColumns * kLanes) == 0;
+}
+
+// Puts accumulators [rows, d] of add_values back in order.
+void join_channels(int rows, int d, float* acc) {
+  for (std::int64_t at = 0; at < std::int64_t{rows} * d; at += 2 * kLanes) {
+    float even[kLanes], odd[kLanes];
+    std::memcpy(even, acc + at, sizeof even);
+    std::memcpy(odd, acc + at + kLanes, sizeof odd);
+    for (int l = 0; l < kLanes; ++l) {
+      acc[at + 2 * l] = even[l];
+      acc[at + 2 * l + 1] = odd[l];
+    }
+  }
+}
+
+// Lines of `count` rows are on their way while something else is computed.
+LOWBIT_INLINE void prefetch_rows(const void* rows, std::int64_t stride, std::int64_t bytes,
+                                 int count) {
+  for (int r = 0; r < count; ++r) {
+    const char* row = static_cast<const char*>(rows) + r * stride;
+    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
 // acc[rows][d] += p[rows][count] * values. d is a multiple of kLanes.
 template <DType kType>
 void add_values(int rows, const float* p, const void* values, std::int64_t stride, int count, int d,
                 float* acc) {
   int column = 0;
+  if (kSplitChannels<kType> && splits_channels(kType, d)) {
+    for (; column < d; column += kColumns * kLanes) {
+      const auto b = [&](int i, int v) __attribute__((always_inline)) {
+        vf pair;
+        std::memcpy(
+            &pair,
+            static_cast<const std::uint16_t*>(values) + i * stride + column + v / 2 * 2 * kLanes,
+            sizeof pair);
+        return v % 2 == 0 ? half_of_pair<DType::kBFloat16, 0>(pair)
+                          : half_of_pair<DType::kBFloat16, 1>(pair);
+      };
+      product_rows<kColumns, true>(rows, p, kPositions, b, count, acc + column, d);
+    }
+    return;
+  }
   for (; column + kColumns * kLanes <= d; column += kColumns * kLanes) {
     const auto b = [&](int i, int v) __attribute__((always_inline)) {
       return load_as<kType>(values, i * stride + column + v * kLanes);
@@ -585,6 +685,12 @@ void attend(const AttendRows& args) {
         static_cast<const std::byte*>(args.keys) + first / kPositions * block_bytes;
     const std::byte* value_block =
         static_cast<const std::byte*>(args.values) + first / kPositions * block_bytes;
+    const char* values = static_cast<const char*>(args.values) + first * args.value_stride * bytes;
+    if (cached) {
+      prefetch_rows(value_block, 0, block_bytes, 1);
+    } else {
+      prefetch_rows(values, args.value_stride * bytes, d * bytes, count);
+    }
 #if defined(LOWBIT_ATTEND_INT8)
     if (bytewise) score_keys(rows, key_block, work, scores);
 #endif
@@ -602,6 +708,17 @@ void attend(const AttendRows& args) {
         return load(transposed + i * kPositions + column + v * kLanes);
       };
       product_rows<kColumns, false>(rows, args.q, d, b, d, scores + column, kPositions);
+    }
+    if (first + kPositions < args.end) {
+      if (cached) {
+        prefetch_rows(key_block + block_bytes, 0, block_bytes, 1);
+      } else {
+        const std::int64_t left = args.end - first - kPositions;
+        prefetch_rows(
+            static_cast<const char*>(args.keys) + (first + kPositions) * args.key_stride * bytes,
+            args.key_stride * bytes, d * bytes,
+            static_cast<int>(left < kPositions ? left : kPositions));
+      }
     }
     for (int r = 0; r < rows; ++r) {
       float* row = scores + r * kPositions;
@@ -657,7 +774,6 @@ void attend(const AttendRows& args) {
       continue;
     }
 #endif
-    const char* values = static_cast<const char*>(args.values) + first * args.value_stride * bytes;
     if (cached) {
       args.format == CacheFormat::kInt8
           ? values_to_rows<CacheFormat::kInt8>(value_block, d, count, padded, padded_values)
@@ -678,6 +794,7 @@ void attend(const AttendRows& args) {
       });
     }
   }
+  if (!cached && !pad && splits_channels(args.dtype, d)) join_channels(rows, d, acc);
   if (pad) {
     for (int r = 0; r < rows; ++r) {
       std::memcpy(args.acc + std::int64_t{r} * d, acc + r * padded,
