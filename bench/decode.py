@@ -1,7 +1,9 @@
 """Decoding through optimize_llm: tokens per second, fused against not, and at a long context.
 
     python bench/decode.py [--model DIR | --shape llama-1.1b] [--low-bit sym_int4] [--threads 2]
+        [--contenders fused,int8,fp8,unfused] [--saved DIR]
 
+Contenders: fused, with keys and values in the model's type or as kv_cache_dtype says, and unfused.
 Steps of the contenders alternate, so that a noisy machine slows all alike; medians are reported.
 """
 
@@ -47,11 +49,28 @@ def build(arguments):
         torch.set_default_dtype(default)
 
 
+def optimized(arguments):
+    """The low-bit model, unfused; from `--saved` where it is there already."""
+    saved = arguments.saved
+    if saved is None or not (saved / "ipex_llm.json").exists():
+        model = ipex_llm.optimize_model(build(arguments), arguments.low_bit, optimize_llm=False)
+        if saved is not None:
+            model.save_low_bit(saved)
+        return model
+    from transformers import AutoModelForCausalLM
+
+    from ipex_llm.optimize import load_low_bit, low_memory_init
+
+    with low_memory_init():
+        model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    return load_low_bit(model, saved)
+
+
 class Decoder:
     """One contender: a model with a filled cache, advanced token by token."""
 
-    def __init__(self, name, model, prompt):
-        self.name, self.model = name, model
+    def __init__(self, model, prompt):
+        self.model = model
         self.times: list[float] = []
         start = time.perf_counter()
         out = model(prompt, use_cache=True, logits_to_keep=1)
@@ -77,35 +96,41 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--contexts", default="100,2000")
+    parser.add_argument("--contenders", default="fused,unfused")
+    parser.add_argument("--saved", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    plain = ipex_llm.optimize_model(build(arguments), arguments.low_bit, optimize_llm=False)
-    fused = copy.deepcopy(plain)
     from ipex_llm.fuse import fuse_model
 
-    fuse_model(fused)
-    print(ipex_llm.optimization_report(fused))
+    plain = optimized(arguments)
+    models = {}
+    for name in arguments.contenders.split(","):
+        models[name] = plain if name == "unfused" else copy.deepcopy(plain)
+        if name != "unfused":
+            fuse_model(models[name], None if name == "fused" else name)
+    print(ipex_llm.optimization_report(next(iter(models.values()))))
     contexts = [int(c) for c in arguments.contexts.split(",")]
     vocabulary = plain.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, vocabulary, (1, c), generator=generator) for c in contexts]
+    decoders = {}
     with torch.no_grad():
-        fused(prompts[0][:, :8])  # memory of the operators, thread pool
-        plain(prompts[0][:, :8])
-        decoders = [
-            Decoder(f"{name} at {context}", model, prompt)
-            for context, prompt in zip(contexts, prompts, strict=True)
-            for name, model in (("fused", fused), ("unfused", plain))
-        ]
+        for model in models.values():
+            model(prompts[0][:, :8])  # memory of the operators, thread pool
+        for context, prompt in zip(contexts, prompts, strict=True):
+            for name, model in models.items():
+                decoders[name, context] = Decoder(model, prompt)
         for _ in range(arguments.steps):
-            for decoder in decoders:
+            for decoder in decoders.values():
                 decoder.step()
-    for decoder, context in zip(decoders, [c for c in contexts for _ in range(2)], strict=True):
-        rate = context / decoder.prefill
-        print(f"{decoder.name}: decode {decoder.speed:.1f} tok/s, prompt {rate:.0f} tok/s")
-    first, last = decoders[0], decoders[-2]
-    print(f"decode at {contexts[-1]} / at {contexts[0]}: {last.speed / first.speed:.2f}")
-    print(f"fused / unfused at {contexts[0]}: {first.speed / decoders[1].speed:.2f}")
+    first = next(iter(models))
+    for (name, context), decoder in decoders.items():
+        print(
+            f"{name} at {context}: decode {decoder.speed:.1f} tok/s, "
+            f"prompt {context / decoder.prefill:.0f} tok/s; "
+            f"{decoder.speed / decoders[name, contexts[0]].speed:.2f} of that at {contexts[0]}, "
+            f"{decoder.speed / decoders[first, context].speed:.2f} of {first}"
+        )
 
 
 if __name__ == "__main__":

@@ -50,22 +50,21 @@ def growable_class() -> type:
 
             After writing behind the positions held, call `advance(new)`.
             """
-            state = self.__dict__
-            past = self._length()
-            if past < 0:
+            keys, values = slots = self.__dict__["_keys"], self.__dict__["_values"]
+            past = keys.length
+            if past != values.length:
                 return None
-            shape = (batch, heads, dim)
-            for name in ("keys", "values"):
-                slot = state["_" + name]
-                if slot.fits(shape, dtype, past + new):
+            kind = (batch, heads, dim, dtype)
+            for slot in slots:
+                if slot.kind == kind and slot.capacity >= past + new:
                     continue
-                if past and not slot.holds(shape, dtype):
+                if past and not slot.holds(kind):
                     return None
-                slot.grow(shape, dtype, past, new)
+                slot.grow(kind, past, new)
             if not self.is_initialized:
                 self.dtype, self.device = dtype, torch.device("cpu")
                 self.is_initialized = True
-            return state["_keys"].buffer, state["_values"].buffer, past
+            return keys.buffer, values.buffer, past
 
         def advance(self, new: int) -> None:
             state = self.__dict__
@@ -227,9 +226,12 @@ class _Growing:
 
 
 class _Slot:
-    """Keys or values: a plain tensor that somebody assigned, or a prefix of a buffer."""
+    """Keys or values: a plain tensor that somebody assigned, or a prefix of a buffer.
 
-    __slots__ = ("buffer", "length", "plain", "view")
+    Of a buffer, `kind` is (batch, heads, dim, dtype of the contents) and `capacity` its positions.
+    """
+
+    __slots__ = ("buffer", "capacity", "kind", "length", "plain", "view")
 
     format = 0
 
@@ -237,7 +239,8 @@ class _Slot:
         self.buffer: torch.Tensor | None = None
         self.plain: torch.Tensor | None = None
         self.view: torch.Tensor | None = None
-        self.length = 0
+        self.kind: tuple | None = None
+        self.length = self.capacity = 0
 
     def tensor(self) -> torch.Tensor | None:
         if self.buffer is None:
@@ -264,7 +267,7 @@ class _Slot:
         self._hold(tensor)
 
     def _hold(self, tensor: torch.Tensor | None) -> None:
-        self.buffer, self.view, self.plain = None, None, tensor
+        self.buffer, self.view, self.plain, self.kind = None, None, tensor, None
         self.length = 0 if tensor is None or tensor.dim() != 4 else tensor.shape[2]
 
     def extend(self, new: int) -> None:
@@ -281,65 +284,65 @@ class _Slot:
         """Other rows of the batch."""
         with torch.inference_mode(False), torch.no_grad():
             self.buffer = pick(self.buffer)
-        self.view = None
+        self.view, self.kind = None, (self.buffer.shape[0], *self.kind[1:])
 
     def write(self, tensor: torch.Tensor, past: int) -> None:
         """`tensor` behind `past` positions of the buffer."""
         self.buffer[:, :, past : past + tensor.shape[2]].copy_(tensor)
 
-    def fits(self, shape, dtype, length: int) -> bool:
-        buffer = self.buffer
-        return (
-            buffer is not None
-            and buffer.shape[2] >= length
-            and buffer.dtype is dtype
-            and (buffer.shape[0], buffer.shape[1], buffer.shape[3]) == shape
-        )
-
-    def holds(self, shape, dtype) -> bool:
-        tensor = self.tensor()
+    def holds(self, kind: tuple) -> bool:
+        """Whether what is held, in a buffer or not, can be gone on with."""
+        if self.buffer is not None:
+            return self.kind == kind
+        tensor = self.plain
         return (
             tensor is not None
-            and tensor.dtype is dtype
+            and tensor.dim() == 4
             and tensor.device.type == "cpu"
-            and (tensor.shape[0], tensor.shape[1], tensor.shape[3]) == shape
+            and (tensor.shape[0], tensor.shape[1], tensor.shape[3], tensor.dtype) == kind
         )
 
-    def grow(self, shape, dtype, length: int, new: int) -> None:
-        batch, heads, dim = shape
+    def grow(self, kind: tuple, length: int, new: int) -> None:
+        batch, heads, dim, dtype = kind
         held = self.tensor() if length else None
-        buffer = _empty((batch, heads, _room(length, new), dim), dtype)
+        room = _room(length, new)
+        buffer = _empty((batch, heads, room, dim), dtype)
         if held is not None:
             with torch.inference_mode():
                 buffer[:, :, :length].copy_(held)
-        self.buffer, self.plain, self.view, self.length = buffer, None, None, length
+        self._use(buffer, kind, room, length)
+
+    def _use(self, buffer: torch.Tensor, kind: tuple, capacity: int, length: int) -> None:
+        self.buffer, self.kind, self.capacity, self.length = buffer, kind, capacity, length
+        self.plain = self.view = None
 
 
 class _PackedSlot(_Slot):
     """The same quantized: buffer is uint8 [batch, heads, blocks, block bytes]."""
 
-    __slots__ = ("dim", "dtype", "format", "part")
+    __slots__ = ("format", "part")
 
     def __init__(self, format: int, part: int) -> None:
         super().__init__()
         self.format, self.part = format, part
-        self.dim, self.dtype = 0, torch.float32
 
     def state(self) -> tuple:
         used = self.buffer[:, :, : _blocks(self.length)].clone()
-        return self.format, self.part, used, self.length, self.dim, self.dtype
+        return self.format, self.part, used, self.kind, self.length
 
     @classmethod
     def of_state(cls, state: tuple) -> _PackedSlot:
         slot = cls(*state[:2])
-        slot.buffer, slot.length, slot.dim, slot.dtype = state[2:]
+        buffer, kind, length = state[2:]
+        slot._use(buffer, kind, buffer.shape[2] * _BLOCK, length)
         return slot
 
     def tensor(self) -> torch.Tensor | None:
         # Made anew each time: kept, it would take the room that quantizing saves.
         if self.buffer is None:
             return self.plain
-        return _read(self.buffer, self.length, self.dim, self.format, self.part, self.dtype)
+        dim, dtype = self.kind[2:]
+        return _read(self.buffer, self.length, dim, self.format, self.part, dtype)
 
     def assign(self, tensor: torch.Tensor | None) -> None:
         self._hold(tensor)
@@ -347,27 +350,15 @@ class _PackedSlot(_Slot):
     def write(self, tensor: torch.Tensor, past: int) -> None:
         _append(self.buffer, tensor.detach(), past, self.format, self.part)
 
-    def fits(self, shape, dtype, length: int) -> bool:
-        buffer = self.buffer
-        return (
-            buffer is not None
-            and buffer.shape[2] * _BLOCK >= length
-            and self.dtype is dtype
-            and (buffer.shape[0], buffer.shape[1], self.dim) == shape
-        )
+    def holds(self, kind: tuple) -> bool:
+        return kind[3] in _FLOATS and super().holds(kind)
 
-    def holds(self, shape, dtype) -> bool:
-        if self.buffer is None:
-            return dtype in _FLOATS and super().holds(shape, dtype)
-        return self.fits(shape, dtype, 0)
-
-    def grow(self, shape, dtype, length: int, new: int) -> None:
-        batch, heads, dim = shape
+    def grow(self, kind: tuple, length: int, new: int) -> None:
+        batch, heads, dim, _ = kind
         blocks = _blocks(_room(length, new))
-        buffer = _empty((batch, heads, blocks, _block_bytes(dim)), torch.uint8)
         before, plain = self.buffer, self.plain
-        self.buffer, self.plain, self.view, self.length = buffer, None, None, length
-        self.dim, self.dtype = dim, dtype
+        buffer = _empty((batch, heads, blocks, _block_bytes(dim)), torch.uint8)
+        self._use(buffer, kind, blocks * _BLOCK, length)
         if not length:
             return
         with torch.inference_mode():

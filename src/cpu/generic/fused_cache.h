@@ -49,14 +49,15 @@ LOWBIT_INLINE vi encode_cached(vf quotient) {
 // the unsigned operand of a byte product.
 template <CacheFormat kFormat, bool kKeys, int kByte>
 LOWBIT_INLINE vf decode_cached(vu raw) {
+  constexpr int kShift = 8 * (std::endian::native == std::endian::little ? kByte : 3 - kByte);
   if constexpr (kFormat == CacheFormat::kInt8) {
-    if constexpr (kKeys) raw ^= 0x80u << (8 * kByte);
-    const vu top = raw << (24 - 8 * kByte);
+    if constexpr (kKeys) raw ^= 0x80u << kShift;
+    const vu top = raw << (24 - kShift);
     vi value;
     std::memcpy(&value, &top, sizeof value);
     return __builtin_convertvector(value >> 24, vf);
   }
-  const vu code = raw >> (8 * kByte), magnitude = code & 0x7fu;
+  const vu code = raw >> kShift, magnitude = code & 0x7fu;
   const vf normal = float_of((magnitude << 20) + (120u << 23));
   const vf subnormal =
       __builtin_convertvector(__builtin_convertvector(magnitude & 7u, vi), vf) * 0x1p-9f;

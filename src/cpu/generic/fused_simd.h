@@ -10,6 +10,7 @@
 // With grouped queries R is at least the size of the group, also for a single token.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -440,7 +441,8 @@ LOWBIT_INLINE vf half_of_pair(vf pair) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(shifted)));
   }
 #endif
-  const vu wide = kSecond != 0 ? bits & 0xffff0000u : bits << 16;
+  constexpr bool kHigh = (std::endian::native == std::endian::little) == (kSecond != 0);
+  const vu wide = kHigh ? bits & 0xffff0000u : bits << 16;
   vf value;
   std::memcpy(&value, &wide, sizeof value);
   return value;
