@@ -1,6 +1,7 @@
 # Installs the library, builds the consumer against the install tree alone, runs it, and looks for
 # torch in everything that the compiler, the linker and the loader saw.
-#   cmake -DBUILD=<build of lowbit> -DSOURCE=<project> -DWORK=<scratch> -DCXX=<compiler> -P run.cmake
+#   cmake -DBUILD=<build of lowbit> -DSOURCE=<project> -DWORK=<scratch> -DCXX=<compiler>
+#         [-DEMULATOR=<what runs the compiler's programs here>] -P run.cmake
 function(run)
   execute_process(COMMAND ${ARGV} RESULT_VARIABLE status OUTPUT_VARIABLE text ERROR_VARIABLE text)
   if(NOT status EQUAL 0)
@@ -42,10 +43,10 @@ run(${CMAKE_COMMAND} --build ${WORK}/build --verbose)
 refuse_torch("the consumer's build" "${output}")
 file(READ ${WORK}/build/compile_commands.json commands)
 refuse_torch("the compile command" "${commands}")
-run(${WORK}/build/consumer)
+run(${EMULATOR} ${WORK}/build/consumer)
 message(STATUS "${output}")
 find_program(LDD ldd)
-if(LDD)
+if(LDD AND NOT EMULATOR)  # ldd knows this machine's programs only
   run(${LDD} ${WORK}/build/consumer)
   refuse_torch("the list of loaded libraries" "${output}")
 endif()

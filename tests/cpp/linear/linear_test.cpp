@@ -108,7 +108,9 @@ TEST_P(Linear, StaysWithinTheBounds) {
 
 // Chunks of K (panels larger than half of L2), several passes over tokens, odd numbers of tiles.
 TEST_P(Linear, LargeShapes) {
-  if (GetParam() == "scalar") GTEST_SKIP() << "the scalar level has neither chunks nor panels";
+  if (GetParam() == "scalar" || GetParam().starts_with("neon")) {
+    GTEST_SKIP() << "this level has neither chunks nor panels";
+  }
   std::mt19937_64 rng(2);
   struct Shape {
     std::int64_t m, n, k;
