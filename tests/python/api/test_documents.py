@@ -88,6 +88,13 @@ def given_gguf(request, directory):
     return {}
 
 
+def given_imports(request, directory):
+    data = ROOT / "tests" / "data" / "imports"
+    (directory / "Llama-2-7B-GPTQ").symlink_to(data / "gptq")
+    (directory / "saved_by_ipex_llm").symlink_to(data / "legacy_llama")
+    return {}
+
+
 GIVENS = {
     "nothing": given_nothing,
     "whisper": given_whisper,
@@ -95,6 +102,7 @@ GIVENS = {
     "minilm": given_minilm,
     "chatglm": given_chatglm,
     "gguf": given_gguf,
+    "imports": given_imports,
 }
 
 EXAMPLES = {}
