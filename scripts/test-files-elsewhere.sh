@@ -32,10 +32,11 @@ for system in "$@"; do
   flags=(-std=c++20 -O1 -Wall -ffp-contract=off -Iinclude -Isrc -idirafter "$folder/include"
          -isystem "$googletest/include" -I"$googletest")
   objects=()
-  for source in src/io/*.cpp src/cli/{checkpoint,names}.cpp src/reference/element.cpp \
-                src/format/{format,checks,error,threads}.cpp tests/cpp/io/*_test.cpp \
+  for source in src/io/*.cpp src/cli/{checkpoint,names}.cpp src/cpu/{quantize,select,features}.cpp \
+                src/reference/{element,exponent,quantize,dequantize}.cpp \
+                src/format/{format,checks,error,threads,pack}.cpp tests/cpp/io/*_test.cpp \
                 "$googletest"/src/gtest-all.cc "$googletest"/src/gtest_main.cc; do
-    object=$folder/$(basename "${source%.*}").o
+    object=$folder/$(dirname "$source" | tr / -)-$(basename "${source%.*}").o
     objects+=("$object")
     [ "$object" -nt "$source" ] || "$compiler" "${flags[@]}" -c "$source" -o "$object"
   done

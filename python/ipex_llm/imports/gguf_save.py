@@ -243,15 +243,14 @@ def _choose(who: str, tensor: _Tensor, weight: LowBitTensor, requantize: str | N
 
 def _weights(who: str, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter once: a tied head is the embedding, as llama.cpp has it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    extra = [name for name in model.state_dict() if name not in parameters]
+    if extra:
+        raise ValueError(f"{who}: llama.cpp has no tensor for the buffer {extra[0]!r}")
     for name, weight in model.named_parameters():
         if weight.is_meta:
             raise ValueError(f"{who}: {name!r} is on the meta device; load the model first")
         yield name, weight
-    own = {name for name, _ in model.named_parameters()}
-    for name, buffer in model.state_dict().items():
-        if name not in own and name not in dict(model.named_parameters(remove_duplicate=False)):
-            raise ValueError(f"{who}: llama.cpp has no tensor for the buffer {name!r}")
-        del buffer
 
 
 def _order(who: str, processor, name: str, weight: torch.Tensor) -> np.ndarray | None:
