@@ -31,17 +31,18 @@ LOWBIT_INLINE Tables make_tables() {
 }
 
 template <int kCount>
-void tile_nf4(const Tables& tables, const Layout& layout, const std::byte* tile,
+void tile_nf4(const Tables& tables, const GroupWalk<false>& walk, const std::byte* tile,
               const std::byte* quads, const std::byte* meta, const Epilogue& epilogue,
               std::int64_t token, std::int64_t tile_index) {
   constexpr int kHalves = kCount == 1 ? 2 : 1;
   constexpr std::int64_t kBlock = Unpack<4>::kBlockBytes;
   __m256 total[kCount][2];
   unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
-  for (std::int64_t g = 0; g < layout.groups; ++g) {
-    const std::int64_t inputs = layout.group_inputs(g);
-    const std::byte* codes = tile + layout.codes_offset(g);
-    const std::byte* scales = tile + layout.scales_offset(g);
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    const std::byte* scales = tile + walk.scales(g);
+    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
     unroll<2 / kHalves>([&](auto first) LOWBIT_LAMBDA {
       // Words: rows 0 1 | 4 5 and rows 2 3 | 6 7 of a half, two sums each. Lows: a sum per row.
       __m256 word[kCount][kHalves][2];
@@ -103,6 +104,7 @@ void run_nf4(const RowBlock& rows, const Activations& a, std::int64_t first_toke
              std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
              std::int64_t token_end, std::int64_t, std::byte*) {
   const Tables tables = make_tables();
+  const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(128.0 / kSteps)};
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
@@ -110,7 +112,7 @@ void run_nf4(const RowBlock& rows, const Activations& a, std::int64_t first_toke
         a, token_begin, token_end, first_token,
         [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
             LOWBIT_LAMBDA {
-              tile_nf4<count>(tables, rows.layout, bytes, quads, meta, epilogue, token, tile);
+              tile_nf4<count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
             });
   }
 }
@@ -141,13 +143,13 @@ void prepare_f32(const Tokens& tokens, const Activations& a, std::int64_t begin,
 }
 
 template <int kCount>
-void tile_nf3(__m256 table, const Layout& layout, const std::byte* tile, const std::byte* x,
+void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile, const std::byte* x,
               const Epilogue& epilogue, std::int64_t token, std::int64_t tile_index) {
   __m256 total[kCount][2];
   unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
-  for (std::int64_t g = 0; g < layout.groups; ++g) {
-    const std::int64_t inputs = layout.group_inputs(g);
-    const std::byte* codes = tile + layout.codes_offset(g);
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
     __m256 sum[kCount][2][2];  // [token][half][inputs 0 and 2, inputs 1 and 3]
     unroll<kCount * 4>([&](auto i)
                            LOWBIT_LAMBDA { sum[i / 4][i / 2 % 2][i % 2] = _mm256_setzero_ps(); });
@@ -180,7 +182,8 @@ void tile_nf3(__m256 table, const Layout& layout, const std::byte* tile, const s
       });
       x += kInputBlock * kCount * 4;
     }
-    const std::byte* scales = tile + layout.scales_offset(g);
+    const std::byte* scales = tile + walk.scales(g);
+    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
     unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA {
       constexpr int t = i / 2, h = i % 2;
       total[t][h] = _mm256_fmadd_ps(_mm256_add_ps(sum[t][h][0], sum[t][h][1]),
@@ -200,6 +203,7 @@ void run_nf3(const RowBlock& rows, const Activations& a, std::int64_t first_toke
     entries[i] = static_cast<float>(codebook[i < 4 ? i : 11 - i]);
   }
   const __m256 table = _mm256_load_ps(entries);
+  const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, 1.0f};
   const std::int64_t per_block = tokens_per_block<kTokens, kMany>(a.m);
   const std::int64_t stride = align64(a.k_padded * per_block * 4);
@@ -210,7 +214,7 @@ void run_nf3(const RowBlock& rows, const Activations& a, std::int64_t first_toke
       const std::int64_t nt = token_end - t < per_block ? token_end - t : per_block;
       unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
         if (nt == i + 1) {
-          tile_nf3<i + 1>(table, rows.layout, bytes, x, epilogue, first_token + t, tile);
+          tile_nf3<i + 1>(table, walk, bytes, x, epilogue, first_token + t, tile);
         }
       });
     }

@@ -13,17 +13,18 @@ namespace {
 constexpr int kTokens = 4;  // 8 sums, 2 operands of a half and 2 broadcasts in 16 registers
 
 template <Format F, int kCount>
-void tile_words(__m256i table, const Layout& layout, const std::byte* tile, const std::byte* quads,
-                const std::byte* meta, const Epilogue& epilogue, std::int64_t token,
-                std::int64_t tile_index) {
+void tile_words(__m256i table, const GroupWalk<false>& walk, const std::byte* tile,
+                const std::byte* quads, const std::byte* meta, const Epilogue& epilogue,
+                std::int64_t token, std::int64_t tile_index) {
   using Is = Grouped<F>;
   constexpr std::int64_t kBlock = Unpack<Is::kBits>::kBlockBytes;
   __m256 total[kCount][2];
   unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
-  for (std::int64_t g = 0; g < layout.groups; ++g) {
-    const std::int64_t inputs = layout.group_inputs(g);
-    const std::byte* codes = tile + layout.codes_offset(g);
-    const std::byte* scales = tile + layout.scales_offset(g);
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    const std::byte* scales = tile + walk.scales(g);
+    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
     __m256i sum[kCount][2];
     unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { sum[i / 2][i % 2] = _mm256_setzero_si256(); });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
@@ -66,6 +67,7 @@ void run_words(const RowBlock& rows, const Activations& a, std::int64_t first_to
                std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
                std::int64_t token_end, std::int64_t, std::byte*) {
   const __m256i table = make_byte_table<F>();
+  const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(Grouped<F>::kValueScale)};
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
@@ -73,7 +75,7 @@ void run_words(const RowBlock& rows, const Activations& a, std::int64_t first_to
         a, token_begin, token_end, first_token,
         [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
             LOWBIT_LAMBDA {
-              tile_words<F, count>(table, rows.layout, bytes, quads, meta, epilogue, token, tile);
+              tile_words<F, count>(table, walk, bytes, quads, meta, epilogue, token, tile);
             });
   }
 }

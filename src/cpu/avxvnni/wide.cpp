@@ -25,7 +25,7 @@ LOWBIT_INLINE Tables make_tables() {
 }
 
 template <Format F, int kCount>
-void tile_wide(const Tables& tables, const Layout& layout, const std::byte* tile,
+void tile_wide(const Tables& tables, const GroupWalk<false>& walk, const std::byte* tile,
                const std::byte* quads, const std::byte* meta, const Epilogue& epilogue,
                std::int64_t token, std::int64_t tile_index) {
   using Codes = Unpack<Grouped<F>::kBits>;
@@ -33,10 +33,11 @@ void tile_wide(const Tables& tables, const Layout& layout, const std::byte* tile
   constexpr int kChains = kCount == 1 ? 2 : 1;
   __m256 total[kCount][2];
   unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
-  for (std::int64_t g = 0; g < layout.groups; ++g) {
-    const std::int64_t inputs = layout.group_inputs(g);
-    const std::byte* codes = tile + layout.codes_offset(g);
-    const std::byte* scales = tile + layout.scales_offset(g);
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    const std::byte* scales = tile + walk.scales(g);
+    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
     unroll<2>([&](auto h) LOWBIT_LAMBDA {
       __m256i top[kCount], middle[kCount][kChains], rest[kCount][kChains];
       unroll<kCount * kChains>([&](auto i) LOWBIT_LAMBDA {
@@ -91,6 +92,7 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
               std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
               std::int64_t token_end, std::int64_t, std::byte*) {
   const Tables tables = make_tables<F>();
+  const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(256.0 / kSteps)};
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
@@ -98,7 +100,7 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
         a, token_begin, token_end, first_token,
         [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
             LOWBIT_LAMBDA {
-              tile_wide<F, count>(tables, rows.layout, bytes, quads, meta, epilogue, token, tile);
+              tile_wide<F, count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
             });
   }
 }

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cpu/generic/convert.h"
+#include "cpu/generic/group_walk.h"
 #include "cpu/linear_kernels.h"
 #include "lowbit/format.h"
 
@@ -30,7 +31,7 @@ LOWBIT_INLINE void unroll(F&& f) {
 }
 
 // Makes a sum final where it stands: GCC else collects the products of a whole block before it adds
-// them, and spills them, which made the nf4 kernel of AVX2 1.8 times as long.
+// them: 108 accesses to the stack in the nf4 kernel of AVX2, instead of 19.
 LOWBIT_INLINE void settle(__m256i& sum) {
   __asm__("" : "+x"(sum));
 }

@@ -58,9 +58,9 @@ struct Sum {
 };
 
 template <Format F, int kPlanes, int kCount>
-[[gnu::noinline]] void tile_dot(__m256i table, const Layout& layout, const std::byte* tile,
-                                const std::byte* quads, const std::byte* meta,
-                                const Epilogue& epilogue, std::int64_t token,
+[[gnu::noinline]] void tile_dot(__m256i table, const GroupWalk<Grouped<F>::kMinimum>& walk,
+                                const std::byte* tile, const std::byte* quads,
+                                const std::byte* meta, const Epilogue& epilogue, std::int64_t token,
                                 std::int64_t tile_index) {
   using Is = Grouped<F>;
   constexpr int kHalves = kCount * kPlanes <= 6 ? 2 : 1;
@@ -74,10 +74,11 @@ template <Format F, int kPlanes, int kCount>
   constexpr std::int64_t kBlock = Unpack<Is::kBits>::kBlockBytes;
   __m256 total[kCount][2];
   unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
-  for (std::int64_t g = 0; g < layout.groups; ++g) {
-    const std::int64_t inputs = layout.group_inputs(g);
-    const std::byte* codes = tile + layout.codes_offset(g);
-    const std::byte* scales = tile + layout.scales_offset(g);
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    const std::byte* scales = tile + walk.scales(g);
+    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
     unroll<2 / kHalves>([&](auto first) LOWBIT_LAMBDA {
       Sum<Is::kLargest> sum[kCount][kPlanes][kHalves][kChains];
       unroll<kCount * kPlanes * kHalves * kChains>([&](auto i) LOWBIT_LAMBDA {
@@ -145,6 +146,7 @@ void run_dot(const RowBlock& rows, const Activations& a, std::int64_t first_toke
              std::int64_t token_end, std::int64_t, std::byte*) {
   constexpr Quad kKind = kPlanes == 1 ? Quad::kByte : Quad::kPlanes;
   const __m256i table = make_byte_table<F>();
+  const GroupWalk<Grouped<F>::kMinimum> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(Grouped<F>::kValueScale)};
   const auto one = [&](std::int64_t tile, std::int64_t begin, std::int64_t end) LOWBIT_LAMBDA {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
@@ -152,8 +154,7 @@ void run_dot(const RowBlock& rows, const Activations& a, std::int64_t first_toke
         a, begin, end, first_token,
         [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
             LOWBIT_LAMBDA {
-              tile_dot<F, kPlanes, count>(table, rows.layout, bytes, quads, meta, epilogue, token,
-                                          tile);
+              tile_dot<F, kPlanes, count>(table, walk, bytes, quads, meta, epilogue, token, tile);
             });
   };
   if constexpr (!kFixed) {
