@@ -148,6 +148,8 @@ OVERRIDES = {
     "kosmos-2": {"latent_query_num": 4},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    # Of other widths it projects by convolutions in a plain list, which no state_dict has.
+    "oneformer": {"conv_dim": 64, "mask_dim": 64},
     "seggpt": {"image_size": [64, 32]},
     "tvp": {"max_img_size": 64, "num_frames": 2},
     "cohere_compass_text": {
