@@ -15,7 +15,7 @@ template <typename T>
 T get(const std::byte* at) {
   T value;
   std::memcpy(&value, at, sizeof value);
-  return value;
+  return little_endian(value);
 }
 
 }  // namespace

@@ -70,6 +70,7 @@ Scale choose_scale(const FormatInfo& info, const std::vector<float>& group) {
 
 template <typename T>
 void put(std::byte* at, T value) {
+  value = little_endian(value);
   std::memcpy(at, &value, sizeof value);
 }
 

@@ -2,6 +2,9 @@
 // code; the vectorised paths fall back to it where speed does not matter.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -10,6 +13,17 @@
 #include "lowbit/quantize.h"
 
 namespace lowbit::reference {
+
+// Packed numbers are little-endian on every machine.
+template <typename T>
+T little_endian(T value) {
+  if constexpr (std::endian::native == std::endian::big) {
+    auto bytes = std::bit_cast<std::array<std::byte, sizeof(T)>>(value);
+    std::reverse(bytes.begin(), bytes.end());
+    return std::bit_cast<T>(bytes);
+  }
+  return value;
+}
 
 // One element of a matrix of any dtype, exactly; written with one rounding.
 double element(const MatrixView& matrix, std::int64_t row, std::int64_t col);
