@@ -6,6 +6,7 @@ arguments, so the worst that can happen is the speed of the unfused model.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from typing import Any
@@ -544,20 +545,40 @@ class RunsStack(Mixin):
         return Stack(blocks)
 
 
-class FusesAtFirstCall(Mixin):
-    """Mixin of a loaded model: it is fused when it is called for the first time.
+class _FirstForward:
+    """`forward` of a model that waits to be fused: the model's own, which fuses before it runs.
 
-    Loading stays instant that way. `__call__` rather than `forward`, whose signature transformers
-    reads.
+    A descriptor, because signatures must stay (transformers reads them) and because libraries call
+    `model.forward(...)` as well as `model(...)` (sentence-transformers does).
     """
 
-    def __call__(self, *args, **kwargs):
-        if PENDING in self.__dict__ and not _is_compiling() and not _is_grad_enabled():
-            report, name, kv_cache_dtype = self.__dict__.pop(PENDING)
+    def __get__(self, module, cls):
+        if module is None:
+            return super(FusesAtFirstCall, cls).forward
+        own = super(FusesAtFirstCall, module).forward
+        if PENDING not in module.__dict__ or _is_compiling():
+            return own
+
+        @functools.wraps(own)
+        def forward(*args, **kwargs):
+            if _is_grad_enabled():
+                return own(*args, **kwargs)
+            report, name, kv_cache_dtype = module.__dict__.pop(PENDING)
             from ipex_llm.fuse import fuse_root
 
-            fuse_root(self, report, name, kv_cache_dtype)
-        return super().__call__(*args, **kwargs)
+            fuse_root(module, report, name, kv_cache_dtype)
+            return module.forward(*args, **kwargs)
+
+        return forward
+
+
+class FusesAtFirstCall(Mixin):
+    """Mixin of a loaded model: it is fused when it runs for the first time.
+
+    Loading stays instant that way.
+    """
+
+    forward = _FirstForward()
 
 
 PENDING = "_lowbit_fuse_at_first_call"

@@ -31,6 +31,11 @@ def read_pickles(who: str, path: Path, mmap: bool) -> dict[str, torch.Tensor]:
 
 def _files(who: str, path: Path) -> list[str]:
     if not (path / _INDEX).exists():
+        if not (path / _WEIGHTS).exists():
+            raise FileNotFoundError(
+                f"{who}: {path} is a save of the archived ipex-llm without its weights: neither "
+                f"{_WEIGHTS} nor {_INDEX} is there; copy the whole directory"
+            )
         return [_WEIGHTS]
     listed = read_json(who, path / _INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
