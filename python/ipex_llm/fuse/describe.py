@@ -138,6 +138,8 @@ class Description:
     # Whether what else the original returns are tensors (attention weights), left out here.
     drops: bool = False
     bias: str = ""  # the argument that is added to the scores
+    # Positions from which on the attention depends on them beyond its rotation; 0: it never does.
+    limit: int = 0
     # Proved to compute the same in training mode: nothing like a dropout is inside.
     any_mode: bool = False
     # The mask is a flag: one that is given and is causal stands for causal attention.

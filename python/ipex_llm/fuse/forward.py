@@ -42,7 +42,8 @@ _CACHE = frozenset(("past_key_values", "past_key_value", "layer_past", "cache", 
 _ROPE = frozenset(("position_embeddings", "rotary_pos_emb"))
 # Without effect on what is computed here: positions are in the rotation tables, and a cache that is
 # there is used.
-_IGNORED = frozenset(("position_ids", "cache_position", "use_cache"))
+POSITIONS = frozenset(("position_ids", "cache_position"))
+_IGNORED = POSITIONS | {"use_cache"}
 
 
 class Call:
@@ -50,7 +51,7 @@ class Call:
 
     __slots__ = (
         *("bias", "cos", "cross_mask", "hidden", "ids", "mask", "memory", "own", "past"),
-        *("refused", "sin", "weights"),
+        *("positions", "refused", "sin", "weights"),
     )
 
     def __init__(
@@ -59,6 +60,7 @@ class Call:
         """`own`: arguments of the module that its description names, to the roles they have."""
         self.bias = self.cross_mask = self.ids = self.memory = self.weights = None
         self.own = own
+        self.positions: list[torch.Tensor] = []
         self.hidden = self.mask = self.past = self.cos = self.sin = None
         self.refused: str | None = None
         if len(args) > len(names):
@@ -73,6 +75,8 @@ class Call:
 
     def _take(self, name: str, value: Any) -> None:
         if value is None or name in _IGNORED:
+            if value is not None and name in POSITIONS:
+                self.positions.append(value)
             return
         if name in _HIDDEN:
             self.hidden = value
@@ -257,6 +261,8 @@ def _run_experts(call: Call, number: int, precision: int) -> torch.Tensor | None
 def _run_attention(state: State, call: Call, number: int, precision: int):
     description = state.description
     a = description.attention
+    if description.limit and not _within(call.positions, description.limit):
+        return None
     x, mask, past = call.hidden, call.mask, call.past
     batch, tokens, _ = x.shape
     cos, sin = call.cos, call.sin
@@ -325,6 +331,10 @@ def _run_attention(state: State, call: Call, number: int, precision: int):
     if causal and keys.shape[2] != tokens:  # room that the cache holds already
         keys, values = keys[:, :, :tokens], values[:, :, :tokens]
     return _attend(x, number, q, keys, values, mask, causal, precision)
+
+
+def _within(positions: list[torch.Tensor], limit: int) -> bool:
+    return bool(positions) and all(int(p.max()) < limit for p in positions)
 
 
 def _with_bias(mask, bias, x: torch.Tensor, heads: int) -> torch.Tensor | None:
@@ -429,7 +439,9 @@ class Stack:
         layers, keys, values = [], [], []
         held = cache_format = -1
         for state in states:
-            a = state.description.attention
+            a, limit = state.description.attention, state.description.limit
+            if limit and not _within(call.positions, limit):
+                return None
             if a.rope != "none":
                 cos, sin = call.cos, call.sin
                 if cos is None or cos.dim() not in (2, 3) or cos.shape[-2] != tokens:

@@ -8,8 +8,7 @@ what the module adds to its input: a small error in a large residual stream woul
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ipex_llm.fuse.forward import (
     _CACHE,
     _HIDDEN,
     _ROPE,
+    POSITIONS,
     STACK,
     STATE,
     Fused,
@@ -220,6 +220,8 @@ def prove(
             description.drops = drops(expected[0][1])
             if a is not None and seed == 0:
                 a.layer_idx = -1 if cache is None else filled_layer(cache)
+            if seed == 0 and a is not None:
+                description.limit = _limit(original, steps[0], expected[0], config)
             if seed == 0:
                 description.any_mode = _same_in_training(module, steps, expected, config)
             state = fused.__dict__[STATE] = State(description)
@@ -240,6 +242,36 @@ def prove(
     if short:
         scenarios = [scenarios[0][:1]]
     return Proof(worst, _working_error(module, description, scenarios, config, dtype))
+
+
+def _limit(module: nn.Module, step: Step, expected, config) -> int:
+    """Description.limit: a fused form ignores the positions that a call passes.
+
+    Some attentions scale their queries from some position on. Only positions as arguments can be
+    made large here; the rotation tables stay as they were.
+    """
+    arguments = named(module, step)
+    names = [k for k in POSITIONS & arguments.keys() if isinstance(arguments[k], torch.Tensor)]
+
+    def is_same(end: int) -> bool:
+        moved = dict(arguments)
+        for name in names:
+            tokens = arguments[name].shape[-1]
+            positions = torch.arange(end - tokens, end).to(arguments[name].dtype)
+            moved[name] = positions.expand(arguments[name].shape)
+        try:
+            results, _ = outputs(module, [replace(step, args=(), kwargs=moved)], torch.float32,
+                                 config, 0)  # fmt: skip
+        except Exception:
+            return False
+        return torch.equal(tensor_of(results[0][1]), tensor_of(expected[1]))
+
+    if not names or is_same(1 << 20):
+        return 0
+    for power in range(19, 5, -1):
+        if is_same(1 << power):
+            return 1 << power
+    raise Unrecognised("depends on the positions that it is given")
 
 
 def _same_in_training(module: nn.Module, steps: list[Step], expected, config) -> bool:
@@ -349,7 +381,7 @@ def _working_error(module, description, scenarios, config, dtype) -> float:
 
 
 def _rounded(step: Step, dtype: torch.dtype) -> Step:
-    return dataclasses.replace(
+    return replace(
         step,
         args=converted(converted(step.args, dtype), torch.float32),
         kwargs=converted(converted(step.kwargs, dtype), torch.float32),

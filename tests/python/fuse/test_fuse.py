@@ -449,6 +449,25 @@ def test_a_window_of_the_blocks_own_is_not_lost():
     assert close(have, want)
 
 
+@pytest.mark.parametrize("original", [32, 64, 4096])
+def test_queries_that_are_scaled_from_some_position_on(original, monkeypatch):
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "llama_4_scaling_beta": 2.0}
+    rope |= {"original_max_position_embeddings": original}
+    plain, fused = pair("ministral3", rope_parameters=rope, head_dim=16)
+    parts = {e["fused"] for e in ipex_llm.optimization_report(fused).fused}
+    assert parts == ({"MLP"} if original == 32 else {"attention and MLP"})
+    with torch.no_grad():
+        for tokens in (30, 100):
+            want, have = (m(ids(1, tokens)).logits for m in (plain, fused))
+            assert close(have, want)
+    calls = Calls(monkeypatch)
+    generate = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    prompt = ids(1, 58)
+    assert torch.equal(plain.generate(prompt, **generate), fused.generate(prompt, **generate))
+    if original == 64:  # blocks, and the stack of them, up to there
+        assert calls.served and calls.refused
+
+
 def test_the_report_reads_well():
     _, fused = pair(layers=3)
     text = str(fuse.optimization_report(fused))
