@@ -48,9 +48,9 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
       sum[t][kPlanes - 1][0] = broadcast(meta + sizes.meta_bytes + (g * kTokens + t) * 4);
     });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+      prefetch_block<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
       const auto plane = Codes::plane(codes, inputs, b);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
-        prefetch_quad<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
         const __m512i weights = operand.template quad<i>(codes, b, plane);
         unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
           unroll<kPlanes>([&](auto p) LOWBIT_LAMBDA {
@@ -63,7 +63,6 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
       planes[0] += 32 * kTokens;
       planes[1] += 32 * kTokens;
     }
-    prefetch_ahead(tile + walk.scales(g));
     const __m512 scale = load_halves(tile + walk.scales(g));
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       const std::int64_t at = (g * kTokens + t) * 4;
@@ -119,13 +118,13 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       rest[t] = mid2[t] = rest2[t] = _mm512_setzero_si512();
     });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+      prefetch_block<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
       // A block ahead: some thirty cycles of latency, more than the schedulers see.
       const auto plane = next;
       next = b + 1 < inputs / kInputBlock
                  ? Codes::plane(codes, inputs, b + 1)
                  : Codes::plane(tile + walk.codes(following), walk.inputs(following), 0);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
-        prefetch_quad<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
         const __m512i index = Codes::template index<i>(codes, b, plane);
         const __m512i w2 = _mm512_permutexvar_epi8(index, high);
         const __m512i w1 = _mm512_permutexvar_epi8(index, middle);
@@ -145,7 +144,6 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       planes[0] += 32 * kTokens;
       planes[1] += 32 * kTokens;
     }
-    prefetch_ahead(tile + walk.scales(g));
     const __m512 scale = load_halves(tile + walk.scales(g));
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       if constexpr (kChains == 2) {
