@@ -33,8 +33,8 @@ def _files(who: str, path: Path) -> list[str]:
     if not (path / _INDEX).exists():
         if not (path / _WEIGHTS).exists():
             raise FileNotFoundError(
-                f"{who}: {path} is a save of the archived ipex-llm without its weights: neither "
-                f"{_WEIGHTS} nor {_INDEX} is there; copy the whole directory"
+                f"{who}: {path / _WEIGHTS} does not exist, nor {_INDEX}: this is a save of the "
+                f"archived ipex-llm without its weights; copy the whole directory"
             )
         return [_WEIGHTS]
     listed = read_json(who, path / _INDEX).get("weight_map")
