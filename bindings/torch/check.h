@@ -21,6 +21,7 @@
 #include "lowbit/error.h"
 #include "lowbit/format.h"
 #include "lowbit/linear.h"
+#include "lowbit/memory.h"
 #include "lowbit/quantize.h"
 #include "lowbit/threads.h"
 
@@ -208,6 +209,18 @@ inline Tensor empty_cpu(const std::int64_t* sizes, std::int64_t dim, ScalarType 
          " elements; free memory, or use a smaller model or batch");
   }
   return Tensor(handle);
+}
+
+// Memory for the packed bytes of `tiles` tiles, in huge pages where that pays.
+inline Tensor empty_packed(std::int64_t tiles, std::int64_t tile_bytes) {
+  const std::int64_t sizes[] = {tiles, tile_bytes};
+  const auto bytes = static_cast<std::size_t>(tiles * tile_bytes);
+  if (bytes < kStreamedBytes) return empty_cpu(sizes, 2, ScalarType::Byte);
+  const std::int64_t strides[] = {tile_bytes, 1};
+  std::shared_ptr<std::byte> memory = allocate_streamed(bytes);
+  return torch::stable::from_blob(memory.get(), sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Byte, [memory](void*) {});
 }
 
 using DeviceCheck = void (*)(const char* op, const char* name, const Tensor& tensor);

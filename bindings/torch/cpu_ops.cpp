@@ -155,8 +155,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight_given, std::int64_t for
   const std::int64_t rows = weight.dim() == 2 ? stack.n : stack.matrices * rows_padded;
   const Layout layout = make_layout(one.format, rows, stack.k, group);
 
-  const std::int64_t packed_sizes[] = {stack.matrices * one.tiles, one.tile_bytes};
-  Tensor packed = empty_cpu(packed_sizes, 2, ScalarType::Byte);
+  Tensor packed = empty_packed(stack.matrices * one.tiles, one.tile_bytes);
   int exponent = 0;
   if (layout.bytes() > 0) {
     const MatrixView view{weight.data_ptr(), dtype, rows, stack.k, row_stride, col_stride};
@@ -255,8 +254,7 @@ Tensor pack_codes(const Tensor& codes_given, const Tensor& scales_given,
     minima = torch::stable::contiguous(*minima_given);
   }
 
-  const std::int64_t packed_sizes[] = {stack.matrices * layout.tiles, layout.tile_bytes};
-  Tensor packed = empty_cpu(packed_sizes, 2, ScalarType::Byte);
+  Tensor packed = empty_packed(stack.matrices * layout.tiles, layout.tile_bytes);
   const auto part_of = [](const Tensor& tensor, auto* type, std::int64_t matrix,
                           std::int64_t count) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -113,7 +113,8 @@ std::tuple<std::int64_t, std::vector<std::string>> file_save_begin(
   SaveRequest save{.directory = std::move(directory),
                    .max_shard_bytes = static_cast<std::uint64_t>(max_shard_bytes),
                    .manifest = parse_save_request(request, "save request"),
-                   .extra_files = {}};
+                   .extra_files = {},
+                   .resume_key = {}};
   for (std::size_t i = 0; i < extra_names.size(); ++i) {
     const std::span<const std::byte> bytes = bytes_of(extra_contents[i]);
     save.extra_files.emplace_back(

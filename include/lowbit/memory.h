@@ -1,0 +1,19 @@
+// Memory for packed weights.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+namespace lowbit {
+
+// Below this many bytes an ordinary allocation does as well.
+inline constexpr std::size_t kStreamedBytes = std::size_t{64} << 10;
+
+// `bytes` of zeros, 64-byte aligned, for weights that are streamed from memory again and again.
+// They lie in huge pages where the system gives them: a stream through pages of 4 KiB waits for
+// address translation (docs/performance.md). Huge pages are larger than many weights, so weights
+// that are packed one after another share slabs; a slab is returned with the last weight in it.
+// Safe to call from any thread. Throws Error(kResource).
+std::shared_ptr<std::byte> allocate_streamed(std::size_t bytes);
+
+}  // namespace lowbit

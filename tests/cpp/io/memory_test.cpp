@@ -1,0 +1,66 @@
+#include "lowbit/memory.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace lowbit {
+namespace {
+
+bool all(const std::byte* data, std::size_t bytes, std::byte value) {
+  return std::all_of(data, data + bytes, [&](std::byte b) { return b == value; });
+}
+
+TEST(StreamedMemory, IsZeroAlignedAndApart) {
+  const std::size_t sizes[] = {1,       63,       64,       65,       4096,    70'001,
+                               3 << 20, 17 << 20, 33 << 20, 31 << 20, 5 << 20, 1};
+  std::vector<std::shared_ptr<std::byte>> memory;
+  for (const std::size_t bytes : sizes) {
+    memory.push_back(allocate_streamed(bytes));
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(memory.back().get()) % 64, 0u);
+    EXPECT_TRUE(all(memory.back().get(), bytes, std::byte{0}));
+    std::memset(memory.back().get(), static_cast<int>(memory.size()), bytes);
+  }
+  for (std::size_t i = 0; i < memory.size(); ++i) {
+    EXPECT_TRUE(all(memory[i].get(), sizes[i], static_cast<std::byte>(i + 1)));
+  }
+}
+
+TEST(StreamedMemory, LivesAsLongAsItsOwnPointer) {
+  auto first = allocate_streamed(100'000), second = allocate_streamed(100'000);
+  std::memset(second.get(), 7, 100'000);
+  first.reset();
+  EXPECT_TRUE(all(second.get(), 100'000, std::byte{7}));
+  second.reset();
+  EXPECT_TRUE(all(allocate_streamed(100'000).get(), 1, std::byte{0}));
+}
+
+TEST(StreamedMemory, NothingIsNothing) {
+  EXPECT_EQ(allocate_streamed(0), nullptr);
+}
+
+TEST(StreamedMemory, ThreadsGetMemoryOfTheirOwn) {
+  std::vector<std::thread> threads;
+  std::vector<int> right(4, 0);
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([t, &right] {
+      std::vector<std::shared_ptr<std::byte>> mine;
+      for (int i = 0; i < 100; ++i) {
+        mine.push_back(allocate_streamed(70'000));
+        std::memset(mine.back().get(), t + 1, 70'000);
+      }
+      right[static_cast<std::size_t>(t)] = std::all_of(
+          mine.begin(), mine.end(),
+          [&](const auto& data) { return all(data.get(), 70'000, static_cast<std::byte>(t + 1)); });
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(right, std::vector<int>(4, 1));
+}
+
+}  // namespace
+}  // namespace lowbit
