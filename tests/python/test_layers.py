@@ -400,7 +400,7 @@ def test_mixture_of_experts(name):
 
 def test_only_the_experts_that_were_hit_are_read(monkeypatch):
     model = moe("mixtral").eval()
-    optimize_model(model)
+    optimize_model(model, optimize_llm=False)
     experts = model.model.layers[0].mlp.experts
     read, linear = [], ops.linear
 
@@ -415,6 +415,22 @@ def test_only_the_experts_that_were_hit_are_read(monkeypatch):
     # Two experts, gate_up and down each: no product over the tiles of all eight.
     assert len(read) == 4
     assert max(read) < experts.gate_up_proj.packed.shape[0]
+
+
+@pytest.mark.parametrize("optimize_llm", [False, True])
+def test_experts_that_were_not_hit_have_no_say(optimize_llm):
+    """Their scales are NaN, which a product by a routing weight of zero would not hide."""
+    model = optimize_model(moe("mixtral").eval(), optimize_llm=optimize_llm)
+    experts = model.model.layers[0].mlp.experts
+    call = torch.randn(1, 64), torch.tensor([[1, 5]]), torch.tensor([[0.5, 0.5]])
+    with torch.no_grad():
+        expected = experts(*call)
+        for weight in (experts.gate_up_proj, experts.down_proj):
+            others = [e for e in range(weight.shape[0]) if e not in (1, 5)]
+            weight.packed.view(weight.shape[0], -1)[others] = 255
+        assert torch.equal(experts(*call), expected)
+        hit = torch.tensor([[1, others[0]]])
+        assert not experts(call[0], hit, call[2]).isfinite().all()
 
 
 def test_the_layout_of_transposed_experts():
