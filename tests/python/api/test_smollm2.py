@@ -26,13 +26,14 @@ BITS = {
 IN_FULL = {"sym_int4", "nf3", "fp8", "bf16"}  # one of each way to store; the rest when slow
 
 
+# The float model prefers " Paris" by 5.2 in logits; asked in a chat, the first token is a tie ("The",
+# "L'", "La") that any rounding decides.
+PROMPT = "The capital of France is the city of"
+
+
 def prompt(directory):
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return tokenizer, ids
+    return tokenizer, tokenizer(PROMPT, return_tensors="pt")
 
 
 def generate(model, ids, count=16):
