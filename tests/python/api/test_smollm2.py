@@ -26,8 +26,8 @@ BITS = {
 IN_FULL = {"sym_int4", "nf3", "fp8", "bf16"}  # one of each way to store; the rest when slow
 
 
-# The float model prefers " Paris" by 5.2 in logits; asked in a chat, the first token is a tie ("The",
-# "L'", "La") that any rounding decides.
+# The float model prefers " Paris" by 5.2 in logits; asked in a chat, the first token is a tie of
+# "The" and "L'" that any rounding decides.
 PROMPT = "The capital of France is the city of"
 
 
