@@ -10,7 +10,7 @@ Steps of the contenders alternate, so that a noisy machine slows all alike; medi
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import statistics
 import sys
 import time
@@ -22,17 +22,8 @@ import torch
 
 import ipex_llm
 
-SHAPES = {
-    "llama-1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
-}
+SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text())["models"]
+_LONG = {"max_position_embeddings": 4096}
 
 
 def build(arguments):
@@ -44,7 +35,7 @@ def build(arguments):
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return LlamaForCausalLM(LlamaConfig(**SHAPES[arguments.shape])).eval()
+        return LlamaForCausalLM(LlamaConfig(**{**SHAPES[arguments.shape], **_LONG})).eval()
     finally:
         torch.set_default_dtype(default)
 
@@ -54,9 +45,9 @@ def optimized(arguments):
     saved = arguments.saved
     if saved is None or not (saved / "ipex_llm.json").exists():
         model = ipex_llm.optimize_model(build(arguments), arguments.low_bit, optimize_llm=False)
-        if saved is not None:
-            model.save_low_bit(saved)
-        return model
+        if saved is None:
+            return model
+        model.save_low_bit(saved)
     from transformers import AutoModelForCausalLM
 
     from ipex_llm.optimize import load_low_bit, low_memory_init
@@ -102,15 +93,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     from ipex_llm.fuse import fuse_model
 
-    plain = optimized(arguments)
+    # Not copies of one: a copy's weights do not lie in the huge pages of packed ones.
     models = {}
     for name in arguments.contenders.split(","):
-        models[name] = plain if name == "unfused" else copy.deepcopy(plain)
+        models[name] = optimized(arguments)
         if name != "unfused":
             fuse_model(models[name], None if name == "fused" else name)
     print(ipex_llm.optimization_report(next(iter(models.values()))))
     contexts = [int(c) for c in arguments.contexts.split(",")]
-    vocabulary = plain.config.vocab_size
+    vocabulary = next(iter(models.values())).config.vocab_size
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(5, vocabulary, (1, c), generator=generator) for c in contexts]
     decoders = {}

@@ -34,6 +34,7 @@
 #include "lowbit/error.h"
 #include "lowbit/linear.h"
 #include "spin_threads.h"
+#include "support.h"
 
 namespace lowbit::bench {
 namespace {
@@ -49,25 +50,6 @@ double now() {
     return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-struct Free {
-  void operator()(std::byte* p) const { std::free(p); }
-};
-using Bytes = std::unique_ptr<std::byte[], Free>;
-
-Bytes allocate(std::int64_t bytes) {
-  const std::size_t size = static_cast<std::size_t>((bytes + 4095) / 4096 * 4096);
-  Bytes memory(static_cast<std::byte*>(std::aligned_alloc(4096, size)));
-  if (memory == nullptr) throw Error(ErrorCode::kResource, "bench: no memory for the ring");
-  std::memset(memory.get(), 0, size);
-  return memory;
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const std::size_t n = values.size();
-  return n % 2 == 1 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
 }
 
 // Twice the last-level cache, so that weights come from memory; at least 192 MiB, because a virtual

@@ -24,31 +24,13 @@
 #include "lowbit/linear.h"
 #include "lowbit/quantize.h"
 #include "spin_threads.h"
+#include "support.h"
 
 namespace lowbit::bench {
 namespace {
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const std::size_t n = values.size();
-  return n % 2 == 1 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
-}
-
-struct Free {
-  void operator()(std::byte* p) const { std::free(p); }
-};
-using Bytes = std::unique_ptr<std::byte[], Free>;
-
-Bytes allocate(std::int64_t bytes) {
-  const std::size_t size = static_cast<std::size_t>((bytes + 4095) / 4096 * 4096);
-  Bytes memory(static_cast<std::byte*>(std::aligned_alloc(4096, size)));
-  if (memory == nullptr) throw Error(ErrorCode::kResource, "bench: no memory");
-  std::memset(memory.get(), 0, size);
-  return memory;
 }
 
 struct Options {

@@ -8,17 +8,7 @@ from pathlib import Path
 from .environments import FOLDER
 
 MODELS = FOLDER / "models"
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
+SHAPES = Path(__file__).resolve().parents[1] / "shapes.json"
 
 
 def llama_1b() -> Path:
@@ -36,7 +26,8 @@ def llama_1b() -> Path:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+        shape = json.loads(SHAPES.read_text())["models"]["llama-1.1b"]
+        model = LlamaForCausalLM(LlamaConfig(**shape))
     finally:
         torch.set_default_dtype(default)
     with real_models.building(target) as work:

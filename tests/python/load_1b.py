@@ -17,23 +17,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ipex_llm.optimize import load_low_bit, low_memory_init, optimize_model
 
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
+SHAPES = Path(__file__).resolve().parents[2] / "bench" / "shapes.json"
 
 
 def make(directory: Path) -> None:
     torch.manual_seed(0)
     with low_memory_init():
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE)).bfloat16()
+        shape = json.loads(SHAPES.read_text())["models"]["llama-1.1b"]
+        model = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
