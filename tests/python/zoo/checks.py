@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
+import inspect
 import os
 import tempfile
 import time
@@ -36,6 +38,7 @@ class Result:
     share: float = 0.0  # of the weight bytes, embeddings excepted
     left: str = ""  # the heaviest weights that stay float, with reasons
     seconds: float = 0.0
+    called: float = 1.0  # share of the modules with parameters of their own that the forward calls
 
 
 def run_case(case: builders.Case, low_bits=("sym_int4", "nf4"), save: bool = True) -> list[Result]:
@@ -43,13 +46,15 @@ def run_case(case: builders.Case, low_bits=("sym_int4", "nf4"), save: bool = Tru
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model, arguments = _built(case)
+            model, arguments = built(case)
+            called = max(_reach(copy.deepcopy(model), arguments), 0) / (_modules(model) or 1)
         except builders.NotSmall as error:
             return [_result(case, low_bit, "not built", str(error)) for low_bit in low_bits]
         results = []
         for low_bit in low_bits:
             started = time.perf_counter()
             result = _result(case, low_bit, "ok", "")
+            result.called = round(called, 3)
             try:
                 _check(case, copy.deepcopy(model), arguments, low_bit, save, result)
             except Exception as error:
@@ -64,13 +69,13 @@ def _result(case, low_bit, status, detail) -> Result:
     return Result(case.task, case.model_type, case.class_name, low_bit, status, detail)
 
 
-def _built(case: builders.Case):
+def built(case: builders.Case):
     """The smallest model that accepts an input, not called yet, and that input."""
     reasons = []
     for model in builders.build(case):
         untouched = copy.deepcopy(model)  # some change themselves at their first call
         try:
-            return untouched, _reference(model)
+            return untouched, _with_media(model, _reference(model))
         except builders.NoRecipe:
             raise
         except builders.NotSmall as error:
@@ -103,6 +108,50 @@ def _reference(model: nn.Module):
         print(*(r[2] for r in reasons), sep="\n   ")
     reason = max(reasons, key=lambda r: r[:2], default=(0, 0, "none has its arguments"))[2]
     raise builders.NotSmall(f"no input is known ({reason})")
+
+
+def _with_media(model: nn.Module, arguments: dict) -> dict:
+    """More arguments, if they make the model call modules that these do not.
+
+    Models that look and listen accept text alone, which leaves most of their weights unused.
+    """
+    accepted = set(inspect.signature(model.forward).parameters)
+    if "input_ids" not in arguments or not accepted & {*inputs.MEDIA.values(), "input_values"}:
+        return arguments
+    best = _reach(model, arguments)
+    everything = _modules(model)
+    makers = [
+        lambda found, kind=kind: inputs.with_media(model, kind, found) for kind in inputs.MEDIA
+    ]
+    for more in (*makers, lambda found: inputs.other_media(model, found)):
+        for candidate in more(arguments) if best < everything else ():
+            reached = _reach(model, candidate)
+            if reached > best:
+                best, arguments = reached, candidate
+                break
+    return arguments
+
+
+def _modules(model: nn.Module) -> int:
+    return sum(bool(m._parameters) for m in model.modules())
+
+
+def _reach(model: nn.Module, arguments: dict) -> int:
+    """How many modules with parameters of their own a forward calls; -1 if it refuses."""
+    called = set()
+    hooks = [
+        m.register_forward_pre_hook(lambda module, args: called.add(module))
+        for m in model.modules()
+        if m._parameters
+    ]
+    try:
+        tensors = floats(call(model, arguments))
+        usable = all(t.isfinite().any() and not t.isnan().any() for t in tensors)
+    except Exception:
+        usable = False
+    for hook in hooks:
+        hook.remove()
+    return len(called) if usable else -1
 
 
 def call(model: nn.Module, arguments: dict):
@@ -157,8 +206,17 @@ def _share(plan) -> tuple[float, str]:
     weights = [e for e in plan if len(e.shape) >= 2 and e.kind != "embedding"]
     total = sum(e.bytes_before for e in weights)
     share = sum(e.bytes_before for e in weights if e.converts) / total if total else 1.0
-    left = sorted((e for e in weights if not e.converts), key=lambda e: -e.bytes_before)
-    shown = [f"{e.name} ({e.bytes_before / total:.0%}): {e.reason}" for e in left[:2]]
+    left = collections.defaultdict(list)
+    for e in sorted(weights, key=lambda e: -e.bytes_before):
+        if not e.converts:
+            left[e.reason].append(e)
+    shown = []
+    for reason, entries in left.items():
+        part = sum(e.bytes_before for e in entries) / total
+        if part >= 0.005:
+            more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+            shown.append((part, f"{part:.0%} {reason}: {entries[0].name}{more}"))
+    shown = [text for _, text in sorted(shown, reverse=True)[:3]]
     return share, "; ".join(shown)
 
 

@@ -55,7 +55,92 @@ def candidates(model: nn.Module) -> Iterator[dict]:
 
 
 # Where one of these is taken, images come as rows of flattened patches.
-_FLAT = {"grid_thw", "image_grid_thw", "spatial_shapes", "pixel_position_ids", "target_sizes"}
+_FLAT = {
+    "grid_thw", "image_grid_thw", "video_grid_thw", "spatial_shapes", "pixel_position_ids",
+    "image_position_ids", "target_sizes",
+}  # fmt: skip
+MEDIA = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+# What holds a number per token of the text, and is made anew for a longer text.
+_PER_TOKEN = ("input_ids", "decoder_input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def other_media(model: nn.Module, arguments: dict) -> Iterator[dict]:
+    """Plain candidates that bring the text something to look at or listen to."""
+    for other in candidates(model):
+        if "input_ids" in other and set(other) - set(arguments) & {*MEDIA.values(), "input_values"}:
+            yield other
+
+
+def with_media(model: nn.Module, kind: str, arguments: dict) -> Iterator[dict]:
+    """`arguments` and an image, a clip or sound, with as many placeholders for it in the text as
+    the model makes features of it."""
+    name = f"get_{kind}_features"
+    owners = [model, getattr(model, "base_model", model)]
+    features_of = next((getattr(m, name) for m in owners if hasattr(m, name)), None)
+    token = next((t for t in _placeholders(model.config, kind) if t is not None), None)
+    if features_of is None or token is None:
+        return
+    taken = {}
+    for owner in owners:  # the outer one may take (**kwargs)
+        if hasattr(owner, name):
+            taken |= inspect.signature(getattr(owner, name)).parameters
+    accepted = set(inspect.signature(model.forward).parameters)
+    makers = Makers(model.config)
+    width = _number(makers.text, "hidden_size", "d_model", "n_embd") or 1
+    counts = []
+    needed = [n for n, p in taken.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    names = dict.fromkeys(n for n in (*needed, *_COMPANIONS) if n in accepted and n in taken)
+    optional = ("feature_attention_mask", "image_sizes", *_OPTIONAL)
+    masks = dict.fromkeys([*names, *(n for n in optional if n in accepted and n in taken)])
+    for seed, added in ((s, n) for s in makers.seeds(set(taken)) for n in (names, masks)):
+        if not set(seed) <= set(taken) & accepted or "input_ids" in seed:
+            continue
+        media = dict(seed)
+        for name in added:
+            if name not in media and name != "input_ids" and hasattr(makers, name):
+                media[name] = getattr(makers, name)(media)
+        try:
+            with torch.no_grad():
+                count = _elements(features_of(**media)) // width
+        except Exception:
+            continue
+        shapes = {name: getattr(value, "shape", value) for name, value in media.items()}
+        if not 0 < count <= 4096 or (count, shapes) in counts:
+            continue
+        if len(counts) == 4:  # a model that takes this many kinds of image wants something else
+            return
+        counts.append((count, shapes))
+        ids = arguments["input_ids"][:1]
+        ids = torch.cat([ids[:, :2], torch.full((1, count), token), ids[:, 2:]], 1)
+        combined = {k: v for k, v in arguments.items() if k not in _PER_TOKEN} | media
+        combined["input_ids"] = ids
+        if "decoder_input_ids" in arguments:
+            combined["decoder_input_ids"] = arguments["decoder_input_ids"][:1]
+        if "attention_mask" in accepted:
+            combined["attention_mask"] = torch.ones_like(ids)
+        types = torch.zeros_like(ids)
+        for value, other in enumerate(MEDIA, 1):
+            for placeholder in _placeholders(model.config, other):
+                types[ids == (-1 if placeholder is None else placeholder)] = value
+        yield {**combined, "mm_token_type_ids": types}
+        yield combined
+        yield {**combined, "token_type_ids": types}
+
+
+def _placeholders(config, kind: str) -> Iterator[int | None]:
+    for ending in ("token_id", "token_index"):
+        yield getattr(config, f"{kind}_{ending}", None)
+
+
+def _elements(features) -> int:
+    """Elements of what `get_image_features` and its like return."""
+    pooled = getattr(features, "pooler_output", None)
+    features = features if pooled is None else pooled
+    if hasattr(features, "last_hidden_state"):
+        features = features.last_hidden_state
+    if isinstance(features, torch.Tensor):
+        return features.numel()
+    return sum(_elements(part) for part in features)
 
 
 class Makers:
@@ -93,9 +178,13 @@ class Makers:
             grid = torch.tensor([[1, 4, 4]])
             yield {"hidden_states": normal(16, patch), "grid_thw": grid}
             yield {"pixel_values": normal(16, patch), "grid_thw": grid}
+            yield {"pixel_values": normal(16, patch), "image_grid_thw": grid}
+            yield {"pixel_values_videos": normal(16, patch), "video_grid_thw": grid}
             yield {"pixel_values": normal(1, 16, patch)}
             yield {"pixel_values": normal(1, 16, patch), "input_ids": ids[:1]}
             yield {"pixel_values": normal(1, 4, 4, patch)}
+        squares = normal(16, 3, self.patch(), self.patch())
+        yield {"pixel_values": squares, "image_grid_thw": torch.tensor([[1, 4, 4]])}
         yield {"input_values": normal(2, 4000)}
         yield {"input_values": normal(2, 4000), "decoder_input_ids": ids[:, :4]}
         for features in self.features():
@@ -198,6 +287,10 @@ class Makers:
 
     padding_mask = attention_mask
 
+    def feature_attention_mask(self, arguments):
+        features = arguments.get("input_features", self.normal(_batch(arguments), 1, 64))
+        return torch.ones(features.shape[0], features.shape[-1], dtype=torch.long)
+
     moe_mm_token_type_ids = token_type_ids
 
     def image_attention_mask(self, arguments):
@@ -229,16 +322,23 @@ class Makers:
         places = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(1, 16, 2)
         return places.expand(_batch(arguments), 16, 2)
 
+    image_position_ids = pixel_position_ids
+
+    def image_sizes(self, arguments):
+        return torch.tensor([[*arguments["pixel_values"].shape[-2:]]] * _batch(arguments))
+
     def target_sizes(self, arguments):
         return torch.tensor([[4, 4]] * _batch(arguments), dtype=torch.int32)
 
     def grid_thw(self, arguments):
         return torch.tensor([[1, 4, 4]])
 
-    image_grid_thw = grid_thw
+    image_grid_thw = video_grid_thw = grid_thw
 
     def merge_sizes(self, arguments):
         return torch.tensor([1])
+
+    image_merge_sizes = video_merge_sizes = merge_sizes
 
     def prompt_depth(self, arguments):
         return self.normal(_batch(arguments), 1, 32, 32).abs()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import datetime
 import json
 import multiprocessing
 import os
@@ -160,11 +161,14 @@ def table(results) -> str:
     lines = [
         "# Models",
         "",
-        "Written by `make zoo` (`tests/python/zoo/run.py --write docs/models.md`), torch "
-        f"{torch.__version__.split('+')[0]}, transformers {transformers.__version__}.",
+        "Written by `make zoo` (`tests/python/zoo/run.py --write docs/models.md`) on "
+        f"{datetime.date.today()}, torch {torch.__version__.split('+')[0]}, transformers "
+        f"{transformers.__version__}, CPU.",
         "",
         "Every class that the Auto mappings of transformers name, built small with random weights "
-        "and without a network, and models from elsewhere. Each is optimized, compared in fp32 "
+        "and without a network, and models from elsewhere. Models that look or listen get an "
+        "image, a clip or sound beside the text where one is known here that they accept. Each is "
+        "optimized, compared in fp32 "
         "with a float copy whose weights are the dequantized ones (so the arithmetic is all that "
         "differs), saved, loaded under `low_memory_init`, and must then give the identical output. "
         "*Share* is the part of the bytes of all parameters with two or more dimensions that is "
@@ -209,25 +213,33 @@ def table(results) -> str:
         by_class = collections.defaultdict(list)
         for r in rows:
             by_class[(r.model_type, r.class_name)].append(r)
-        missing = []
+        missing, partly = [], []
         for (_, name), both in sorted(by_class.items()):
             if both[0].status == "not built":
                 missing.append(f"{name} ({_cell(both[0].detail)})")
                 continue
+            if both[0].called < 0.75:
+                partly.append(f"{name} ({both[0].called:.0%})")
             bad = [r for r in both if r.status != "ok"]
             status = "pass" if not bad else f"{bad[0].low_bit}: {_cell(bad[0].detail)}"
-            left = _cell(both[0].left) if both[0].share < 0.95 else ""
+            left = _cell(both[0].left, 400) if both[0].share < 0.95 else ""
             lines.append(
                 f"| {name} | {status} | {both[0].share:.1%} | {max(r.error for r in both):.0e} "
                 f"| {left} |"
             )
+        if partly:
+            lines += [
+                "",
+                "The input reaches a part of the model only (its share of the modules with "
+                "weights is given): " + ", ".join(partly) + ".",
+            ]
         if missing:
             lines += ["", "Not built: " + "; ".join(missing) + "."]
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ").replace(str(ROOT), "")[:150]
+def _cell(text: str, most: int = 150) -> str:
+    return text.replace("|", "/").replace("\n", " ").replace(str(ROOT), "")[:most]
 
 
 if __name__ == "__main__":
