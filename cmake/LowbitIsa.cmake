@@ -1,7 +1,7 @@
 # Instruction sets: each folder of src/cpu named here is compiled with its own flags as an object
 # library and exports one kernel table. Nothing else in the project gets -m flags.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-  set(LOWBIT_ISAS avx2 avxvnni avx512vnni avx512bf16)
+  set(LOWBIT_ISAS avx2 avxvnni avx512vnni avx512bf16 amx)
   set(LOWBIT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
   set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavxvnni)
   # AVX-VNNI and AVX-512 VNNI hold the same 256-bit instruction in two encodings, and many processors
@@ -26,10 +26,15 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(LOWBIT_FLAGS_avx512vnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
       -mavx512vbmi -mavx512vnni -mgfni -mprefer-vector-width=512)
   set(LOWBIT_FLAGS_avx512bf16 ${LOWBIT_FLAGS_avx512vnni} -mavx512bf16)
+  set(LOWBIT_FLAGS_amx ${LOWBIT_FLAGS_avx512bf16} -mamx-tile -mamx-bf16 -mamx-int8)
   include(CheckCXXCompilerFlag)
   check_cxx_compiler_flag(-mavxvnni LOWBIT_COMPILER_KNOWS_AVXVNNI)  # GCC 11, clang 12
   if(NOT LOWBIT_COMPILER_KNOWS_AVXVNNI AND NOT lowbit_evex)
     list(REMOVE_ITEM LOWBIT_ISAS avxvnni)
+  endif()
+  check_cxx_compiler_flag(-mamx-bf16 LOWBIT_COMPILER_KNOWS_AMX)  # GCC 11, clang 11
+  if(NOT LOWBIT_COMPILER_KNOWS_AMX)
+    list(REMOVE_ITEM LOWBIT_ISAS amx)
   endif()
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(LOWBIT_ISAS neon neondot)

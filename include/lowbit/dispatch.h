@@ -8,7 +8,7 @@
 namespace lowbit {
 
 // Worst to best; each level falls back to the one below where it has no kernel of its own.
-// x86: scalar, avx2, avxvnni, avx512vnni, avx512bf16. AArch64: scalar, neon, neondot.
+// x86: scalar, avx2, avxvnni, avx512vnni, avx512bf16, amx. AArch64: scalar, neon, neondot.
 std::span<const std::string_view> compiled_isas();   // in this build
 std::span<const std::string_view> available_isas();  // in this build and on this machine
 

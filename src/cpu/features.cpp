@@ -5,6 +5,9 @@
 #if defined(__unix__)
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 #define LOWBIT_X86 1
 #include <cpuid.h>
@@ -36,6 +39,18 @@ std::uint64_t saved_state() {
   return (std::uint64_t{high} << 32) | low;
 }
 
+// Linux gives tiles to processes that ask for them: saved with every thread that used them, they
+// are 8 KiB of its state.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 Features detect() {
   Features f;
   const Registers one = cpuid(1, 0);
@@ -54,6 +69,8 @@ Features detect() {
                  bit(seven.ecx, 1) /* VBMI */ && bit(seven.ecx, 8) /* GFNI */ &&
                  bit(seven.ecx, 11) /* VNNI */;
   f.avx512bf16 = f.avx512vnni && bit(seven_one.eax, 5);
+  f.amx = f.avx512bf16 && (saved & 0x60000) == 0x60000 && bit(seven.edx, 24) /* TILE */ &&
+          bit(seven.edx, 22) /* BF16 */ && bit(seven.edx, 25) /* INT8 */ && may_use_tiles();
 #if defined(LOWBIT_AVXVNNI_EVEX)
   f.avxvnni = f.avx512vnni;  // a build for tests, see cmake/LowbitIsa.cmake
 #else
@@ -103,6 +120,8 @@ bool has(const Features& f, Isa isa) {
       return f.avx512vnni;
     case Isa::kAvx512Bf16:
       return f.avx512bf16;
+    case Isa::kAmx:
+      return f.amx;
     case Isa::kNeon:
       return f.neon;
     case Isa::kNeonDot:

@@ -14,10 +14,11 @@ enum class Isa : int {
   kAvxVnni,
   kAvx512Vnni,
   kAvx512Bf16,
+  kAmx,
   kNeon,
   kNeonDot,
 };
-inline constexpr int kIsaCount = 7;
+inline constexpr int kIsaCount = 8;
 
 struct Features {
   // x86; each is true only if the operating system also saves the registers (XGETBV).
@@ -25,6 +26,7 @@ struct Features {
   bool avxvnni = false;     // avx2 and AVX-VNNI
   bool avx512vnni = false;  // AVX-512 F BW DQ VL VBMI VNNI, GFNI
   bool avx512bf16 = false;  // avx512vnni and AVX512_BF16
+  bool amx = false;         // avx512bf16, AMX tiles of bfloat16 and int8
   // AArch64
   bool neon = false;
   bool neondot = false;

@@ -31,6 +31,27 @@ struct AttendRows {
   float* scratch;  // attend_scratch(rows, d) floats
 };
 
+// Keys or values of one head: position p starts at element p * stride.
+struct HeadRows {
+  const void* data;
+  DType dtype;
+  std::int64_t stride;
+};
+
+// Attention of many rows over keys and values that are rounded to bfloat16 and put into the order
+// of the products once per call, block by block of kCacheBlock positions.
+struct ManyRows {
+  const char* name;
+  int rows;  // what a task should take, and at most takes
+  // Of the keys, or the values, of one head; 64-byte aligned.
+  std::int64_t (*packed_bytes)(std::int64_t positions, int d);
+  void (*pack)(const HeadRows& keys, const HeadRows& values, std::int64_t positions, int d,
+               std::int64_t block, std::byte* packed_keys, std::byte* packed_values);
+  std::int64_t (*scratch)(int d);  // floats
+  // `keys` and `values` of the arguments are packed ones, their `begin` is 0.
+  void (*attend)(const AttendRows& args);
+};
+
 struct FusedKernels {
   const char* name;
   // n floats from and to another type.
@@ -59,7 +80,11 @@ const FusedKernels& fused_kernels_scalar();
 const FusedKernels& fused_kernels_avx2();
 const FusedKernels& fused_kernels_avx512vnni();
 
+const ManyRows& many_rows_avx512bf16();
+const ManyRows& many_rows_amx();
+
 // For the level in force.
 const FusedKernels& fused_kernels();
+const ManyRows* many_rows();  // nullptr where there is none
 
 }  // namespace lowbit::cpu

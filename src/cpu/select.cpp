@@ -25,6 +25,9 @@ namespace {
 #ifndef LOWBIT_HAVE_AVX512BF16
 #define LOWBIT_HAVE_AVX512BF16 0
 #endif
+#ifndef LOWBIT_HAVE_AMX
+#define LOWBIT_HAVE_AMX 0
+#endif
 #ifndef LOWBIT_HAVE_NEON
 #define LOWBIT_HAVE_NEON 0
 #endif
@@ -38,6 +41,7 @@ constexpr std::array<IsaInfo, kIsaCount> kIsas = {{
     {Isa::kAvxVnni, "avxvnni", LOWBIT_HAVE_AVXVNNI != 0, Isa::kAvx2},
     {Isa::kAvx512Vnni, "avx512vnni", LOWBIT_HAVE_AVX512VNNI != 0, Isa::kAvx2},
     {Isa::kAvx512Bf16, "avx512bf16", LOWBIT_HAVE_AVX512BF16 != 0, Isa::kAvx512Vnni},
+    {Isa::kAmx, "amx", LOWBIT_HAVE_AMX != 0, Isa::kAvx512Bf16},
     {Isa::kNeon, "neon", LOWBIT_HAVE_NEON != 0, Isa::kScalar},
     {Isa::kNeonDot, "neondot", LOWBIT_HAVE_NEONDOT != 0, Isa::kNeon},
 }};

@@ -216,25 +216,13 @@ std::int64_t project_floats(const AttentionSpec& spec, std::int64_t tokens, std:
 
 // ---- attention ---------------------------------------------------------------------------------
 
-// Attention of the tokens [begin, end) (rows of the flattened batch) into out [count, heads * d];
-// q is float32, scaled, [batch, tokens, heads, head_dim].
-void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
-                  const CacheView& cache, std::int64_t positions, std::int64_t begin,
-                  std::int64_t end, float* out) {
-  const BlockCall& call = work.call;
-  const MaskView& mask = spec.cross ? call.cross_mask : call.mask;
-  const bool causal = call.causal && !spec.cross;
-  const int d = spec.head_dim;
-  const int group = spec.heads / spec.kv_heads;
-  const std::int64_t width = std::int64_t{spec.heads} * d;
-  const std::int64_t element =
-      cache.format == CacheFormat::kFloat ? static_cast<std::int64_t>(dtype_bytes(cache.dtype)) : 1;
+struct Strip {
+  std::int64_t first, count;  // tokens of the flattened batch
+};
 
-  // A task is one key/value head, a run of tokens of one batch row, and a range of positions.
-  const std::int64_t run = std::max(1, kTaskRows / group);
-  struct Strip {
-    std::int64_t first, count;  // tokens of the flattened batch
-  };
+// Tokens [begin, end) in runs of at most `run` of one batch row.
+std::vector<Strip> strips_of(const BlockCall& call, std::int64_t begin, std::int64_t end,
+                             std::int64_t run) {
   std::vector<Strip> strips;
   for (std::int64_t t = begin; t < end;) {
     const std::int64_t row_end = std::min(end, (t / call.tokens + 1) * call.tokens);
@@ -242,7 +230,208 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
     strips.push_back({t, count});
     t += count;
   }
-  const std::int64_t tokens = end - begin;
+  return strips;
+}
+
+// The attention of one chunk of tokens: what its tasks, in float32 or in bfloat16, have in common.
+// q is float32, scaled, [batch, tokens, heads, head_dim]; out is [count, heads * d].
+struct Attention {
+  const Work& work;
+  const AttentionSpec& spec;
+  const float* q;
+  const CacheView& cache;
+  std::int64_t positions, begin, end;
+  float* out;
+  const BlockCall& call = work.call;
+  const MaskView& mask = spec.cross ? call.cross_mask : call.mask;
+  bool causal = call.causal && !spec.cross;
+  int d = spec.head_dim;
+  int group = spec.heads / spec.kv_heads;
+  std::int64_t element =
+      cache.format == CacheFormat::kFloat ? static_cast<std::int64_t>(dtype_bytes(cache.dtype)) : 1;
+
+  const void* keys(std::int64_t b, std::int64_t kv) const {
+    return static_cast<const char*>(cache.keys) +
+           (b * cache.key_batch_stride + kv * cache.key_head_stride) * element;
+  }
+  const void* values(std::int64_t b, std::int64_t kv) const {
+    return static_cast<const char*>(cache.values) +
+           (b * cache.value_batch_stride + kv * cache.value_head_stride) * element;
+  }
+  // One behind the last position that a token sees without its mask.
+  std::int64_t limit(std::int64_t token) const {
+    return causal ? std::min(positions, call.past + token % call.tokens + 1) : positions;
+  }
+};
+
+// The rows of a strip for one key/value head: queries, limits and masks, of which `args` points to.
+struct StripRows {
+  std::int64_t limits[kTaskRows * 8];
+  const void* masks[kTaskRows * 8];
+
+  void take(const Attention& a, const Strip& strip, int kv, float* packed, cpu::AttendRows& args) {
+    const std::int64_t b = strip.first / a.call.tokens;
+    std::int64_t last = 0;
+    for (std::int64_t t = 0; t < strip.count; ++t) {
+      const std::int64_t s = (strip.first + t) % a.call.tokens;
+      for (int i = 0; i < a.group; ++i) {
+        const std::int64_t r = t * a.group + i;
+        std::copy_n(a.q + ((strip.first + t) * a.spec.heads + kv * a.group + i) * a.d, a.d,
+                    packed + r * a.d);
+        limits[r] = a.limit(strip.first + t);
+        last = std::max(last, limits[r]);
+        if (a.mask.kind != MaskKind::kNone) {
+          const std::int64_t bytes = a.mask.kind == MaskKind::kBool      ? 1
+                                     : a.mask.kind == MaskKind::kFloat32 ? 4
+                                                                         : 2;
+          masks[r] = static_cast<const char*>(a.mask.data) +
+                     (b * a.mask.batch_stride + (kv * a.group + i) * a.mask.head_stride +
+                      s * a.mask.stride) *
+                         bytes;
+        }
+      }
+    }
+    args.q = packed;
+    args.rows = static_cast<int>(strip.count * a.group);
+    args.d = a.d;
+    args.begin = 0;
+    args.end = last;
+    args.limits = a.causal ? limits : nullptr;
+    args.masks = a.mask.kind != MaskKind::kNone ? masks : nullptr;
+    args.mask_kind = a.mask.kind;
+    args.softcap = a.spec.softcap;
+  }
+};
+
+// Sums of the weighted values to means, in their place.
+void finish(const Attention& a, const Strip& strip, int kv, const float* acc, const float* max,
+            const float* sum) {
+  const AttentionSpec& spec = a.spec;
+  const std::int64_t width = std::int64_t{spec.heads} * a.d;
+  for (std::int64_t t = 0; t < strip.count; ++t) {
+    for (int i = 0; i < a.group; ++i) {
+      const std::int64_t r = t * a.group + i;
+      float* to = a.out + (strip.first - a.begin + t) * width + (kv * a.group + i) * a.d;
+      // Nothing seen: zero, as torch's own kernels give.
+      float factor = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
+      if (spec.sinks != nullptr && sum[r] != 0) {
+        // The sink may be larger than every score by any amount: to infinity, and the result to 0.
+        float sink;
+        a.work.kernels.load(
+            static_cast<const char*>(spec.sinks) +
+                static_cast<std::size_t>(kv * a.group + i) * dtype_bytes(spec.sinks_dtype),
+            spec.sinks_dtype, 1, &sink);
+        factor = 1.0f / (sum[r] + std::exp(sink - max[r]));
+      }
+      for (int j = 0; j < a.d; ++j) to[j] = acc[r * a.d + j] * factor;
+    }
+  }
+}
+
+// body(task) for all tasks, the last ones first: later strips see more positions. Handed out one by
+// one.
+template <typename Body>
+void share(const Threads& threads, std::int64_t tasks, const Body& body) {
+  if (tasks <= 1 || threads.count() == 1) {
+    for (std::int64_t task = 0; task < tasks; ++task) body(task);
+    return;
+  }
+  std::atomic<std::int64_t> next{tasks};
+  std::atomic<bool> failed{false};
+  threads.run(std::min<std::int64_t>(threads.count(), tasks), [&](std::int64_t) {
+    try {
+      for (std::int64_t task; (task = next.fetch_sub(1) - 1) >= 0;) body(task);
+    } catch (...) {
+      failed = true;
+    }
+  });
+  if (failed) throw Error(ErrorCode::kResource, "fused block: no memory for attention");
+}
+
+// What packed keys and values of the heads that are worked on together may take.
+constexpr std::int64_t kPackedBytes = std::int64_t{32} << 20;
+
+// Fewer rows of one key/value head than this do not pay for packing it.
+constexpr std::int64_t kManyRows = 16;
+
+// The kernels that round keys, values, queries and weights to bfloat16, where that is asked for and
+// worth it; nullptr: float32.
+const cpu::ManyRows* many_rows_for(const Attention& a) {
+  const BlockCall& call = a.call;
+  if (a.cache.format != CacheFormat::kFloat) return nullptr;
+  const Format format = a.spec.out.layout.format;
+  if (cpu::resolve_precision(format, call.precision, a.work.rows) == Precision::kFp32) {
+    return nullptr;  // the products around it are exact
+  }
+  const std::int64_t tokens = std::min(a.end - a.begin, call.tokens);
+  const cpu::ManyRows* many = cpu::many_rows();
+  return many == nullptr || tokens * a.group < kManyRows || a.group > many->rows ? nullptr : many;
+}
+
+void attend_many(const Attention& a, const cpu::ManyRows& many) {
+  const std::vector<Strip> strips =
+      strips_of(a.call, a.begin, a.end, std::max(1, many.rows / a.group));
+  const std::int64_t first_row = a.begin / a.call.tokens;
+  const std::int64_t heads = ((a.end - 1) / a.call.tokens - first_row + 1) * a.spec.kv_heads;
+  std::int64_t positions = 0;  // that any token sees
+  for (const Strip& strip : strips) {
+    positions = std::max(positions, a.limit(strip.first + strip.count - 1));
+  }
+  const std::int64_t bytes = many.packed_bytes(positions, a.d);
+  const std::int64_t together =
+      std::clamp<std::int64_t>(kPackedBytes / std::max<std::int64_t>(2 * bytes, 1), 1, heads);
+  std::byte* packed = cpu::thread_workspace(4, 2 * bytes * together);
+  const std::int64_t blocks = (positions + kCacheBlock - 1) / kCacheBlock;
+  for (std::int64_t from = 0; from < heads; from += together) {
+    const std::int64_t to = std::min(heads, from + together);
+    share(a.work.threads, (to - from) * blocks, [&](std::int64_t task) {
+      const std::int64_t head = task / blocks;
+      const std::int64_t b = first_row + (from + head) / a.spec.kv_heads;
+      const std::int64_t kv = (from + head) % a.spec.kv_heads;
+      std::byte* keys = packed + 2 * head * bytes;
+      many.pack({a.keys(b, kv), a.cache.dtype, a.cache.key_stride},
+                {a.values(b, kv), a.cache.dtype, a.cache.value_stride}, positions, a.d,
+                task % blocks, keys, keys + bytes);
+    });
+    const std::int64_t count = static_cast<std::int64_t>(strips.size());
+    share(a.work.threads, count * (to - from), [&](std::int64_t task) {
+      const Strip& strip = strips[static_cast<std::size_t>(task / (to - from))];
+      const std::int64_t head = from + task % (to - from);
+      if (strip.first / a.call.tokens - first_row != head / a.spec.kv_heads) return;
+      const int kv = static_cast<int>(head % a.spec.kv_heads);
+      const std::int64_t rows = strip.count * a.group;
+      float* memory = floats(3, rows * (2 * a.d + 2) + many.scratch(a.d));
+      StripRows taken;
+      cpu::AttendRows args{};
+      taken.take(a, strip, kv, memory, args);
+      args.keys = packed + 2 * (head - from) * bytes;
+      args.values = static_cast<const std::byte*>(args.keys) + bytes;
+      args.acc = memory + rows * a.d;
+      args.max = args.acc + rows * a.d;
+      args.sum = args.max + rows;
+      args.scratch = args.sum + rows;
+      many.attend(args);
+      finish(a, strip, kv, args.acc, args.max, args.sum);
+    });
+  }
+}
+
+// Attention of the tokens [begin, end), rows of the flattened batch.
+void attend_chunk(const Attention& a) {
+  if (const cpu::ManyRows* many = many_rows_for(a); many != nullptr) {
+    attend_many(a, *many);
+    return;
+  }
+  const Work& work = a.work;
+  const AttentionSpec& spec = a.spec;
+  const CacheView& cache = a.cache;
+  const std::int64_t positions = a.positions;
+  const int d = a.d, group = a.group;
+
+  // A task is one key/value head, a run of tokens of one batch row, and a range of positions.
+  const std::int64_t run = std::max(1, kTaskRows / group);
+  const std::vector<Strip> strips = strips_of(a.call, a.begin, a.end, run);
+  const std::int64_t tokens = a.end - a.begin;
   const std::int64_t splits =
       tokens * group <= kTaskRows ? (positions + kTaskPositions - 1) / kTaskPositions : 1;
   const std::int64_t strip_count = static_cast<std::int64_t>(strips.size());
@@ -255,35 +444,11 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
   std::vector<float> partials(splits > 1 ? static_cast<std::size_t>(tasks * partial_floats)
                                          : std::size_t{0});
 
-  const auto finish = [&](const Strip& strip, int kv, const float* acc, const float* max,
-                          const float* sum) {
-    for (std::int64_t t = 0; t < strip.count; ++t) {
-      for (int i = 0; i < group; ++i) {
-        const std::int64_t r = t * group + i;
-        float* to = out + (strip.first - begin + t) * width + (kv * group + i) * d;
-        // Nothing seen: zero, as torch's own kernels give.
-        float factor = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
-        if (spec.sinks != nullptr && sum[r] != 0) {
-          // The sink may be larger than every score by any amount: to infinity, and the result to
-          // 0.
-          float sink;
-          work.kernels.load(
-              static_cast<const char*>(spec.sinks) +
-                  static_cast<std::size_t>(kv * group + i) * dtype_bytes(spec.sinks_dtype),
-              spec.sinks_dtype, 1, &sink);
-          factor = 1.0f / (sum[r] + std::exp(sink - max[r]));
-        }
-        for (int j = 0; j < d; ++j) to[j] = acc[r * d + j] * factor;
-      }
-    }
-  };
-
   const auto one = [&](std::int64_t task) {
     const std::int64_t split = task % splits, pair = task / splits;
     const int kv = static_cast<int>(pair % spec.kv_heads);
     const Strip& strip = strips[static_cast<std::size_t>(pair / spec.kv_heads)];
-    const int rows = static_cast<int>(strip.count * group);
-    const std::int64_t b = strip.first / call.tokens;
+    const std::int64_t rows = strip.count * group, b = strip.first / a.call.tokens;
     const std::int64_t need = rows * (2 * d + 2) + scratch + 4 * rows;
     float* memory = floats(3, need);
     float* packed = memory;
@@ -291,45 +456,17 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
     float* max = acc + rows * d;
     float* sum = max + rows;
     float* rest = sum + rows;
-    std::int64_t limits[kTaskRows * 8];
-    const void* masks[kTaskRows * 8];
-    std::int64_t last = 0;
-    for (std::int64_t t = 0; t < strip.count; ++t) {
-      const std::int64_t s = (strip.first + t) % call.tokens;
-      for (int i = 0; i < group; ++i) {
-        const std::int64_t r = t * group + i;
-        std::copy_n(q + ((strip.first + t) * spec.heads + kv * group + i) * d, d, packed + r * d);
-        limits[r] = causal ? std::min(positions, call.past + s + 1) : positions;
-        last = std::max(last, limits[r]);
-        if (mask.kind != MaskKind::kNone) {
-          const std::int64_t bytes = mask.kind == MaskKind::kBool      ? 1
-                                     : mask.kind == MaskKind::kFloat32 ? 4
-                                                                       : 2;
-          masks[r] =
-              static_cast<const char*>(mask.data) +
-              (b * mask.batch_stride + (kv * group + i) * mask.head_stride + s * mask.stride) *
-                  bytes;
-        }
-      }
-    }
+    StripRows taken;
     cpu::AttendRows args;
-    args.q = packed;
-    args.rows = rows;
-    args.d = d;
-    args.keys = static_cast<const char*>(cache.keys) +
-                (b * cache.key_batch_stride + kv * cache.key_head_stride) * element;
-    args.values = static_cast<const char*>(cache.values) +
-                  (b * cache.value_batch_stride + kv * cache.value_head_stride) * element;
+    taken.take(a, strip, kv, packed, args);
+    args.keys = a.keys(b, kv);
+    args.values = a.values(b, kv);
     args.dtype = cache.dtype;
     args.format = cache.format;
     args.key_stride = cache.key_stride;
     args.value_stride = cache.value_stride;
     args.begin = split * kTaskPositions;
-    args.end = splits > 1 ? std::min(last, args.begin + kTaskPositions) : last;
-    args.limits = causal ? limits : nullptr;
-    args.masks = mask.kind != MaskKind::kNone ? masks : nullptr;
-    args.mask_kind = mask.kind;
-    args.softcap = spec.softcap;
+    if (splits > 1) args.end = std::min(args.end, args.begin + kTaskPositions);
     args.scratch = rest;
     if (splits > 1) {
       float* partial = partials.data() + task * partial_floats;
@@ -343,24 +480,10 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
     args.max = max;
     args.sum = sum;
     work.kernels.attend(args);
-    finish(strip, kv, acc, max, sum);
+    finish(a, strip, kv, acc, max, sum);
   };
   const std::int64_t cost = tokens * spec.heads * positions * d;
-  if (tasks == 1 || work.threads.count() == 1 || cost < kSerialWork) {
-    for (std::int64_t task = 0; task < tasks; ++task) one(task);
-  } else {
-    // Later strips see more positions: handed out one by one, the last ones first.
-    std::atomic<std::int64_t> next{tasks};
-    std::atomic<bool> failed{false};
-    work.threads.run(std::min<std::int64_t>(work.threads.count(), tasks), [&](std::int64_t) {
-      try {
-        for (std::int64_t task; (task = next.fetch_sub(1) - 1) >= 0;) one(task);
-      } catch (...) {
-        failed = true;
-      }
-    });
-    if (failed) throw Error(ErrorCode::kResource, "fused block: no memory for attention");
-  }
+  share(cost < kSerialWork ? serial_threads() : work.threads, tasks, one);
   if (splits <= 1) return;
   // Put the ranges together, in their order.
   for (std::int64_t pair = 0; pair < tasks / splits; ++pair) {
@@ -383,7 +506,7 @@ void attend_chunk(const Work& work, const AttentionSpec& spec, const float* q,
         base_max[r] = most;
       }
     }
-    finish(strip, static_cast<int>(pair % spec.kv_heads), base, base_max, base_sum);
+    finish(a, strip, static_cast<int>(pair % spec.kv_heads), base, base_max, base_sum);
   }
 }
 
@@ -449,7 +572,7 @@ void finish_chunk(const Work& work, const BlockSpec& block, const float* q, cons
     const std::int64_t width = std::int64_t{block.attention.heads} * block.attention.head_dim;
     float* mixed = rest;
     float* update = mixed + count * width;
-    attend_chunk(work, block.attention, q, cache, positions, begin, end, mixed);
+    attend_chunk({work, block.attention, q, cache, positions, begin, end, mixed});
     for_tokens(count, work.threads, [&](std::int64_t t) {
       normalize(work, block.attention.mixed_norm, mixed + t * width, width);
     });

@@ -23,4 +23,19 @@ const FusedKernels& fused_kernels() {
   }
 }
 
+const ManyRows* many_rows() {
+  switch (active_level()) {
+#if defined(LOWBIT_HAVE_AMX)
+    case Isa::kAmx:
+      return &many_rows_amx();
+#endif
+#if defined(LOWBIT_HAVE_AVX512BF16)
+    case Isa::kAvx512Bf16:
+      return &many_rows_avx512bf16();
+#endif
+    default:
+      return nullptr;
+  }
+}
+
 }  // namespace lowbit::cpu

@@ -171,7 +171,18 @@ def test_small_memory_and_transposed_weights(tmp_path):
     converted_like_saved(tmp_path, cls, "--max-memory", "60KB", plan=True)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon"])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        "scalar",
+        "avx2",
+        "avxvnni",
+        "avx512vnni",
+        "avx512bf16",
+        "amx",
+        "neon",
+    ],
+)
 def test_any_instruction_set_gives_the_same_bytes(isa, tmp_path):
     saved_float(tmp_path / "float", "mixtral", dtype=torch.bfloat16)
     lowbit("convert", tmp_path / "float", tmp_path / "out", "--quiet", "--low-bit", "nf4")

@@ -69,6 +69,9 @@ TEST(Dispatch, ChoosesTheBestCompiledLevel) {
   EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avx512vnni");
   f.avx512bf16 = true;
   EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, "avx512bf16");
+  f.amx = true;
+  const std::string_view amx = cpu::isa_info(Isa::kAmx).compiled ? "amx" : "avx512bf16";
+  EXPECT_EQ(cpu::isa_info(cpu::best_isa(f)).name, amx);
 }
 
 TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
