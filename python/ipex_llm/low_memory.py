@@ -81,6 +81,7 @@ def _install_patches() -> None:
     try:
         for name in ("register_parameter", "_apply", "to_empty", "_load_from_state_dict"):
             _patch(nn.Module, name, _PATCHES[name])
+        _patch(nn.utils.parametrize.ParametrizationList, "__init__", _patched_parametrization)
         if _TRANSFORMERS in sys.modules:
             _patch_transformers(sys.modules[_TRANSFORMERS])
         else:
@@ -218,6 +219,31 @@ def _patched_load_from_state_dict(original):
         return original(self, state_dict, prefix, local_metadata, *args, **kwargs)
 
     return _load_from_state_dict
+
+
+def _patched_parametrization(original):
+    """A parametrization decides by values what it keeps (`orthogonal`: its base): it gets some."""
+
+    def __init__(self, modules, tensor, unsafe=False):
+        if not (_active() and isinstance(tensor, nn.Parameter) and tensor.is_meta):
+            original(self, modules, tensor, unsafe)
+            return
+        modules = list(modules)
+        depth, _inside.depth = _inside.depth, 0
+        try:
+            values = torch.empty(tensor.shape, dtype=tensor.dtype)
+            with torch.no_grad():
+                values.normal_(generator=torch.Generator().manual_seed(0))
+            original(self, modules, nn.Parameter(values, tensor.requires_grad), unsafe)
+        except Exception:  # the values are not of the kind that it wants
+            original(self, modules, tensor, unsafe)
+        finally:
+            _inside.depth = depth
+        for name, parameter in self._parameters.items():
+            same = name == "original" and parameter.shape == tensor.shape
+            self._parameters[name] = tensor if same else _meta_parameter(parameter)
+
+    return __init__
 
 
 _PATCHES = {

@@ -99,6 +99,60 @@ def test_load_state_dict_fills_buffers_only(assign):
                 model.load_state_dict(state)
 
 
+class NeedsPositive(nn.Module):
+    """Refuses the values of an ordinary matrix."""
+
+    def forward(self, x):
+        return x @ x.mT
+
+    def right_inverse(self, x):
+        return x if x.is_meta else torch.linalg.cholesky(x)
+
+
+_parametrizations = nn.utils.parametrizations
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        _parametrizations.weight_norm,
+        _parametrizations.spectral_norm,
+        _parametrizations.orthogonal,
+        lambda layer: _parametrizations.orthogonal(layer, orthogonal_map="cayley"),
+        lambda layer: _parametrizations.orthogonal(layer, orthogonal_map="householder"),
+        lambda layer: _parametrizations.orthogonal(layer, use_trivialization=False),
+    ],
+)
+@pytest.mark.parametrize("outputs", [16, 32, 48])
+def test_parametrizations_that_look_at_values(norm, outputs, tmp_path):
+    def build():
+        return nn.Sequential(norm(nn.Linear(32, outputs)), nn.Linear(outputs, 32)).eval()
+
+    model = optimize_model(build())
+    model.save_low_bit(str(tmp_path))
+    with low_memory_init():
+        fresh = build()
+    assert all(p.is_meta for p in fresh.parameters())
+    loaded = load_low_bit(fresh, str(tmp_path))
+    x = torch.randn(2, 32)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_a_parametrization_that_refuses_the_values_it_gets():
+    with low_memory_init():
+        layer = nn.Linear(8, 8)
+        nn.utils.parametrize.register_parametrization(layer, "weight", NeedsPositive())
+    assert layer.parametrizations.weight.original.is_meta
+
+
+def test_a_tied_weight_that_is_parametrized_stays_tied():
+    with low_memory_init():
+        a, b = nn.Linear(32, 32), nn.Linear(32, 32)
+        b.weight = a.weight
+        _parametrizations.orthogonal(a)
+    assert a.parametrizations.weight.original is b.weight
+
+
 def test_blocks_nest():
     with low_memory_init():
         with low_memory_init():
