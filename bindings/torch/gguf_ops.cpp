@@ -1,8 +1,12 @@
 // GGUF files and ggml's blocks as tensors.
+#include <functional>
+#include <memory>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -11,17 +15,24 @@
 namespace lowbit::binding {
 namespace {
 
-std::tuple<std::string, std::vector<Tensor>> gguf_open(std::string path, bool mmap) {
+Tensor bytes_over(std::byte* data, std::size_t count, std::function<void(void*)> keep) {
+  return torch::stable::from_blob(data, {static_cast<std::int64_t>(count)}, {1},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Byte, std::move(keep));
+}
+
+std::tuple<std::string, Tensor, std::vector<Tensor>> gguf_open(std::string path, bool mmap) {
   const std::shared_ptr<GgufFile> file = GgufFile::open(path, {.mmap = mmap});
+  auto outline = std::make_shared<std::string>(outline_gguf(file->header()));
   std::vector<Tensor> blocks;
   for (const GgufTensor& tensor : file->header().tensors) {
-    const auto bytes = static_cast<std::int64_t>(tensor.bytes);
-    blocks.push_back(
-        torch::stable::from_blob(file->data(tensor).data(), {bytes}, {1},
-                                 torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                 ScalarType::Byte, [keep = file](void*) { (void)keep; }));
+    const std::span<std::byte> data = file->data(tensor);
+    blocks.push_back(bytes_over(data.data(), data.size(), [file](void*) { (void)file; }));
   }
-  return {describe_gguf(file->header()), std::move(blocks)};
+  return {describe_gguf(file->header()),
+          bytes_over(reinterpret_cast<std::byte*>(outline->data()), outline->size(),
+                     [outline](void*) { (void)outline; }),
+          std::move(blocks)};
 }
 
 std::string types() {

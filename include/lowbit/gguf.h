@@ -120,6 +120,13 @@ GgufHeader parse_gguf_header(std::span<const std::byte> start, std::uint64_t fil
 // bytes, each with "type", "number", "shape" and "bytes".
 std::string describe_gguf(const GgufHeader& header);
 
+// A small GGUF file that says the same of a model's configuration, for readers that take long over
+// the rest: the metadata, of whose arrays below "tokenizer." the first kOutlineElements stay, the
+// names of the tensors, each one float32, and their order. Numbers have their widest type;
+// "general.alignment" is left out, because the data is another.
+inline constexpr std::size_t kOutlineElements = 2;
+std::string outline_gguf(const GgufHeader& header);
+
 // An open file whose header has been checked. Tensors stay valid as long as the object lives.
 class GgufFile {
  public:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <unordered_set>
 
@@ -334,6 +335,86 @@ std::string describe_gguf(const GgufHeader& header) {
     between = ", ";
   }
   return text + "}}";
+}
+
+// ---- outline -----------------------------------------------------------------------------------
+
+namespace {
+
+void put(std::string& out, std::uint64_t value, int bytes) {
+  for (int i = 0; i < bytes; ++i) out.push_back(static_cast<char>(value >> (8 * i) & 0xff));
+}
+
+void put_text(std::string& out, std::string_view text) {
+  put(out, text.size(), 8);
+  out += text;
+}
+
+// The widest type that holds the values of `type`.
+std::uint32_t widest(std::uint32_t type) {
+  switch (type) {
+    case kUint8:
+    case kUint16:
+    case kUint32:
+      return kUint64;
+    case kInt8:
+    case kInt16:
+    case kInt32:
+      return kInt64;
+    case kFloat32:
+      return kFloat64;
+    default:
+      return type;
+  }
+}
+
+std::uint32_t type_of(const GgufValue& value) {
+  constexpr std::uint32_t types[] = {kUint64, kInt64, kFloat64, kBool, kString, kArray};
+  return types[value.value.index()];
+}
+
+void put_value(std::string& out, const GgufValue& value, std::size_t most) {
+  if (const auto* text = std::get_if<std::string>(&value.value)) return put_text(out, *text);
+  if (const auto* flag = std::get_if<bool>(&value.value)) return put(out, *flag ? 1 : 0, 1);
+  if (const auto* number = std::get_if<std::uint64_t>(&value.value)) return put(out, *number, 8);
+  if (const auto* number = std::get_if<std::int64_t>(&value.value))
+    return put(out, static_cast<std::uint64_t>(*number), 8);
+  if (const auto* number = std::get_if<double>(&value.value))
+    return put(out, std::bit_cast<std::uint64_t>(*number), 8);
+  const auto& array = std::get<GgufArray>(value.value);
+  const std::size_t count = std::min(array.values.size(), most);
+  put(out, widest(array.type), 4);
+  put(out, count, 8);
+  for (std::size_t i = 0; i < count; ++i) put_value(out, array.values[i], most);
+}
+
+}  // namespace
+
+std::string outline_gguf(const GgufHeader& header) {
+  constexpr std::string_view alignment_key = "general.alignment";
+  constexpr std::uint32_t alignment = 32;  // where nothing else is said
+  const bool aligned = header.find(alignment_key) != nullptr;
+  std::string out = "GGUF";
+  put(out, kNewestGguf, 4);
+  put(out, header.tensors.size(), 8);
+  put(out, header.metadata.size() - (aligned ? 1 : 0), 8);
+  for (const auto& [key, value] : header.metadata) {
+    if (key == alignment_key) continue;
+    put_text(out, key);
+    put(out, type_of(value), 4);
+    put_value(out, value, key.starts_with("tokenizer.") ? kOutlineElements : SIZE_MAX);
+  }
+  std::uint64_t offset = 0;
+  for (const GgufTensor& tensor : header.tensors) {
+    put_text(out, tensor.name);
+    put(out, 1, 4);  // dimensions
+    put(out, 1, 8);  // elements
+    put(out, 0, 4);  // F32
+    put(out, offset, 8);
+    offset += alignment;
+  }
+  out.resize(round_up(out.size(), alignment) + offset, '\0');
+  return out;
 }
 
 // ---- GgufFile ----------------------------------------------------------------------------------

@@ -100,6 +100,11 @@ void gguf_target(std::string_view text) {
   }
   require(header.tensors.empty() || end <= bytes.size());
   json::parse(describe_gguf(header), "fuzz");
+  // The outline is a file, and its own outline.
+  const std::string outline = outline_gguf(header);
+  const GgufHeader again =
+      parse_gguf_header(std::as_bytes(std::span(outline)), outline.size(), "fuzz");
+  require(again.tensors.size() == header.tensors.size() && outline_gguf(again) == outline);
 }
 
 // Any bytes are blocks; what packs without rounding means the same. The first byte chooses a type.

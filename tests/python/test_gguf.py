@@ -24,7 +24,7 @@ from ipex_llm import (
     optimize_model,
     save_gguf,
 )
-from ipex_llm.imports.gguf import _NEAREST, TYPES
+from ipex_llm.imports.gguf import _NEAREST, TYPES, GgufFile
 from ipex_llm.optimize import load_low_bit, low_memory_init
 from ipex_llm.program import PROGRAM
 from references import assert_close, exact
@@ -117,6 +117,27 @@ def test_a_loaded_file_is_an_optimized_model(tmp_path):
     assert torch.equal(again(ids).logits, logits)
     with pytest.raises(ValueError, match="already optimized"):
         optimize_model(model)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_configuration_is_that_of_the_whole_file(told, tmp_path):
+    """transformers reads an outline; what it says must not differ from what the file says."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    metadata = llama_metadata(1) | {
+        "general.alignment": 32,
+        "general.name": "small one",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(VOCABULARY)],
+        "tokenizer.ggml.scores": [float(i) for i in range(VOCABULARY)],
+    }
+    if not told:  # then the tokens are counted
+        del metadata["{}.vocab_size"]
+    path = write(tmp_path / "a.gguf", "llama", metadata, llama_tensors(["Q4_0"]))
+    config = GgufFile("test", path).configuration()
+    assert config["vocab_size"] == VOCABULARY
+    assert config == load_gguf_checkpoint(path)["config"]
+    assert load_gguf(path).config.vocab_size == VOCABULARY
 
 
 def test_a_named_type_takes_what_has_it_and_quantizes_the_rest(tmp_path):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -176,13 +177,30 @@ class GgufFile:
             self.path = os.fsdecode(self.path)
         if not self.path:
             raise ValueError(f"{who}: the path is an empty text; give a file")
-        description, blocks = _call(who, ops._ops.gguf_open, self.path, mmap)
+        description, self._outline, blocks = _call(who, ops._ops.gguf_open, self.path, mmap)
         header = json.loads(description)
         self.metadata: dict = header["metadata"]
         self.tensors: dict[str, _Tensor] = {
             name: _Tensor(name, TYPES[entry["type"]], tuple(entry["shape"]), data)
             for (name, entry), data in zip(header["tensors"].items(), blocks, strict=True)
         }
+
+    def configuration(self) -> dict:
+        """What transformers makes of the metadata.
+
+        It reads an outline that the core wrote: not the file itself, and not the tokenizer, whose
+        hundred thousands of texts take the gguf package seconds.
+        """
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+        with tempfile.TemporaryFile() as outline:
+            outline.write(self._outline.numpy())
+            outline.flush()
+            config = load_gguf_checkpoint(outline, return_tensors=False)["config"]
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, dict) and config.get("vocab_size") == min(2, tokens["length"]):
+            config["vocab_size"] = tokens["length"]  # it has counted those of the outline
+        return config
 
 
 def _call(who: str, operator, *arguments_):
@@ -203,7 +221,6 @@ def _empty_model(who: str, file: GgufFile, model_class, dtype) -> tuple[nn.Modul
     try:
         import gguf  # noqa: F401  (what transformers reads the metadata with)
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     except ImportError as error:
         raise ImportError(
             f"{who}: needs transformers and gguf to know architectures: {error}; "
@@ -211,7 +228,7 @@ def _empty_model(who: str, file: GgufFile, model_class, dtype) -> tuple[nn.Modul
         ) from None
     architecture = file.metadata.get("general.architecture")
     try:
-        config = load_gguf_checkpoint(file.path, return_tensors=False)["config"]
+        config = file.configuration()
     except Exception as error:
         raise ValueError(
             f"{who}: transformers cannot make a configuration of {file.path} "

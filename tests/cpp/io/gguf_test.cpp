@@ -112,6 +112,36 @@ TEST(Gguf, ReadsMetadataAndTensors) {
   EXPECT_NE(described.find("\"nested\": {\"array\": 9, \"length\": 2}"), std::string::npos);
 }
 
+TEST(Gguf, AnOutlineSaysTheSameInShort) {
+  Pieces pieces;
+  pieces.entries.push_back(entry("general.alignment", 4, u32(64)));
+  pieces.entries.push_back(entry("llama.heads", 9, u32(5) + u64(3) + u32(1) + u32(2) + u32(-3)));
+  pieces.entries.push_back(entry("llama.eps", 6, number(std::bit_cast<std::uint32_t>(0.5f))));
+  pieces.entries.push_back(entry("yes", 7, "\x01"));
+  pieces.entries.push_back(
+      entry("tokenizer.ggml.tokens", 9,
+            u32(8) + u64(4) + text("a") + text("b") + text("c") + text("d")));
+  pieces.entries.push_back(entry("tokenizer.ggml.bos_token_id", 4, u32(7)));
+  pieces.alignment = 64;
+  const GgufHeader header = parse(pieces.bytes());
+  const std::string outline = outline_gguf(header);
+  const GgufHeader again = parse(outline);
+  EXPECT_EQ(again.find("general.alignment"), nullptr);
+  EXPECT_EQ(std::get<std::string>(again.find("general.architecture")->value), "llama");
+  EXPECT_EQ(std::get<double>(again.find("llama.eps")->value), 0.5);
+  EXPECT_TRUE(std::get<bool>(again.find("yes")->value));
+  EXPECT_EQ(std::get<std::uint64_t>(again.find("tokenizer.ggml.bos_token_id")->value), 7u);
+  const auto& heads = std::get<GgufArray>(again.find("llama.heads")->value);
+  ASSERT_EQ(heads.values.size(), 3u);
+  EXPECT_EQ(std::get<std::int64_t>(heads.values[2].value), -3);
+  const auto& tokens = std::get<GgufArray>(again.find("tokenizer.ggml.tokens")->value);
+  ASSERT_EQ(tokens.values.size(), kOutlineElements);
+  EXPECT_EQ(std::get<std::string>(tokens.values[1].value), "b");
+  ASSERT_EQ(again.tensors.size(), 2u);
+  EXPECT_EQ(again.tensors[1].name, "b");
+  EXPECT_EQ(outline_gguf(again), outline);
+}
+
 TEST(Gguf, TensorsMayBeListedInAnyOrderAndTheLastPaddingMayBeThere) {
   const GgufHeader header = parse(with([](Pieces& p) {
     std::swap(p.tensors[0], p.tensors[1]);
