@@ -82,6 +82,9 @@ def _install_patches() -> None:
         for name in ("register_parameter", "_apply", "to_empty", "_load_from_state_dict"):
             _patch(nn.Module, name, _PATCHES[name])
         _patch(nn.utils.parametrize.ParametrizationList, "__init__", _patched_parametrization)
+        for name in _FILLING:
+            if name in vars(nn.init):
+                _patch(nn.init, name, _patched_filling)
         if _TRANSFORMERS in sys.modules:
             _patch_transformers(sys.modules[_TRANSFORMERS])
         else:
@@ -99,7 +102,7 @@ def _remove_patches() -> None:
         _undo.pop()()
 
 
-def _patch(owner: type, name: str, make: Callable) -> None:
+def _patch(owner: Any, name: str, make: Callable) -> None:
     """Replaces `owner.name` by what `make` builds around the function that is there now."""
     present = owner.__dict__[name]
     is_method_of_class = isinstance(present, classmethod)
@@ -244,6 +247,26 @@ def _patched_parametrization(original):
             self._parameters[name] = tensor if same else _meta_parameter(parameter)
 
     return __init__
+
+
+# What initializers end in. On meta it is nothing, at a millisecond for each weight: torch gets there
+# through decompositions in Python.
+_FILLING = (
+    "_no_grad_fill_",
+    "_no_grad_normal_",
+    "_no_grad_trunc_normal_",
+    "_no_grad_uniform_",
+    "_no_grad_zero_",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+)
+
+
+def _patched_filling(original):
+    def fill(tensor, *args, **kwargs):
+        return tensor if _active() and tensor.is_meta else original(tensor, *args, **kwargs)
+
+    return fill
 
 
 _PATCHES = {

@@ -47,6 +47,22 @@ def test_parameters_are_meta_and_buffers_real():
     }
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Embedding(8, 8)])
+def test_initializers_pass_over_what_is_meta_and_fill_the_rest(make):
+    real = torch.full((8, 8), 7.0)
+    state = torch.get_rng_state()
+    with low_memory_init():
+        make()
+        assert torch.equal(torch.get_rng_state(), state)
+        nn.init.kaiming_uniform_(real)
+        assert not (real == 7).any()
+        nn.init.zeros_(real)
+    assert not real.any()
+    nn.init.normal_(make().weight)  # as before again
+    assert nn.init.kaiming_uniform_.__module__ == "torch.nn.init"
+    assert not hasattr(nn.init._no_grad_normal_, "__wrapped__")
+
+
 def test_one_parameter_registered_twice_stays_one():
     class Twice(nn.Module):
         def __init__(self):
@@ -341,7 +357,10 @@ def test_remote_code_that_never_calls_post_init(tmp_path):
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
-    model = optimize_model(AutoModel.from_config(config, trust_remote_code=True).eval())
+    model = AutoModel.from_config(config, trust_remote_code=True).eval()
+    nn.init.normal_(model.layer.weight)  # skip_init left them as the memory was
+    nn.init.zeros_(model.layer.bias)
+    model = optimize_model(model)
     x = torch.ones(1, 64)
     expected = model(x)
     model.save_low_bit(tmp_path / "saved")
