@@ -117,20 +117,25 @@ def from_integers(
     """The weight (code - zero) * scale.
 
     codes uint8 [n, k] of `bits` bits; zeros int16 and scales float [n, groups], in groups of our
-    `group_size`. sym_int4 if all code - zero are -8 to 7; else, for codes of up to 4 bits,
-    asym_int4 with minima -zero * scale, or with `exact` sym_int5, which has room for every zero;
-    else sym_int8.
+    `group_size`. sym_int4 if all code - zero are -8 to 7, sym_int5 for 5 bits if they are -16 to
+    15; else, for codes of up to 4 bits, asym_int4 with minima -zero * scale, for 5 bits asym_int5,
+    or with `exact` sym_int5 or sym_int8, which have room for every zero; else sym_int8.
     """
     centred = _centred(codes, zeros, group_size, torch.int8 if bits <= 4 else torch.int16)
     low, high = (int(v) for v in centred.aminmax())
     if low >= -8 and high <= 7:
         return _symmetric(centred, scales, "sym_int4", 8, group_size, dtype)
-    if bits <= 4:
+    if bits == 5 and low >= -16 and high <= 15:
+        return _symmetric(centred, scales, "sym_int5", 16, group_size, dtype)
+    if bits <= 5:
+        asymmetric, wider, zero = (
+            ("asym_int4", "sym_int5", 16) if bits <= 4 else ("asym_int5", "sym_int8", 128)
+        )
         minima = -zeros.double() * scales.double()
-        asymmetric, same = from_codes(codes, scales, "asym_int4", group_size, dtype, minima)
+        weight, same = from_codes(codes, scales, asymmetric, group_size, dtype, minima)
         if exact and not same:
-            return _symmetric(centred, scales, "sym_int5", 16, group_size, dtype)
-        return Imported(asymmetric, same, "" if same else "minima rounded to fp16")
+            return _symmetric(centred, scales, wider, zero, group_size, dtype)
+        return Imported(weight, same, "" if same else "minima rounded to fp16")
     if low >= -127 and high <= 127:
         return _symmetric(centred, scales, "sym_int8", 128, group_size, dtype)
     return _narrowed(centred, scales, group_size, dtype)

@@ -1,4 +1,4 @@
-"""Codes of 2, 3, 4 or 8 bits in 32-bit words, as GPTQ and AWQ tools write them."""
+"""Codes of 2 to 8 bits in 32-bit words, as GPTQ, AWQ and compressed-tensors tools write them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-__all__ = ["unpack"]
+__all__ = ["unpack", "unpack_planes"]
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -39,3 +39,24 @@ def _by_words(words: torch.Tensor, bits: int) -> torch.Tensor:
             code = code | ((blocks[..., word + 1] << inside) & mask)
         planes.append(code.to(torch.uint8))
     return torch.stack(planes, -1).flatten(-2)
+
+
+# Widths of the planes from the lowest bits on: each divides a word.
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+def unpack_planes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """As `unpack`, for rows whose every 32 codes are `bits` words of their own, in planes.
+
+    First the words of the lowest plane, then those of the higher ones; a plane of w bits has w
+    words of 32 / w codes each.
+    """
+    blocks = words.unflatten(-1, (-1, bits))
+    codes, start = None, 0
+    for width in _PLANES[bits]:
+        places = torch.arange(0, 32, width, dtype=torch.int32)
+        plane = blocks[..., start : start + width, None] >> places & ((1 << width) - 1)
+        plane = plane.flatten(-2).to(torch.uint8) << start
+        codes = plane if codes is None else codes | plane
+        start += width
+    return codes.flatten(-2)[..., :count]

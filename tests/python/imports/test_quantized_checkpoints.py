@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -154,7 +155,7 @@ def bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream, axis=1, bitorder="little").view("<i4")
 
 
-def gptq_tensors(rng, prefix: str, n: int, k: int, bits: int, index, version: int, symmetric=False):
+def gptq_tensors(rng, prefix: str, n: int, k: int, bits: int, index, version: int, symmetric=False, pack=None):
     """A random GPTQ matrix: its tensors and the weight in float64."""
     groups, top = int(index.max()) + 1, (1 << bits) - 1
     codes = rng.integers(0, top + 1, (n, k))
@@ -166,9 +167,10 @@ def gptq_tensors(rng, prefix: str, n: int, k: int, bits: int, index, version: in
     )
     scales = rng.uniform(0.001, 0.01, (groups, n)).astype(np.float16)
     stored = (zeros - 1) % (top + 1) if version == 1 else zeros
+    pack = pack or bit_stream
     tensors = {
-        f"{prefix}.qweight": bit_stream(codes, bits).T.copy(),
-        f"{prefix}.qzeros": bit_stream(stored, bits),
+        f"{prefix}.qweight": pack(codes, bits).T.copy(),
+        f"{prefix}.qzeros": pack(stored, bits),
         f"{prefix}.scales": scales,
         f"{prefix}.g_idx": index.astype(np.int32),
     }
@@ -219,6 +221,129 @@ def test_gptq_layouts(version, bits, k, size, ours, tmp_path):
     else:
         assert packed.low_bit == "sym_int8"
         assert error <= 1 / 250
+
+
+def planes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """codes [rows, 32 j] -> int32 [rows, bits j] in the planes of "gptq_p"."""
+    blocks = codes.reshape(len(codes), -1, 32)
+    parts, at = [], 0
+    for width in {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}.get(bits, (bits,)):
+        field = (blocks >> at) & ((1 << width) - 1)
+        words = field.reshape(*field.shape[:2], width, 32 // width).astype(np.int64)
+        parts.append((words << (width * np.arange(32 // width))).sum(-1))
+        at += width
+    return np.concatenate(parts, -1).reshape(len(codes), -1).astype(np.uint32).view(np.int32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptq_planes(bits, symmetric, tmp_path):
+    rng = np.random.default_rng(bits)
+    n, k, index = 64, 192, np.arange(192) // 64
+    tensors, weight = gptq_tensors(rng, "a", n, k, bits, index, 2, symmetric, planes)
+    quantization = {"quant_method": "gptq", "bits": bits, "group_size": 64, "format": "gptq_p"}
+    write(tmp_path, tensors, quantization)
+    model = load_quantized(tmp_path, one_layer(n, k), exact=bits != 8)
+    packed = model["a"].weight
+    error = np.abs(packed.dequantize(torch.float64).numpy() - weight).max() / np.abs(weight).max()
+    wanted = {2: "sym_int4", 3: "sym_int4", 4: "sym_int4", 5: "sym_int5"}.get(bits, "sym_int8")
+    if not symmetric:
+        wanted = {3: "sym_int4", 4: "sym_int5", 5: "sym_int8"}.get(bits, wanted)
+    assert packed.low_bit == wanted
+    # Codes of 8 bits may leave sym_int8's, with any zero and with 128.
+    assert error <= (1 / 250 if bits == 8 else 0)
+    if bits == 5 and not symmetric:
+        packed = load_quantized(tmp_path, one_layer(n, k))["a"].weight
+        assert packed.low_bit == "asym_int5"
+        error = np.abs(packed.dequantize(torch.float64).numpy() - weight).max()
+        assert error <= HALF * np.abs(weight).max()
+
+
+@pytest.mark.parametrize(("n", "k"), [(48, 64), (64, 48)])
+def test_gptq_planes_of_odd_sizes_are_refused(n, k, tmp_path):
+    rng = np.random.default_rng(0)
+    tensors, _ = gptq_tensors(rng, "a", n, k, 4, np.arange(k) // 16, 2)
+    write(tmp_path, tensors, {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_p"})
+    with pytest.raises(ValueError, match="planes hold 32 codes each"):
+        load_quantized(tmp_path, one_layer(n, k))
+
+
+def marlin_tensors(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """codes [n, k] and scales [n, groups] as Marlin's kernels take them.
+
+    Said by where each code goes: thread t of 32 holds, of each tile of 16 inputs x 16 outputs, two
+    columns of four inputs, which is what a tensor core's fragment of a 16 x 8 matrix is, twice.
+    """
+    n, k = codes.shape
+    words = np.zeros((k // 16, n // 64, 32, 4), np.uint64)  # [tile][run][thread][tile of outputs]
+    nibble = {0: 0, 1: 4, 2: 1, 3: 5, 4: 2, 5: 6, 6: 3, 7: 7}  # even ones in the lower half
+    for thread in range(32):
+        for part in range(4):
+            for place in range(8):
+                column, quarter = thread // 4 + 8 * (place // 4), place % 4
+                row = 2 * (thread % 4) + quarter % 2 + 8 * (quarter // 2)
+                chosen = codes[column + 16 * part :: 64, row::16].T.astype(np.uint64)
+                words[:, :, thread, part] |= chosen << np.uint64(4 * nibble[place])
+    run = 64 if scales.shape[1] > 1 else 32
+    order = np.arange(64).reshape(8, 8).T.ravel()
+    if run == 32:
+        order = np.arange(32).reshape(4, 4, 2).transpose(1, 0, 2).ravel()
+    stored = scales.T.reshape(-1, run)[:, order].reshape(scales.T.shape)
+    return words.reshape(k // 16, -1).astype(np.uint32).view(np.int32), stored.copy()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_marlin(method, groups, tmp_path):
+    rng = np.random.default_rng(groups)
+    n, k = 128, 256
+    codes = rng.integers(0, 16, (n, k))
+    scales = rng.uniform(0.001, 0.01, (n, groups)).astype(np.float16)
+    weight = (codes - 8) * scales.astype(np.float64).repeat(k // groups, 1)
+    words, stored = marlin_tensors(codes, scales)
+    size = -1 if groups == 1 else k // groups
+    if method == "gptq":
+        tensors = {"a.B": words, "a.s": stored, "a.workspace": np.zeros(16, np.int32)}
+        quantization = {"quant_method": "gptq", "bits": 4, "group_size": size}
+        quantization["is_marlin_format"] = True
+    else:
+        tensors = {"a.qweight": words, "a.scales": stored}
+        quantization = {"quant_method": "awq", "w_bit": 4, "q_group_size": size}
+        quantization |= {"version": "marlin", "zero_point": False}
+    write(tmp_path, tensors, quantization)
+    packed = load_quantized(tmp_path, one_layer(n, k), exact=True)["a"].weight
+    assert packed.low_bit == "sym_int4"
+    assert packed.group_size == (64 if groups == 4 else 128)
+    assert np.array_equal(packed.dequantize(torch.float64).numpy(), weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("a.B", lambda t: t[:, :-1], "do not belong to it"),
+        ("a.B", lambda t: t[:, :-128], "do not belong to it"),
+        ("a.s", lambda t: t[:, :-64], "do not belong to it"),
+        ("a.s", lambda t: t[:3], "3 groups for 256 inputs, expected 4 of 64"),
+        ("a.s", lambda t: t * np.float16(np.inf), "s holds "),
+        ("a.s", lambda t: t.view(np.int16), "must be a matrix of floats"),
+        ("a.B", lambda t: t.view(np.float32), "must be a matrix of int32"),
+        ("a.s", None, "has no a.s beside it"),
+    ],
+)
+def test_damaged_marlin_is_refused(name, value, message, tmp_path):
+    rng = np.random.default_rng(0)
+    words, stored = marlin_tensors(rng.integers(0, 16, (128, 256)), np.ones((128, 4), np.float16))
+    tensors = {"a.B": words, "a.s": stored}
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = np.ascontiguousarray(value(tensors[name]))
+    write(tmp_path, tensors, {"quant_method": "gptq", "group_size": 64, "format": "marlin"})
+    model = one_layer(128, 256)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_quantized(tmp_path, model)
+    assert same(before, snapshot(model))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -298,6 +423,79 @@ def test_awq_layouts(layout, size, tmp_path):
     assert np.array_equal(model["a"].weight.dequantize(torch.float64).numpy(), weight)
     assert model["a"].bias.tolist() == list(range(n))
     assert model["a"].weight.group_size == (64 if size == 64 else 128)
+
+
+def fast_tensors(codes: np.ndarray) -> np.ndarray:
+    """codes [n, k] -> int16 [n / 4, k] as the kernels of "gemv_fast" take them."""
+    n, k = codes.shape
+    stored = np.zeros((n // 4, k // 64, 256), np.int64)
+    for row in range(4):
+        for i in range(64):
+            inside = i % 32  # of 32 inputs, pair p of run q is pair q of run p
+            run, pair, odd = inside // 8, inside % 8 // 2, inside % 2
+            place = 32 * (i // 32) + 8 * pair + 4 * odd + run
+            stored[:, :, 64 * row + place] = codes[row::4, i::64]
+    words = (stored.reshape(n // 4, k, 4) << (4 * np.arange(4))).sum(-1)
+    return words.astype(np.uint16).view(np.int16)
+
+
+@pytest.mark.parametrize("layout", ["gemv_fast", "llm-awq"])
+@pytest.mark.parametrize("size", [32, 64, 128, -1])
+def test_awq_gemv_fast(layout, size, tmp_path):
+    rng = np.random.default_rng(size + 7)
+    n, k = 24, 256
+    groups = 1 if size == -1 else k // size
+    codes, zeros = rng.integers(0, 16, (n, k)), rng.integers(0, 16, (n, groups))
+    scales = rng.uniform(0.001, 0.01, (n, groups)).astype(np.float16)
+    shifts = -(scales * zeros).astype(np.float16)  # rounded: what the kernel adds
+    wide = k // groups
+    weight = codes * scales.astype(np.float64).repeat(wide, 1) + shifts.repeat(wide, 1)
+    room = ((0, -groups % 8), (0, 0))
+    tensors = {
+        "a.qweight": fast_tensors(codes),
+        "a.scales": np.pad(scales.T, room),
+        "a.scaled_zeros": np.pad(shifts.T, room),
+        "a.bias": np.arange(n, dtype=np.float16),
+    }
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": size, "version": layout}
+    write(tmp_path, tensors, quantization)
+    model = load_quantized(tmp_path, one_layer(n, k, bias=True), exact=True)
+    assert model["a"].weight.low_bit == "asym_int4"
+    assert np.array_equal(model["a"].weight.dequantize(torch.float64).numpy(), weight)
+    assert model["a"].weight.group_size == {-1: 128}.get(size, size)
+
+
+def test_awq_gemv_fast_as_autoawq_shows_it():
+    # The order that its packing routine gives in a comment for 32 consecutive inputs of an output.
+    codes = np.tile(np.arange(32) % 16, (4, 2))
+    words = fast_tensors(codes).view(np.uint16)
+    nibbles = (words[0, :16, None] >> (4 * np.arange(4))) & 15
+    first = [0, 1, 8, 9, 16, 17, 24, 25]
+    expected = [first[i] % 16 for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+    assert nibbles.reshape(-1)[:8].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "exllama"}, "layout is 'exllama' with 4 bits, expected one of gemm, gemv"),
+        ({"version": "ipex"}, "layout is 'ipex'"),
+        ({"version": 3}, "layout is 3 "),
+        ({"bits": 3}, "'gemv_fast' with 3 bits"),
+        ({"group_size": 16}, "do not belong to it"),
+        ({"group_size": -2}, "group_size must be -1 or positive"),
+    ],
+)
+def test_awq_that_is_refused(changes, message, tmp_path):
+    tensors = {
+        "a.qweight": np.zeros((6, 256), np.int16),
+        "a.scales": np.ones((8, 24), np.float16),
+        "a.scaled_zeros": np.zeros((8, 24), np.float16),
+    }
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv_fast"}
+    write(tmp_path, tensors, quantization | changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_quantized(tmp_path, one_layer(24, 256))
 
 
 def bnb_tensors(rng, name: str, shape, blocksize: int, table, storage=torch.uint8):
@@ -583,7 +781,8 @@ GPTQ_REFUSED = {
     "config_key_twice": (replace("config.json", '{"a": 1, "a": 2}'), "the key 'a' twice"),
     "not_quantized": (replace("config.json", "{}"), "has no quantization_config"),
     "another_method": (configure(quant_method="aqlm"), "quantized by 'aqlm'"),
-    "marlin": (configure(checkpoint_format="marlin"), "layout is 'marlin'"),
+    "another_layout": (configure(checkpoint_format="bitblas"), "layout is 'bitblas'"),
+    "not_marlin": (configure(checkpoint_format="marlin"), "no weight is quantized"),
     "truncated": (truncated, "model.safetensors"),
     "fifo": (fifo, "regular file"),
     "pickle": (pickled, "a pickle, which is not read"),
