@@ -249,8 +249,8 @@ def _patched_parametrization(original):
     return __init__
 
 
-# What initializers end in. On meta it is nothing, at a millisecond for each weight: torch gets there
-# through decompositions in Python.
+# What initializers end in. On meta it is nothing, at a millisecond for each weight: torch gets
+# there through decompositions in Python.
 _FILLING = (
     "_no_grad_fill_",
     "_no_grad_normal_",

@@ -98,9 +98,7 @@ class MarlinWeight:
         return grids.from_floats(weight, requantize, dtype, why)
 
 
-def collect(
-    checkpoint: Checkpoint, config: dict[str, Any]
-) -> dict[str, GptqWeight | MarlinWeight]:
+def collect(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, GptqWeight | MarlinWeight]:
     """Parameter name -> weight; what it reads is taken out of `checkpoint.tensors`."""
     who = checkpoint.who
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"
@@ -223,7 +221,8 @@ def _bits(where: str, part, n: int, k: int | None, config, layout: str) -> int:
             f"{where} {list(part['qweight'].shape)} with qzeros {list(part['qzeros'].shape)} and "
             f"{'no g_idx' if k is None else f'{k} inputs'}: "
             f"{'several numbers' if fitting else 'no number'} of bits per code "
-            f"({', '.join(map(str, _BITS[layout]))}) would fit; the configuration says bits={config.get('bits')!r}"
+            f"({', '.join(map(str, _BITS[layout]))}) would fit; the configuration says "
+            f"bits={config.get('bits')!r}"
         )
     return fitting[0]
 

@@ -118,9 +118,8 @@ TEST(Gguf, AnOutlineSaysTheSameInShort) {
   pieces.entries.push_back(entry("llama.heads", 9, u32(5) + u64(3) + u32(1) + u32(2) + u32(-3)));
   pieces.entries.push_back(entry("llama.eps", 6, number(std::bit_cast<std::uint32_t>(0.5f))));
   pieces.entries.push_back(entry("yes", 7, "\x01"));
-  pieces.entries.push_back(
-      entry("tokenizer.ggml.tokens", 9,
-            u32(8) + u64(4) + text("a") + text("b") + text("c") + text("d")));
+  pieces.entries.push_back(entry("tokenizer.ggml.tokens", 9,
+                                 u32(8) + u64(4) + text("a") + text("b") + text("c") + text("d")));
   pieces.entries.push_back(entry("tokenizer.ggml.bos_token_id", 4, u32(7)));
   pieces.alignment = 64;
   const GgufHeader header = parse(pieces.bytes());

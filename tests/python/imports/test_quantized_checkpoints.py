@@ -155,7 +155,9 @@ def bit_stream(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream, axis=1, bitorder="little").view("<i4")
 
 
-def gptq_tensors(rng, prefix: str, n: int, k: int, bits: int, index, version: int, symmetric=False, pack=None):
+def gptq_tensors(
+    rng, prefix: str, n: int, k: int, bits: int, index, version: int, symmetric=False, pack=None
+):
     """A random GPTQ matrix: its tensors and the weight in float64."""
     groups, top = int(index.max()) + 1, (1 << bits) - 1
     codes = rng.integers(0, top + 1, (n, k))
