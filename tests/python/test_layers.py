@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipex_llm import LowBitTensor, ops, optimize_model, plan
+from ipex_llm import LowBitTensor, layers, ops, optimize_model, plan
 from references import assert_close, dequantized, exact
 
 
@@ -329,10 +329,56 @@ def test_recurrent_layers(kind, bidirectional):
         assert_close(layer.float()(packed)[0].data, dequantized(layer)(packed)[0].data, layers=4)
 
 
-def test_lstm_projections():
+@pytest.fixture
+def always_packed(monkeypatch):
+    monkeypatch.setattr(layers, "_WEIGHTS_OF_ANY_LENGTH", 0)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_recurrent_layers_from_packed_bytes(kind, batch_first, always_packed):
+    more = {"nonlinearity": "relu"} if kind is nn.RNN else {}
+    x = torch.randn(4, 3, 40)
+    batch = 4 if batch_first else 3
+    state = torch.randn(4, batch, 64)
+    if kind is nn.LSTM:
+        state = (state, torch.randn(4, batch, 64))
+    for arguments in ((x,), (x, state)):
+        layer = kind(40, 64, 2, batch_first=batch_first, bidirectional=True, **more)
+        names = {n for n, p in layer.named_parameters() if p.dim() == 2}
+        check(layer, *arguments, packed=names, monkeypatch=pytest.MonkeyPatch())
+    reference = dequantized(layer)
+    with exact(), torch.enable_grad():
+        assert_close(layer(x, state), reference(x, state), layers=4)
+        x.requires_grad_()
+        gradients = [torch.autograd.grad(m(x, state)[0].sum(), x)[0] for m in (layer, reference)]
+        assert_close(*gradients, layers=8)
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(4, 3, 41))
+        with pytest.raises(RuntimeError):
+            wrong = torch.randn(3, batch, 64)
+            layer(x, (wrong, wrong) if kind is nn.LSTM else wrong)
+
+
+def test_when_recurrent_layers_expand():
+    big, small = nn.LSTM(512, 512), nn.LSTM(64, 64)
+    optimize_model(nn.ModuleList([big, small]))
+    assert big._served(torch.randn(500, 1, 512))
+    assert not small._served(torch.randn(5, 1, 64))
+    assert not big._served(torch.randn(5, 512))  # one sequence without a batch
+    middle = nn.GRU(256, 256)
+    optimize_model(nn.ModuleList([middle]))
+    assert middle._served(torch.randn(4, 2, 256)) and not middle._served(torch.randn(9, 2, 256))
+
+
+def test_lstm_projections(monkeypatch):
     layer = nn.LSTM(40, 64, proj_size=32)
     names = {n for n, p in layer.named_parameters() if p.dim() == 2}
     check(layer, torch.randn(5, 2, 40), packed=names)
+    monkeypatch.setattr(layers, "_WEIGHTS_OF_ANY_LENGTH", 0)
+    x = torch.randn(5, 2, 40)
+    with exact():
+        assert_close(layer(x), dequantized(layer)(x), layers=4)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
