@@ -8,6 +8,7 @@ The first half serves eager mode (`__torch_function__`), the second torch.compil
 (`__torch_dispatch__`), which see aten operators.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -295,6 +296,70 @@ def _f_baddbmm(func, args, kwargs):
         if out is not None:
             return args[0] + out
     return _fallback(func, args, kwargs)
+
+
+@function(torch.einsum)
+def _f_einsum(func, args, kwargs):
+    out = _einsum(*args, **kwargs)
+    return _fallback(func, args, kwargs) if out is None else out
+
+
+def _einsum(equation, *operands) -> Tensor | None:
+    """An einsum of floats and one low-bit weight as a product; None where it is none.
+
+    The weight's last packed dimension is summed; its others are new to the other operand, or, for a
+    stack of matrices, its first is shared by all three.
+    """
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2:
+        return None
+    if isinstance(operands[0], LowBitTensor):
+        operands, terms = operands[::-1], terms[::-1]
+    (x, w), (of_x, of_w) = operands, terms
+    usable = (
+        isinstance(w, LowBitTensor)
+        and not isinstance(x, LowBitTensor)
+        and not w._is_reshaped()
+        and len(of_w) == w.dim()
+        and all(len(set(term)) == len(term) for term in (of_w, of_x.replace("...", "")))
+    )
+    if not usable:
+        return None
+    summed = of_w[-2 if w.transposed else -1]
+    kept = of_x.replace(summed, "")
+    if summed not in of_x or summed in out or any(c not in out for c in kept):
+        return None
+    new = of_w.replace(summed, "")
+    x = torch.einsum(f"{of_x}->{kept}{summed}", x)
+    if x.shape[-1] != w.numbers[1]:  # it broadcasts, or is wrong
+        return None
+    if not set(new) & set(kept):
+        product = _times_rows(x, w)
+    elif w.dim() == 3 and new[0] in kept and new[1] not in kept and "..." not in kept:
+        order = new[0] + kept.replace(new[0], "")
+        x = torch.einsum(f"{kept}{summed}->{order}{summed}", x)
+        product = _batched(x.reshape(len(x), -1, x.shape[-1]), w, columns=w.transposed)
+        if product is not None:
+            product = product.unflatten(1, x.shape[1:-1])
+        kept, new = order, new[1]
+    else:
+        return None
+    return None if product is None else torch.einsum(f"{kept}{new}->{out}", product)
+
+
+def _times_rows(x: Tensor, w: LowBitTensor) -> Tensor | None:
+    """x [..., k] times every packed row of w: [..., *rows]."""
+    *stack, n, k = w.stored_shape
+    if stack and n % 16:
+        return None  # each matrix is padded to whole tiles
+    rows = math.prod(stack) * n
+    out = ops.linear(x, w.packed, None, rows, k, *w.numbers[2:])
+    return out.unflatten(-1, (*stack, n)) if stack else out
 
 
 def _f_grouped_mm(func, args, kwargs):

@@ -310,6 +310,51 @@ def test_grouped_mm():
     torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.1)
 
 
+EINSUMS = {
+    "bk,nk->bn": ((3, 64), (48, 64), False),
+    "nk,bk->nb": ((3, 64), (48, 64), False),
+    "bk,kn->bn": ((3, 64), (64, 48), True),
+    "btk,nk->nbt": ((3, 5, 64), (48, 64), False),
+    "bkt,nk->bnt": ((3, 64, 5), (48, 64), False),
+    "...k,nk->...n": ((3, 5, 64), (48, 64), False),
+    "k...,nk->n...": ((64, 3, 5), (48, 64), False),
+    "k,nk->n": ((64,), (48, 64), False),
+    "btk,hdk->bthd": ((3, 5, 64), (4, 16, 64), False),
+    "btk,hdk->bhtd": ((3, 5, 64), (4, 16, 64), False),
+    "btk,hkd->bhtd": ((3, 5, 64), (4, 64, 16), True),
+    "etk,enk->etn": ((4, 5, 64), (4, 20, 64), False),
+    "betk,enk->betn": ((3, 4, 5, 64), (4, 20, 64), False),
+    "tek,ekn->ten": ((5, 4, 64), (4, 64, 20), True),
+    "ek,enk->en": ((4, 64), (4, 20, 64), False),
+}
+EXPANDED = {
+    "bk,kn->bn": ((3, 64), (64, 48), False),  # packed along what stays
+    "btk,hdk->bthd": ((3, 5, 64), (4, 12, 64), False),  # rows padded to whole tiles
+    "bk,nk->n": ((3, 64), (48, 64), False),  # sums over rows of the other operand, too
+    "bk,nk->bnk": ((3, 64), (48, 64), False),
+    "bk,nk": ((3, 64), (48, 64), False),
+    "ak,nk->an": ((3, 1), (48, 64), False),  # broadcast
+    "thd,nhd->tn": ((5, 4, 16), (48, 4, 16), False),
+}
+
+
+@pytest.mark.parametrize("equation, case", [*EINSUMS.items(), *EXPANDED.items()])
+def test_einsum(equation, case, monkeypatch):
+    x_shape, shape, transposed = case
+    w = LowBitTensor.quantize(torch.randn(shape), "sym_int8", transposed=transposed)
+    x, dense = torch.randn(x_shape, requires_grad=True), w.dequantize()
+    swapped = equation.startswith("nk")
+    expected = torch.einsum(equation, *((dense, x) if swapped else (x, dense)))
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    if EINSUMS.get(equation) is case:
+        monkeypatch.setattr(LowBitTensor, "dequantize", None)  # nothing is expanded
+    ours = torch.einsum(equation, *((w, x) if swapped else (x, w)))
+    close(ours, expected)
+    if EINSUMS.get(equation) is case:
+        (grad,) = torch.autograd.grad(ours.square().sum(), x)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-2, atol=0.5)
+
+
 def test_gradients_flow_through_consumers():
     w = make(48, 64)
     for consumer in (
