@@ -69,6 +69,15 @@ class Heads(nn.Module):
         return torch.einsum("bd,dhk->bhk", x, self.w)
 
 
+class LastSummed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 64, 1024))
+
+    def forward(self, x):
+        return torch.einsum("bd,hkd->bhk", x, self.w)
+
+
 class Masked(nn.Linear):
     def __init__(self):
         super().__init__(1024, 1024)
@@ -117,8 +126,11 @@ def cases():
     for kind in (nn.LSTM, nn.GRU):
         for steps in (1, 50):
             layer = First(kind(512, 512, batch_first=True))
-            name = f"nn.{kind.__name__}(512, 512), {steps} steps (expanded once)"
-            yield name, layer, normal(1, steps, 512)
+            yield f"nn.{kind.__name__}(512, 512), {steps} steps", layer, normal(1, steps, 512)
+    for steps in (1, 50):
+        expanded = " (expanded once)" if steps > 2 else ""
+        layer = First(nn.LSTM(128, 128, batch_first=True))
+        yield f"nn.LSTM(128, 128), {steps} steps{expanded}", layer, normal(1, steps, 128)
     attention = First(nn.MultiheadAttention(512, 8, batch_first=True))
     yield "nn.MultiheadAttention(512, 8), 1 token", attention, normal(1, 1, 512)
     layer = nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True)
@@ -136,6 +148,7 @@ def cases():
         )
     yield "x @ w, w 1024x1024, 1 row", Product(), normal(1, 1024)
     yield 'einsum("bd,dhk->bhk"), w 1024x16x64, 1 row (expanded)', Heads(), normal(1, 1024)
+    yield 'einsum("bd,hkd->bhk"), w 16x64x1024, 1 row', LastSummed(), normal(1, 1024)
     yield "linear with w * mask, 1024x1024, 1 row (expanded)", Masked(), normal(1, 1024)
 
 

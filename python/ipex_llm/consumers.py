@@ -345,7 +345,7 @@ def _einsum(equation, *operands) -> Tensor | None:
         x = torch.einsum(f"{kept}{summed}->{order}{summed}", x)
         product = _batched(x.reshape(len(x), -1, x.shape[-1]), w, columns=w.transposed)
         if product is not None:
-            product = product.unflatten(1, x.shape[1:-1])
+            product = product.reshape(*x.shape[:-1], product.shape[-1])
         kept, new = order, new[1]
     else:
         return None
