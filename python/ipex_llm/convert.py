@@ -234,12 +234,22 @@ def check_strict(who: str, plan) -> None:
     if plan.options.strict is None:
         return
     left = plan.left_float(plan.options.strict)
-    left = [e for e in left if len(e.shape) > 1 and not e.excluded]
+    left = [
+        (e.name, e.shape, e.bytes_before, e.reason)
+        for e in left
+        if len(e.shape) > 1 and not e.excluded
+    ]
+    limit = plan.options.strict * plan.bytes_before
+    left += [
+        (e.name, e.shape, e.bytes, e.reason)
+        for e in plan.outside
+        if e.is_weight and e.bytes > limit
+    ]
     if left:
         lines = "".join(
-            f"\n  {e.name} {list(e.shape)}: {e.bytes_before / plan.bytes_before:.1%} of the "
-            f"parameter bytes; {e.reason}"
-            for e in left[:10]
+            f"\n  {name} {list(shape)}: {size / max(1, plan.bytes_before):.1%} of the parameter "
+            f"bytes; {reason}"
+            for name, shape, size, reason in left[:10]
         )
         more = f"\n  ... and {len(left) - 10} more" if len(left) > 10 else ""
         raise ValueError(

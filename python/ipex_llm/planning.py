@@ -52,6 +52,18 @@ class Entry:
         return self.low_bit is not None and not self.done
 
 
+@dataclasses.dataclass
+class Outside:
+    """A float matrix that the model holds, but not as a parameter: nothing here touches it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+    reason: str
+    is_weight: bool  # of a module, or a Parameter; not a buffer or a table
+
+
 class Plan:
     """The entries of one model. Print it, or take `to_dict()`."""
 
@@ -61,11 +73,13 @@ class Plan:
         options: Options,
         entries: list[Entry],
         buffers: list[tuple[tuple[str, ...], torch.Tensor]] | None = None,
+        outside: list[Outside] | None = None,
     ):
         self.model_name = model_name
         self.options = options
         self.entries = entries
         self.buffers = buffers or []  # those that are saved: all names, the tensor
+        self.outside = outside or []  # heaviest first
         self.stored_names: dict[str, str] = {}  # where a checkpoint has another name than the model
 
     def __iter__(self) -> Iterator[Entry]:
@@ -135,6 +149,16 @@ class Plan:
                 }
                 for names, buffer in self.buffers
             ],
+            "outside": [
+                {
+                    "name": e.name,
+                    "shape": list(e.shape),
+                    "dtype": str(e.dtype).removeprefix("torch."),
+                    "bytes": e.bytes,
+                    "reason": e.reason,
+                }
+                for e in self.outside
+            ],
         }
 
     def __str__(self) -> str:
@@ -176,7 +200,8 @@ def build_plan(model: nn.Module, options: Options, who: str = "optimize_model") 
     skip = _SkipList(options.modules_to_not_convert)
     entries = [_decide(group, options, skip, uses) for group in slots]
     skip.warn_unmatched(who, names_of)
-    return Plan(type(model).__name__, options, entries, _saved_buffers(names_of))
+    buffers, outside = _saved_buffers(names_of), _outside(names_of)
+    return Plan(type(model).__name__, options, entries, buffers, outside)
 
 
 def packed_bytes(shape: tuple[int, ...], low_bit: str, group_size: int = 0) -> int:
@@ -254,6 +279,51 @@ def _saved_buffers(names_of) -> list[tuple[tuple[str, ...], torch.Tensor]]:
             full = [f"{name}.{attribute}" if name else attribute for name in names]
             groups.setdefault(id(buffer), ([], buffer))[0].extend(full)
     return [(tuple(names), buffer) for names, buffer in groups.values()]
+
+
+# What every module has in its dictionary, and what holds the same tensors a second time.
+_OF_TORCH = {*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"}
+
+
+def _outside(names_of) -> list[Outside]:
+    """Float matrices that are no parameters: buffers, and what plain attributes and lists hold."""
+    seen = {id(p) for module, _ in names_of.values() for p in module._parameters.values()}
+    found: list[Outside] = []
+
+    def add(name: str, tensor: torch.Tensor, reason: str, is_weight: bool) -> None:
+        if id(tensor) in seen or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            return
+        seen.add(id(tensor))
+        if tensor.is_floating_point() and tensor.dim() >= 2 and min(tensor.shape) > 1:
+            size = tensor.numel() * tensor.element_size()
+            shape = tuple(tensor.shape)
+            found.append(Outside(name, shape, tensor.dtype, size, reason, is_weight))
+
+    def visit(name: str, value, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            add(name, value, _HIDDEN, isinstance(value, nn.Parameter))
+        elif isinstance(value, nn.Module):
+            if id(value) not in names_of:
+                for full, parameter in value.named_parameters(prefix=name):
+                    add(full, parameter, _HIDDEN, True)
+        elif type(value) in (list, tuple, dict) and depth and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                visit(f"{name}[{key!r}]", item, depth - 1)
+
+    for module, names in names_of.values():
+        prefix = f"{names[0]}." if names[0] else ""
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None:
+                add(prefix + attribute, buffer, "a buffer", False)
+        for attribute, value in vars(module).items():
+            if attribute not in _OF_TORCH:
+                visit(prefix + attribute, value, 3)
+    return sorted(found, key=lambda e: -e.bytes)
+
+
+_HIDDEN = "in a plain attribute or list, which torch neither moves nor saves: register it"
 
 
 def _decide(group, options: Options, skip: _SkipList, uses: usage.Uses) -> Entry:
@@ -419,6 +489,9 @@ def name_matches(pattern: str, name: str) -> bool:
     return False
 
 
+_MOST_OUTSIDE = 10  # shown in the table
+
+
 def _table(plan: Plan) -> str:
     rows = [("parameter", "shape", "dtype", "becomes", "bytes", "after", "why")]
     for e in plan.entries:
@@ -452,4 +525,12 @@ def _table(plan: Plan) -> str:
         f" ({after / before if before else 1:.1%}); {plan.share_converted:.1%} of the parameter"
         f" bytes converted"
     )
+    if plan.outside:
+        size = sum(e.bytes for e in plan.outside)
+        lines.append(f"Matrices that are no parameters stay as they are, {size:,} bytes:")
+        for e in plan.outside[:_MOST_OUTSIDE]:
+            shape = "x".join(map(str, e.shape))
+            lines.append(f"  {e.name}  {shape}  {e.bytes:,} bytes: {e.reason}")
+        if len(plan.outside) > _MOST_OUTSIDE:
+            lines.append(f"  ... and {len(plan.outside) - _MOST_OUTSIDE} more")
     return "\n".join(lines)

@@ -107,6 +107,45 @@ def test_strict_names_what_would_stay_float_and_touches_nothing():
     optimize_model(model, strict=True, modules_to_not_convert=["table"])  # asked for by name
 
 
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = nn.Linear(64, 64)
+        self.again = [self.seen]
+        self.projections = {"a": [nn.Linear(64, 48), nn.Linear(48, 64)]}
+        self.loose = torch.randn(64, 32)
+        self.register_buffer("matrix", torch.randn(64, 64), persistent=False)
+        self.register_buffer("mask", torch.ones(64, 64, dtype=torch.bool))
+        self.cycle = [self]
+        self.cycle.append(self.cycle)
+
+
+def test_matrices_that_are_no_parameters_are_named():
+    model = nn.Sequential(Hidden())
+    plan = ipex_llm.plan(model)
+    assert [(e.name, e.is_weight) for e in plan.outside] == [
+        ("0.matrix", False),
+        ("0.projections['a'][0].weight", True),
+        ("0.projections['a'][1].weight", True),
+        ("0.loose", False),
+    ]
+    assert [e.name for e in plan] == ["0.seen.weight", "0.seen.bias"]
+    facts = json.loads(json.dumps(plan.to_dict()))["outside"]
+    assert facts[0] == {
+        "name": "0.matrix",
+        "shape": [64, 64],
+        "dtype": "float32",
+        "bytes": 64 * 64 * 4,
+        "reason": "a buffer",
+    }
+    for fact in facts:
+        assert fact["name"] in str(plan) and fact["reason"] in str(plan)
+    with pytest.raises(ValueError, match=r"projections\['a'\]\[0\].weight.*register it"):
+        optimize_model(model, strict=True)
+    optimize_model(model)
+    assert [e.name for e in ipex_llm.plan(model).outside] == [e.name for e in plan.outside]
+
+
 def test_modules_that_contain_themselves_are_walked_once():
     model = nn.Sequential(nn.Linear(4, 4))
     model.add_module("again", model)
