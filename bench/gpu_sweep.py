@@ -32,11 +32,12 @@ def qmv_variants(m: int):
 
 
 def qmm_variants(m: int):
-    for rows, tokens, splits, early in itertools.product(
-        (128, 256), (32, 64, 128, 256), (1, 2, 4, 8), (0, 1)
+    for rows, tokens, splits in itertools.product(
+        (112, 128, 256), (8, 16, 32, 64, 128, 256), (1, 2, 4, 8)
     ):
-        if (tokens // 2 < m or tokens == 32) and rows * tokens <= 128 * 256:
-            yield [QMM, rows, tokens, splits, early]
+        fits = (tokens // 2 < m or tokens == 8) and tokens * 16 >= m and rows * tokens <= 128 * 256
+        if fits and (rows >= 128 or tokens <= 64):
+            yield [QMM, rows, tokens, splits, 1]
 
 
 def main():
@@ -49,6 +50,7 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--early", type=int, default=-1)
+    parser.add_argument("--kernel", choices=("qmv", "qmm", "both"), default="both")
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.0f} GB/s")
@@ -78,9 +80,11 @@ def main():
                 [lambda p=p: lowbit.linear(x, p, None, n, k, number, group, e, 0) for p in ring]
             )
             rows = []
-            variants = (list(qmv_variants(m)) if m <= 32 else []) + (
-                list(qmm_variants(m)) if m > 8 else []
-            )
+            variants = []
+            if m <= 32 and args.kernel != "qmm":
+                variants += qmv_variants(m)
+            if args.kernel != "qmv":
+                variants += qmm_variants(m)
             for variant in variants:
                 if args.early >= 0 and variant[-1] != args.early:
                     continue

@@ -1,6 +1,8 @@
 // One function per PTX instruction the kernels use; each comment says what it does.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 namespace lowbit::cuda {
@@ -14,6 +16,22 @@ __device__ __forceinline__ std::uint64_t evict_first_policy() {
   std::uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
+}
+
+__device__ __forceinline__ std::uint64_t evict_normal_policy() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// True in one lane of a warp whose lanes are all here.
+__device__ __forceinline__ bool elect_lane() {
+  std::uint32_t elected = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}"
+               : "=r"(elected));
+#endif
+  return elected != 0;
 }
 
 // 16 bytes global -> shared, past the L1, with an L2 eviction policy.
@@ -138,6 +156,58 @@ __device__ __forceinline__ void tensor_load(std::uint32_t to, const void* map, i
 #endif
 }
 
+// The same with an L2 eviction policy.
+__device__ __forceinline__ void tensor_load(std::uint32_t to, const void* map, int column, int row,
+                                            std::uint32_t barrier, std::uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+#endif
+}
+
+// A warpgroup gives registers back, or takes some, so that each of its threads has kCount.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+// Threads of the warps that name the same barrier (1 to 15) meet.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements to shared memory, transposed: lane 8q+i passes the address
+// of row i of matrix q, which gets column i of the elements (lane / 4, 2 (lane % 4) + {0, 1}).
+__device__ __forceinline__ void stmatrix_x4_transposed(std::uint32_t address, std::uint32_t a,
+                                                       std::uint32_t b, std::uint32_t c,
+                                                       std::uint32_t d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void stmatrix_x2_transposed(std::uint32_t address, std::uint32_t a,
+                                                       std::uint32_t b) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(a), "r"(b)
+               : "memory");
+#endif
+}
+
 // Lets the next kernel of the stream start as soon as there is room for it.
 __device__ __forceinline__ void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -160,6 +230,14 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
+// The same without an order of memory accesses.
+__device__ __forceinline__ void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
+                   : "memory");
+#endif
+}
+
 // A float at the same shared-memory address in block `rank` of the cluster.
 __device__ __forceinline__ float load_from_cluster(std::uint32_t address, int rank) {
   float value = 0;
@@ -167,6 +245,20 @@ __device__ __forceinline__ float load_from_cluster(std::uint32_t address, int ra
   std::uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+#endif
+  return value;
+}
+
+// Four floats, 16-byte aligned, likewise.
+__device__ __forceinline__ float4 load4_from_cluster(std::uint32_t address, int rank) {
+  float4 value = {};
+#if __CUDA_ARCH__ >= 900
+  std::uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(remote)
+               : "memory");
 #endif
   return value;
 }

@@ -1,26 +1,27 @@
-// Medium batches on sm_90: out[m][n] = sum_k x[m][k] W[n][k] with wgmma, weights dequantized on
-// the way from shared memory to the registers of the A operand, activations as B in shared memory.
+// Any batch on sm_90: out[m][n] = sum_k x[m][k] W[n][k] with wgmma, weights dequantized between
+// shared memory and the registers of the A operand, activations as B in shared memory.
 //
 // A thread block multiplies 128 or 256 outputs x kTokens tokens: two or four warpgroups of 64
-// outputs, a row tile of 16 per warp. Each step takes 64 inputs, kStages of them in flight; a warp
-// copies the codes and scales of its own row tile with cp.async, one thread the activations through
-// a tensor map (rows past M read as zeros). While the tensor core multiplies one step, the warps
-// dequantize the next into the other half of their A registers. The warpgroups are coupled only
-// through the activations' stages, and may drift apart by a step, so that one uses the tensor cores
-// while the other prepares.
+// outputs, a row tile of 16 per warp, and one more warp whose first lane keeps a ring of stages
+// full by the copy engine: three tensor maps, for codes, scales and activations, so that a copy
+// takes the row tiles of the whole thread block at once (one bulk copy per row tile took twice as
+// long, and cp.async by the multiplying warps half of their instructions). Inputs past K and rows
+// past M read as zeros.
 //
-// (Activations by cp.async need a proxy fence at every step, which compiles to a MEMBAR that waits
-// for all copies in flight: 800 ns per step. Copies by the tensor map need none.)
+// A warp dequantizes one k-step of 16 inputs, issues its wgmma, and dequantizes the next while up
+// to three are in flight: an A operand in registers holds a warp at its next wgmma until the tensor
+// core takes it, so what is to overlap must stand between two of them.
 //
-// (Weights by bulk copies, 512 bytes of codes and 32 of scales per row tile and step, started by
-// the lanes of one warp: the copy engine takes them one by one, and the kernel took twice as long.)
+// Scales. Up to 32 tokens (kScaleSums) codes enter as exact small numbers; the sums of a block of
+// 64 inputs are multiplied by their scale in fp32, minima by the sum of the activations, which
+// wgmma with ones yields. With more tokens that costs too much, and weights are scaled before the
+// product and rounded once to the dtype of x, as a dequantized weight would be: for bf16, whose 8
+// bits cannot hold an fp16 scale, by two factors s = high + low, w = fma(q, high, q low); with
+// minima in fp32.
 //
-// Weights are multiplied by their scales before the product and rounded once to the dtype of x, as
-// a dequantized weight would be: for bf16, whose 8 bits cannot hold an fp16 scale, by two factors
-// s = high + low, w = fma(q, high, q low); with minima in fp32. (Scaling accumulators instead, as
-// qmv does, costs kTokens / 2 FMAs per 32 weights and lane: too much from 64 tokens on.)
-//
-// Thread blocks of a cluster along K are summed in order through distributed shared memory.
+// A thread block goes through its share of tiles, the ring running on across them; what is left
+// over when every thread block had the same number of tiles, the thread blocks of a cluster share
+// along K, and sum in order through distributed shared memory: deterministic, and no workspace.
 #pragma once
 
 #include <cuda.h>
@@ -31,39 +32,77 @@
 namespace lowbit::cuda {
 
 struct QmmParams {
-  const std::uint8_t* w;
-  const std::uint8_t* x;
+  const std::uint8_t* w;  // for scales of rows
   std::uint8_t* out;
   const void* bias;
   std::int64_t tile_bytes;
-  std::int64_t x_stride_bytes;
   std::int64_t out_stride;
-  std::int32_t m, n, tiles, blocks;
-  std::int32_t codes_at, scales_at, group_shift, group_bytes, scale_bytes;
-  std::int32_t splits;
+  std::int32_t m, n;
+  std::int32_t stages;               // of the whole K
+  std::int32_t tiles;                // row tiles of a thread block
+  std::int32_t token_groups;         // tiles of tokens
+  std::int32_t works;                // tiles of outputs x tokens
+  std::int32_t rounds;               // tiles that every thread block has for itself
+  std::int32_t splits, split_shift;  // 2^shift thread blocks of a cluster share a tile after that
+  std::int32_t group_shift, group_bytes;
+  std::int32_t scale_bytes;       // of a stage and row tile
+  std::int32_t block_scale_step;  // from a block's scales to the next block's, in a stage
   std::uint32_t zero_pair;
   float factor;
   DType bias_dtype;
   Format format;
-  bool minima, half_groups;
+  bool minima;
+  bool weights_once;  // no other thread block reads the same weights
+  bool vector_out;    // out's rows are aligned to 16 bytes
 };
 
-// Stages that fit beside the table of pairs (32 KB) with 8-bit codes, at most 8.
-LOWBIT_HD constexpr int qmm_stages(Kind kind, int tokens, int tiles) {
-  const int stage = tokens * 128 + tiles * (2 * kBlockInputs * kind_bits(kind) + 128);
-  const int stages = (226 * 1024 - 2048 - table_bytes(kind)) / stage;
-  return stages > 8 ? 8 : stages;
+struct QmmMaps {
+  CUtensorMap x, codes, scales;
+};
+
+// Blocks of 64 inputs in a stage.
+LOWBIT_HD constexpr int qmm_stage_blocks(int tokens) {
+  return tokens <= 32 ? 2 : 1;
 }
-// Floats between the tokens of the block's sums: lanes of one store fall into different banks.
-LOWBIT_HD constexpr int qmm_run(int tiles) {
-  return tiles * 16 + 4;
+// Room for the scales of a row tile and stage.
+LOWBIT_HD constexpr int qmm_scale_room(Kind kind, Scales scales, int tokens) {
+  if (has_row_scale(kind)) return 0;
+  const int block = scales == Scales::kPlain ? 32 : scales == Scales::kMinima ? 64 : 128;
+  return block * qmm_stage_blocks(tokens);
+}
+// Warpgroups that share 64 outputs and take turns along K.
+LOWBIT_HD constexpr int qmm_turns(int tokens, int groups) {
+  return tokens <= 64 && groups == 2 ? 2 : 1;
+}
+// A warpgroup transposes its results in shared memory, so many tokens at a time.
+constexpr int kQmmFlip = 32;
+constexpr int kQmmFlipBytes = 64 * 2 + 16;  // of a token: 64 outputs and, against conflicts, 16
+// Floats between the tokens of a thread block's sums; lanes of one store fall into different banks.
+LOWBIT_HD constexpr int qmm_run(int groups) {
+  return groups * 64 + 4;
 }
 
-LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, int tokens, int tiles, int scale_bytes) {
-  const int ring = qmm_stages(kind, tokens, tiles) *
-                   (tokens * 128 + tiles * (2 * kBlockInputs * kind_bits(kind) + scale_bytes));
-  const int sums = tokens * qmm_run(tiles) * 4;
-  return 1024 + table_bytes(kind) + 128 + (ring > sums ? ring : sums);
+LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens, int groups) {
+  const int sums = qmm_turns(tokens, groups) == 2 ? tokens * qmm_run(groups) * 4 : 0;
+  return 1024 + table_bytes(kind) +
+         groups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
+}
+LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens, int groups) {
+  return qmm_stage_blocks(tokens) * tokens * 128 +
+         groups * 4 *
+             (qmm_stage_blocks(tokens) * 2 * kBlockInputs * kind_bits(kind) +
+              qmm_scale_room(kind, scales, tokens));
+}
+// Stages of the ring; a multiple of the turns, so that a slot always belongs to the same one.
+LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens, int groups) {
+  const int stages = (227 * 1024 - qmm_fixed_bytes(kind, tokens, groups)) /
+                     qmm_stage_bytes(kind, scales, tokens, groups);
+  const int turns = qmm_turns(tokens, groups);
+  return (stages > 8 * turns ? 8 * turns : stages) / turns * turns;
+}
+LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, Scales scales, int tokens, int groups) {
+  return qmm_fixed_bytes(kind, tokens, groups) +
+         qmm_ring(kind, scales, tokens, groups) * qmm_stage_bytes(kind, scales, tokens, groups);
 }
 
 // A group's scale (and minimum) of one row, ready to multiply pairs of weights.
@@ -102,268 +141,534 @@ struct PairScale {
   }
 };
 
-// kPlain: neither minima nor groups of 32.
-template <Kind kKind, bool kBf16, int kTokens, int kTiles, bool kPlain>
-__global__ void __launch_bounds__(kTiles* kLanes, kTokens <= 64 && kTiles == 8 ? 2 : 1)
-    qmm_kernel(const __grid_constant__ QmmParams p, const __grid_constant__ CUtensorMap x_map) {
+// Large tiles need more registers than an even share: the copying warps, a whole warpgroup then,
+// give theirs away.
+LOWBIT_HD constexpr bool qmm_gives(int tokens, int groups) {
+  return tokens == 256 || groups * qmm_turns(tokens, groups) == 4;
+}
+LOWBIT_HD constexpr int qmm_threads(int tokens, int groups) {
+  return groups * qmm_turns(tokens, groups) * 128 + (qmm_gives(tokens, groups) ? 128 : 32);
+}
+
+// Registers that wgmma wrote are read after the wait before, not earlier.
+template <int kCount>
+__device__ __forceinline__ void settle(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
+__global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
+    qmm_kernel(const __grid_constant__ QmmParams p, const __grid_constant__ QmmMaps maps) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);
-  constexpr int kStages = qmm_stages(kKind, kTokens, kTiles);
-  constexpr int kThreads = kTiles * kLanes;
-  constexpr int kActBytes = kTokens * 128;
+  constexpr int kBlocks = qmm_stage_blocks(kTokens);
+  constexpr int kRing = qmm_ring(kKind, kScales, kTokens, kGroups);
+  constexpr int kTurns = qmm_turns(kTokens, kGroups);
+  constexpr int kTiles = kGroups * 4;                 // at most
+  constexpr int kThreads = kTiles * kTurns * kLanes;  // that multiply
+  constexpr int kActBytes = kBlocks * kTokens * 128;
+  constexpr int kCodeBytes = kTiles * kBlocks * kBlockBytes;
+  constexpr int kScaleBytes = kTiles * qmm_scale_room(kKind, kScales, kTokens);
+  constexpr int kFlip = kTokens < kQmmFlip ? kTokens : kQmmFlip;
+  constexpr bool kGrouped = !has_row_scale(kKind);
+  constexpr bool kScaleSums = kGrouped && ((kScales == Scales::kPlain && kTokens <= 32) ||
+                                           (kScales == Scales::kMinima && kTokens <= 16));
+  constexpr bool kOnes = kScaleSums && kScales == Scales::kMinima;
+  static_assert(kRing >= 3 * kTurns, "too few stages");
+
   extern __shared__ __align__(1024) std::uint8_t smem_raw[];
   // The swizzle works on absolute addresses: the activations start at a multiple of 1024.
   std::uint8_t* const acts = smem_raw + (1024 - (shared_address(smem_raw) & 1023)) % 1024;
-  const int slot_bytes = kBlockBytes + p.scale_bytes;
-  const int warp = threadIdx.x / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  std::uint8_t* const ring = acts + kStages * kActBytes + warp * (kStages * slot_bytes);
-  // The table is last, but sums of the epilogue may overlap it: it is not needed by then.
-  std::uint8_t* const table_base = acts + kStages * (kActBytes + kTiles * slot_bytes);
-  const std::uint32_t barriers = shared_address(table_base) + table_bytes(kKind);
-  const auto full = [&](int stage) { return barriers + stage * 8; };
-  const auto empty = [&](int stage) { return barriers + (kStages + stage) * 8; };
-  const std::uint32_t acts_at = shared_address(acts);
-  const std::uint32_t ring_at = shared_address(ring);
+  std::uint8_t* const codes_ring = acts + kRing * kActBytes;
+  std::uint8_t* const scales_ring = codes_ring + kRing * kCodeBytes;
+  std::uint8_t* const table_base = scales_ring + kRing * kScaleBytes;
+  std::uint8_t* const flips = table_base + table_bytes(kKind);
+  std::uint8_t* const turn_sums = flips + kGroups * kFlip * kQmmFlipBytes;
+  const std::uint32_t barriers =
+      shared_address(turn_sums) + (kTurns == 2 ? kTokens * qmm_run(kGroups) * 4 : 0);
+  const auto full = [&](int slot) { return barriers + slot * 8; };
+  const auto empty = [&](int slot) { return barriers + (kRing + slot) * 8; };
 
-  const int split = blockIdx.x;
-  const int first_token = blockIdx.y * kTokens;
-  const int row_group = blockIdx.z;
-  const int tile = min(row_group * kTiles + warp, p.tiles - 1);
-  const int kb_begin = p.blocks * split / p.splits;
-  const int steps = p.blocks * (split + 1) / p.splits - kb_begin;
+  // What this thread block does: tiles of its own, then its part of a shared one.
+  struct Job {
+    int work, split, begin, steps;
+  };
+  const auto job_at = [&](int round, Job& job) {
+    if (round < p.rounds) {
+      job = {round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x), -1, 0, p.stages};
+      return true;
+    }
+    const int cluster = static_cast<int>(blockIdx.x) >> p.split_shift;
+    const int split = static_cast<int>(blockIdx.x) & (p.splits - 1);
+    const int work = p.rounds * static_cast<int>(gridDim.x) + cluster;
+    if (round > p.rounds || work >= p.works) return false;
+    const int begin = p.stages * split >> p.split_shift;
+    const int end = p.stages * (split + 1) >> p.split_shift;
+    job = {work, p.splits == 1 ? -1 : split, begin, end - begin};
+    return true;
+  };
 
   allow_next_kernel();
-  const std::uint64_t policy = evict_first_policy();
-  const std::uint8_t* const tile_base = p.w + tile * p.tile_bytes + lane * 16;
-
-  const std::uint8_t* const codes_base =
-      tile_base + p.codes_at + static_cast<std::int64_t>(kb_begin) * kBlockBytes;
-  const std::uint8_t* const scales_base = tile_base + p.scales_at;
-  const auto issue_weights = [&](int step, int stage) {
-    const std::uint32_t to = ring_at + stage * slot_bytes + lane * 16;
-    const std::uint8_t* from = codes_base + step * kBlockBytes;
-#pragma unroll
-    for (int at = 0; at < kBlockBytes; at += 512) {
-      if (at + 512 <= kBlockBytes || lane * 16 + at < kBlockBytes) {
-        cp_async_weights(to + at, from + at, policy);
-      }
-    }
-    if constexpr (!has_row_scale(kKind)) {
-      if (lane * 16 < p.scale_bytes) {
-        const int group = (kb_begin + step) * kBlockInputs >> p.group_shift;
-        cp_async_weights(to + kBlockBytes, scales_base + group * p.group_bytes, policy);
-      }
-    }
-  };
-  const auto issue_activations = [&](int step, int stage) {
-    barrier_expect(full(stage), kActBytes);
-    tensor_load(acts_at + stage * kActBytes, &x_map, (kb_begin + step) * kBlockInputs, first_token,
-                full(stage));
-  };
-
-  // ---- fill the pipeline: weights do not depend on the previous kernel, activations do
-#pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < steps) issue_weights(i, i);
-    cp_async_commit();
-  }
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(full(i), 1);
-      barrier_init(empty(i), kTiles);
-    }
+  if (threadIdx.x < kRing) {
+    barrier_init(full(threadIdx.x), 1);
+    barrier_init(empty(threadIdx.x), kTiles);
     barrier_init_fence();
   }
-  fill_table<kKind, kBf16>(table_base, p.format, kThreads);
+  if (threadIdx.x < kThreads) fill_table<kKind, kBf16>(table_base, p.format, kThreads);
   __syncthreads();
-  wait_for_previous_kernel();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages - 2 && i < steps; ++i) issue_activations(i, i);
+
+  if (threadIdx.x >= kThreads) {
+    // ---- the warp that copies. All its lanes follow, so that the compiler sees uniform values;
+    // one starts the copies.
+    if constexpr (qmm_gives(kTokens, kGroups)) give_registers<kTokens == 256 ? 40 : 32>();
+    if (threadIdx.x / kLanes != kThreads / kLanes) return;
+    const bool leader = elect_lane();
+    const std::uint64_t policy = p.weights_once ? evict_first_policy() : evict_normal_policy();
+    const std::uint32_t bytes = kActBytes + p.tiles * (kBlocks * kBlockBytes + p.scale_bytes);
+    const std::uint32_t acts_at = shared_address(acts);
+    const std::uint32_t codes_at = shared_address(codes_ring);
+    const std::uint32_t scales_at = shared_address(scales_ring);
+    int tile = 0, first_token = 0;  // of the job
+    Job job;
+    const auto start_job = [&](int round) {
+      if (!job_at(round, job)) return false;
+      const int row_group = job.work / p.token_groups;
+      tile = row_group * p.tiles;
+      first_token = (job.work - row_group * p.token_groups) * kTokens;
+      return true;
+    };
+    const auto copy_weights = [&](int step, int slot) {
+      const int stage = job.begin + step;
+      barrier_expect(full(slot), bytes);
+      tensor_load(codes_at + slot * kCodeBytes, &maps.codes, stage * (kBlocks * kBlockBytes / 8),
+                  tile, full(slot), policy);
+      if constexpr (kGrouped) {
+        const int group = stage * (kBlocks * kBlockInputs) >> p.group_shift;
+        tensor_load(scales_at + slot * kScaleBytes, &maps.scales, group * (p.group_bytes / 4), tile,
+                    full(slot), policy);
+      }
+    };
+    const auto copy_activations = [&](int step, int slot) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        tensor_load(acts_at + slot * kActBytes + i * (kTokens * 128), &maps.x,
+                    ((job.begin + step) * kBlocks + i) * kBlockInputs, first_token, full(slot));
+      }
+    };
+    // The ring is filled once without waiting: weights do not depend on the previous kernel,
+    // activations do.
+    int ahead = 0;
+    const auto fill = [&](auto copy) {
+      int slot = 0;
+#pragma unroll 1
+      for (int round = 0; slot < kRing && start_job(round); ++round) {
+#pragma unroll 1
+        for (int step = 0; slot < kRing && step < job.steps; ++step, ++slot) {
+          if (leader) copy(step, slot);
+        }
+      }
+      ahead = slot;
+    };
+    fill(copy_weights);
+    wait_for_previous_kernel();
+    fill(copy_activations);
+    int slot = 0;
+    std::uint32_t parity = 0;  // of the release to wait for
+#pragma unroll 1
+    for (int round = 0, skip = ahead; start_job(round); ++round) {
+#pragma unroll 1
+      for (int step = min(skip, job.steps); step < job.steps; ++step) {
+        barrier_wait(empty(slot), parity);
+        if (leader) {
+          copy_weights(step, slot);
+          copy_activations(step, slot);
+        }
+        if (++slot == kRing) {
+          slot = 0;
+          parity ^= 1;
+        }
+      }
+      skip -= min(skip, job.steps);
+    }
+    return;
   }
+
+  // ---- the warps that multiply
+  if constexpr (qmm_gives(kTokens, kGroups)) take_registers<kTokens == 256 ? 232 : 112>();
+  const int lane = threadIdx.x % kLanes;
+  const int tile =
+      threadIdx.x / kLanes % kTiles;  // past p.tiles: computed from what is there, and dropped
+  const int turn = threadIdx.x / kLanes / kTiles;  // 0, or 1 with two turns
   const std::uint8_t* const table = table_base + lane * 4;
+  const std::uint8_t* const my_codes = codes_ring + tile * (kBlocks * kBlockBytes);
+  const std::uint8_t* const my_scales =
+      scales_ring + tile * p.scale_bytes +
+      lane / 4 * (kScales == Scales::kMinima || (kScales == Scales::kAny && p.minima) ? 8 : 4);
+  const std::uint32_t acts_at = shared_address(acts);
+  int slot = turn;
+  std::uint32_t parity = 0;
+  std::uint32_t stage_count = 0;  // of all jobs before
+  const auto next_slot = [&] {
+    slot += kTurns;
+    if (slot >= kRing) {
+      slot = turn;
+      parity ^= 1;
+    }
+  };
+  const auto activations_of = [&](int s) {
+    return wgmma_descriptor(acts_at + slot * kActBytes + s * (kTokens * 128));
+  };
 
-  float acc[kTokens / 2];
+  Job job;
+  for (int round = 0; job_at(round, job); ++round) {
+    // Stages of this job and turn.
+    const int steps =
+        kTurns == 1 ? job.steps : (job.steps + static_cast<int>((stage_count + turn) % 2 == 0)) / 2;
+    stage_count += job.steps;
+    float acc[kTokens / 2];
 #pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0;
+    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0;
 
-  // The A operand of a step from the warp's own codes in shared memory.
-  const auto dequantize_stage = [&](int stage, std::uint32_t(&a)[16]) {
-    const std::uint8_t* unit = ring + stage * slot_bytes;
-    LaneCodes<kKind> codes;
-    codes.load(unit, lane);
-    if constexpr (has_row_scale(kKind)) {
+    if constexpr (kScaleSums) {
+      // A block's products go to `sums`, and while they are made the next block is dequantized.
+      float sums[kTokens / 2], ones_sums[kOnes ? kTokens / 2 : 1];
+      std::uint32_t a[2][4][4];
+      float2 scale[2], minimum[2];
+      const auto dequantize = [&](auto place) {
+        constexpr int s = decltype(place)::value;
+        LaneCodes<kKind> codes;
+        codes.load(my_codes + slot * kCodeBytes + s * kBlockBytes, lane);
+        const auto* scales = reinterpret_cast<const __half2*>(my_scales + slot * kScaleBytes +
+                                                              s * p.block_scale_step);
+        scale[s] = __half22float2(scales[0]);
+        if constexpr (kOnes) minimum[s] = __half22float2(scales[1]);
 #pragma unroll
-      for (int c = 0; c < 16; ++c) a[c] = codes.template pair<kBf16>(c, p.zero_pair, table);
-    } else {
-      const auto* scales = reinterpret_cast<const __half2*>(unit + kBlockBytes);
-      const bool with_minima = !kPlain && p.minima;
-      const int words = with_minima ? 2 : 1;
-      PairScale<kBf16> scale[2];  // rows g, g + 8
-      const auto load_scales = [&](int from) {
-        const float2 s = __half22float2(scales[from + lane / 4 * words]);
-        float2 m = {0, 0};
-        if (with_minima) m = __half22float2(scales[from + lane / 4 * 2 + 1]);
-        scale[0].set(s.x, m.x, with_minima);
-        scale[1].set(s.y, m.y, with_minima);
+        for (int j = 0; j < 4; ++j) codes.template operand<kBf16>(a[s][j], j, p.zero_pair, table);
       };
-      const auto fill = [&](auto minima) {
-        load_scales(0);
+      const auto multiply = [&](auto place) {
+        constexpr int s = decltype(place)::value;
+        const std::uint64_t b = activations_of(s);
+        wgmma_fence();
 #pragma unroll
-        for (int c = 0; c < 16; ++c) {
-          if (!kPlain && c == 8 && p.half_groups) load_scales(8 * words);
-          a[c] = scale[c & 1].template apply<decltype(minima)::value>(
-              codes.template pair<kBf16>(c, p.zero_pair, table));
+        for (int j = 0; j < 4; ++j) {
+          Wgmma<kBf16, kTokens>::run(sums, a[s][j], b + 2 * j, j > 0);
+          if constexpr (kOnes) {
+            constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
+            const std::uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+            Wgmma<kBf16, kTokens>::run(ones_sums, ones, b + 2 * j, j > 0);
+          }
+        }
+        wgmma_commit();
+      };
+      const auto fold = [&](auto place) {
+        constexpr int s = decltype(place)::value;
+        wgmma_wait<0>();
+        settle(sums);
+        if constexpr (kOnes) settle(ones_sums);
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) {
+          acc[i] = fmaf(i & 2 ? scale[s].y : scale[s].x, sums[i], acc[i]);
+          if constexpr (kOnes) {
+            acc[i] = fmaf(i & 2 ? minimum[s].y : minimum[s].x, ones_sums[i], acc[i]);
+          }
         }
       };
-      if constexpr (kPlain) {
-        fill(std::false_type{});
-      } else if (kBf16 && p.minima) {
-        fill(std::true_type{});
-      } else {
-        fill(std::false_type{});
+      constexpr std::integral_constant<int, 0> kFirst;
+      constexpr std::integral_constant<int, 1> kSecond;
+      if (steps > 0) {
+        barrier_wait(full(slot), parity);
+        dequantize(kFirst);
       }
-    }
-  };
-  // Multiplies one step while the next is dequantized. `stage` is step mod kStages, `parity` that
-  // of step / kStages, kept as counters: the divisions took a quarter of the instructions.
-  int stage = 0;
-  std::uint32_t parity = 0;
-  const auto step_with = [&](int step, std::uint32_t(&a)[16], std::uint32_t(&a_next)[16]) {
-    const int before = stage == 0 ? kStages - 1 : stage - 1;  // of step - 1 and step + kStages - 1
-    const int earlier =
-        before == 0 ? kStages - 1 : before - 1;  // of step - 2 and step + kStages - 2
-    const int next = stage + 1 == kStages ? 0 : stage + 1;
-    cp_async_wait<kStages - 3>();
-    __syncwarp();  // the next step's weights are here; every lane has left the slot issued below
-    if (step + kStages - 1 < steps) issue_weights(step + kStages - 1, before);
-    cp_async_commit();
-    if (threadIdx.x == 0 && step + kStages - 2 < steps) {
-      // Into the stage of two steps ago, so that waiting for its readers rarely takes time.
-      if (step >= 2) barrier_wait(empty(earlier), stage >= 2 ? parity : parity ^ 1);
-      issue_activations(step + kStages - 2, earlier);
-    }
-    __syncwarp();
-    barrier_wait(full(stage), parity);
-
-    const std::uint64_t b = wgmma_descriptor(acts_at + stage * kActBytes);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) Wgmma<kBf16, kTokens>::run(acc, a + 4 * i, b + 2 * i);
-    wgmma_commit();
-    if (step + 1 < steps) dequantize_stage(next, a_next);
-    wgmma_wait<0>();
-    if (lane == 0) barrier_arrive(empty(stage));
-    if (next == 0) parity ^= 1;
-    stage = next;
-  };
-  std::uint32_t a_even[16], a_odd[16];
-  cp_async_wait<kStages - 2>();
-  __syncwarp();  // the first step's weights
-  dequantize_stage(0, a_even);
 #pragma unroll 1
-  for (int step = 0; step < steps; step += 2) {
-    step_with(step, a_even, a_odd);
-    if (step + 1 < steps) step_with(step + 1, a_odd, a_even);
-  }
-  cp_async_wait<0>();
-  __syncthreads();
-
-  // ---- sums to shared memory [token][row], then out, coalesced along the rows
-  auto* const sums = reinterpret_cast<float*>(acts);
-#pragma unroll
-  for (int t = 0; t < kTokens / 8; ++t) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = t * 8 + lane % 4 * 2 + i % 2;
-      const int row = warp * 16 + lane / 4 + i / 2 * 8;
-      sums[token * qmm_run(kTiles) + row] = acc[4 * t + i];
-    }
-  }
-  if (p.splits > 1) {
-    cluster_barrier();
-  } else {
-    __syncthreads();
-  }
-  constexpr int kRows = kTiles * 16;
-  const int row = threadIdx.x % kRows;
-  const std::int64_t n = std::int64_t{row_group} * kRows + row;
-  float row_scale = p.factor;
-  float bias = 0;
-  if (n < p.n) {
-    if constexpr (has_row_scale(kKind)) {
-      row_scale *= reinterpret_cast<const float*>(p.w + n / 16 * p.tile_bytes)[n % 16];
-    }
-    bias = bias_at(p.bias, p.bias_dtype, n);
-  }
-  const int tokens = min(kTokens, p.m - first_token);
-  const std::uint32_t sums_at = shared_address(sums);
-  // The blocks of a cluster share the tokens.
-  for (int token = split + threadIdx.x / kRows * p.splits; token < tokens;
-       token += kThreads / kRows * p.splits) {
-    float value = 0;
-    if (p.splits == 1) {
-      value = sums[token * qmm_run(kTiles) + row];
-    } else {
-      for (int rank = 0; rank < p.splits; ++rank) {
-        value += load_from_cluster(sums_at + 4 * (token * qmm_run(kTiles) + row), rank);
+      for (int step = 0; step < steps; ++step) {
+        multiply(kFirst);
+        dequantize(kSecond);
+        fold(kFirst);
+        multiply(kSecond);
+        const std::uint32_t done = empty(slot);
+        next_slot();
+        if (step + 1 < steps) {
+          barrier_wait(full(slot), parity);
+          dequantize(kFirst);
+        }
+        fold(kSecond);
+        if (lane == 0) barrier_arrive(done);
       }
+    } else {
+      std::uint32_t a[4][4];
+      // One block of 64 inputs; s is its place in the stage. When all of the block before is done,
+      // `last_slot` is free.
+      const auto block = [&](int s, int last_slot, bool release) {
+        LaneCodes<kKind> codes;
+        codes.load(my_codes + slot * kCodeBytes + s * kBlockBytes, lane);
+        const std::uint64_t b = activations_of(s);
+        const std::uint8_t* const scales = my_scales + slot * kScaleBytes + s * p.block_scale_step;
+        const auto scale_at = [&](int bytes) {
+          return __half22float2(*reinterpret_cast<const __half2*>(scales + bytes));
+        };
+        PairScale<kBf16> pair_scale[2];  // rows g, g + 8
+        const auto set_scales = [&](int from) {
+          const bool minima = kScales == Scales::kMinima || (kScales == Scales::kAny && p.minima);
+          const float2 scale = scale_at(from);
+          float2 minimum = {0, 0};
+          if (minima) minimum = scale_at(from + 4);
+          pair_scale[0].set(scale.x, minimum.x, minima);
+          pair_scale[1].set(scale.y, minimum.y, minima);
+        };
+        if constexpr (kGrouped) set_scales(0);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          wgmma_wait<3>();
+          if (j == 3 && release && lane == 0) barrier_arrive(empty(last_slot));
+          if constexpr (kGrouped && kScales == Scales::kAny) {
+            if (j == 2) set_scales(p.group_bytes);
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            std::uint32_t pair = codes.template pair<kBf16>(4 * j + i, p.zero_pair, table);
+            if constexpr (kGrouped) {
+              const PairScale<kBf16>& scale = pair_scale[i & 1];
+              if constexpr (kScales == Scales::kMinima) {
+                pair = scale.template apply<true>(pair);
+              } else if constexpr (kScales == Scales::kAny && kBf16) {
+                pair =
+                    p.minima ? scale.template apply<true>(pair) : scale.template apply<false>(pair);
+              } else {
+                pair = scale.template apply<false>(pair);
+              }
+            }
+            a[j][i] = pair;
+          }
+          wgmma_fence();
+          Wgmma<kBf16, kTokens>::run(acc, a[j], b + 2 * j, 1);
+          wgmma_commit();
+        }
+      };
+      int last_slot = 0;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(full(slot), parity);
+        block(0, last_slot, step > 0);
+        if constexpr (kBlocks == 2) block(1, 0, false);
+        last_slot = slot;
+        next_slot();
+      }
+      wgmma_wait<0>();
+      if (lane == 0 && steps > 0) barrier_arrive(empty(last_slot));
     }
-    if (n < p.n) {
-      store_out<kBf16>(p.out, (first_token + token) * p.out_stride + n, value * row_scale + bias);
+    settle(acc);
+
+    // ---- out
+    const int first_token = job.work % p.token_groups * kTokens;
+    const int first_row = job.work / p.token_groups * (p.tiles * 16);
+    const int tokens = min(kTokens, p.m - first_token);
+    const int rows = min(p.tiles * 16, p.n - first_row);
+    const auto row_factor = [&](int row) {
+      float factor = p.factor;
+      if constexpr (!kGrouped) {
+        const int n = first_row + row;
+        if (row < rows) {
+          factor *= reinterpret_cast<const float*>(p.w + n / 16 * p.tile_bytes)[n % 16];
+        }
+      }
+      return factor;
+    };
+    const auto row_bias = [&](int row) {
+      return row < rows ? bias_at(p.bias, p.bias_dtype, first_row + row) : 0.0f;
+    };
+    constexpr int kRun = qmm_run(kGroups);
+    // Sums as [token][row]: of the turns, then of the thread blocks of a cluster.
+    float* const sums = reinterpret_cast<float*>(kTurns == 2 ? turn_sums : acts);
+    const auto each_sum = [&](auto visit) {
+#pragma unroll
+      for (int t = 0; t < kTokens / 8; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          visit(sums[(t * 8 + lane % 4 * 2 + i % 2) * kRun + tile * 16 + lane / 4 + i / 2 * 8],
+                acc[4 * t + i]);
+        }
+      }
+    };
+    if constexpr (kTurns == 2) {
+      if (turn == 1) each_sum([](float& sum, float mine) { sum = mine; });
+      named_barrier(1, kThreads);
+      if (turn == 0) each_sum([](float& sum, float& mine) { mine += sum; });
+    }
+
+    if (job.split < 0) {
+      if (kTurns == 1 || turn == 0) {
+        // Transposed per warpgroup, kFlip tokens at a time, so that a token's 64 outputs are stored
+        // together.
+        const int group = tile / 4;
+        std::uint8_t* const flip = flips + group * (kFlip * kQmmFlipBytes);
+        const int row = tile * 16 + lane / 4;
+        const float factor[2] = {row_factor(row), row_factor(row + 8)};
+        const float bias[2] = {row_bias(row), row_bias(row + 8)};
+        const auto packed = [&](int t, int half) {
+          return float_pair<kBf16>(fmaf(acc[4 * t + 2 * half], factor[half], bias[half]),
+                                   fmaf(acc[4 * t + 2 * half + 1], factor[half], bias[half]));
+        };
+        const std::uint32_t to = shared_address(flip) + (lane / 16 * 8 + lane % 8) * kQmmFlipBytes +
+                                 tile % 4 * 32 + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int from = 0; from < kTokens; from += kFlip) {
+          if (from < tokens) {
+            if constexpr (kTokens == 8) {
+              stmatrix_x2_transposed(to, packed(0, 0), packed(0, 1));
+            } else {
+#pragma unroll
+              for (int t = 0; t < kFlip / 8; t += 2) {
+                const int at = from / 8 + t;
+                stmatrix_x4_transposed(to + t * (8 * kQmmFlipBytes), packed(at, 0), packed(at, 1),
+                                       packed(at + 1, 0), packed(at + 1, 1));
+              }
+            }
+            named_barrier(2 + group, 128);
+#pragma unroll
+            for (int i = threadIdx.x % 128; i < kFlip * 8; i += 128) {
+              const int token = from + i / 8;
+              const int first = group * 64 + i % 8 * 8;
+              if (token < tokens && first < rows) {
+                const std::uint8_t* piece = flip + i / 8 * kQmmFlipBytes + i % 8 * 16;
+                auto* out = reinterpret_cast<std::uint16_t*>(p.out) +
+                            (first_token + token) * p.out_stride + first_row + first;
+                if (p.vector_out && first + 8 <= rows) {
+                  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(piece);
+                } else {
+                  const int count = min(8, rows - first);
+                  for (int e = 0; e < count; ++e) {
+                    out[e] = reinterpret_cast<const std::uint16_t*>(piece)[e];
+                  }
+                }
+              }
+            }
+            named_barrier(2 + group, 128);
+          }
+        }
+      }
+      if constexpr (kTurns == 2) named_barrier(1, kThreads);  // the sums have been read
+    } else {
+      if constexpr (kTurns == 1) named_barrier(1, kThreads);  // nobody needs the ring any more
+      if (turn == 0) each_sum([](float& sum, float mine) { sum = mine; });
+      cluster_barrier();
+      // The thread blocks share the tokens; a thread has four outputs of a token.
+      constexpr int kRows = kTiles * 16;
+      const int first = threadIdx.x % (kRows / 4) * 4;
+      float factor[4], bias[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        factor[i] = row_factor(first + i);
+        bias[i] = row_bias(first + i);
+      }
+      const std::uint32_t sums_at = shared_address(sums);
+      for (int token = job.split + threadIdx.x / (kRows / 4) * p.splits;
+           token < tokens && first < rows; token += kThreads / (kRows / 4) * p.splits) {
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll
+        for (int from = 0; from < 8; from += 4) {
+          float4 parts[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (from + i < p.splits) {
+              parts[i] = load4_from_cluster(sums_at + 4 * (token * kRun + first), from + i);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (from + i < p.splits) {
+              sum.x += parts[i].x;
+              sum.y += parts[i].y;
+              sum.z += parts[i].z;
+              sum.w += parts[i].w;
+            }
+          }
+        }
+        const std::uint32_t low =
+            float_pair<kBf16>(fmaf(sum.x, factor[0], bias[0]), fmaf(sum.y, factor[1], bias[1]));
+        const std::uint32_t high =
+            float_pair<kBf16>(fmaf(sum.z, factor[2], bias[2]), fmaf(sum.w, factor[3], bias[3]));
+        auto* out = reinterpret_cast<std::uint16_t*>(p.out) + (first_token + token) * p.out_stride +
+                    first_row + first;
+        if (p.vector_out && first + 4 <= rows) {
+          *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
+        } else {
+          const std::uint16_t values[4] = {
+              static_cast<std::uint16_t>(low), static_cast<std::uint16_t>(low >> 16),
+              static_cast<std::uint16_t>(high), static_cast<std::uint16_t>(high >> 16)};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (first + e < rows) out[e] = values[e];
+          }
+        }
+      }
+      cluster_meet();  // nobody leaves while its sums are being read
     }
   }
-  if (p.splits > 1) cluster_barrier();
+}
+
+// Which of the kernel's variants the scales need.
+inline Scales qmm_scales(const QmmParams& p) {
+  return p.group_shift == 5 ? Scales::kAny : p.minima ? Scales::kMinima : Scales::kPlain;
 }
 
 template <Kind kKind>
-int launch_qmm(const QmmParams& params, const CUtensorMap& x_map, bool bf16, const QmmShape& shape,
-               Stream stream);
+int launch_qmm(const QmmParams& params, const QmmMaps& maps, bool bf16, const QmmShape& shape,
+               unsigned thread_blocks, Stream stream);
 
-template <Kind kKind, bool kBf16, int kTokens, int kTiles, bool kPlain>
-int launch_qmm_kernel(const QmmParams& p, const CUtensorMap& map, const QmmShape& shape,
-                      Stream stream) {
-  const dim3 grid(static_cast<unsigned>(p.splits),
-                  static_cast<unsigned>((p.m + kTokens - 1) / kTokens),
-                  static_cast<unsigned>((p.tiles + kTiles - 1) / kTiles));
-  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kTiles, kPlain>, grid, kTiles * kLanes,
-                        qmm_shared_bytes(kKind, kTokens, kTiles, p.scale_bytes), p.splits,
-                        shape.early, stream, {&p, &map});
+template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
+int launch_qmm_kernel(const QmmParams& p, const QmmMaps& maps, const QmmShape& shape,
+                      unsigned thread_blocks, Stream stream) {
+  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kGroups, kScales>, dim3(thread_blocks),
+                        qmm_threads(kTokens, kGroups),
+                        qmm_shared_bytes(kKind, kScales, kTokens, kGroups), p.splits, shape.early,
+                        stream, {&p, &maps});
 }
 
 #define LOWBIT_DEFINE_QMM(kind)                                                                   \
   template <>                                                                                     \
-  int launch_qmm<kind>(const QmmParams& p, const CUtensorMap& map, bool bf16,                     \
-                       const QmmShape& shape, Stream stream) {                                    \
-    const auto launch = [&](auto tokens, auto tiles) {                                            \
+  int launch_qmm<kind>(const QmmParams& p, const QmmMaps& maps, bool bf16, const QmmShape& shape, \
+                       unsigned thread_blocks, Stream stream) {                                   \
+    using std::integral_constant;                                                                 \
+    const auto with_scales = [&](auto tokens, auto groups, auto scales) {                         \
       constexpr int kTokens = decltype(tokens)::value;                                            \
-      constexpr int kTiles = decltype(tiles)::value;                                              \
+      constexpr int kGroups = decltype(groups)::value;                                            \
+      constexpr Scales kScales = decltype(scales)::value;                                         \
+      return bf16 ? launch_qmm_kernel<kind, true, kTokens, kGroups, kScales>(                     \
+                        p, maps, shape, thread_blocks, stream)                                    \
+                  : launch_qmm_kernel<kind, false, kTokens, kGroups, kScales>(                    \
+                        p, maps, shape, thread_blocks, stream);                                   \
+    };                                                                                            \
+    const auto launch = [&](auto tokens, auto groups) {                                           \
+      const Scales scales = qmm_scales(p);                                                        \
       if constexpr (!has_row_scale(kind)) {                                                       \
-        if (p.minima || p.half_groups) {                                                          \
-          return bf16 ? launch_qmm_kernel<kind, true, kTokens, kTiles, false>(p, map, shape,      \
-                                                                              stream)             \
-                      : launch_qmm_kernel<kind, false, kTokens, kTiles, false>(p, map, shape,     \
-                                                                               stream);           \
+        if (scales == Scales::kAny) {                                                             \
+          return with_scales(tokens, groups, integral_constant<Scales, Scales::kAny>{});          \
         }                                                                                         \
       }                                                                                           \
-      return bf16 ? launch_qmm_kernel<kind, true, kTokens, kTiles, true>(p, map, shape, stream)   \
-                  : launch_qmm_kernel<kind, false, kTokens, kTiles, true>(p, map, shape, stream); \
+      if constexpr (kind == Kind::kInt4 || kind == Kind::kInt5) {                                 \
+        if (scales == Scales::kMinima) {                                                          \
+          return with_scales(tokens, groups, integral_constant<Scales, Scales::kMinima>{});       \
+        }                                                                                         \
+      }                                                                                           \
+      return with_scales(tokens, groups, integral_constant<Scales, Scales::kPlain>{});            \
     };                                                                                            \
-    using std::integral_constant;                                                                 \
-    const integral_constant<int, 8> t8;                                                           \
-    const integral_constant<int, 16> t16;                                                         \
-    const bool wide = shape.rows == 256;                                                          \
+    const auto groups = [&](auto tokens) {                                                        \
+      return shape.rows == 256 ? launch(tokens, integral_constant<int, 4>{})                      \
+                               : launch(tokens, integral_constant<int, 2>{});                     \
+    };                                                                                            \
     switch (shape.tokens) {                                                                       \
+      case 8:                                                                                     \
+        return groups(integral_constant<int, 8>{});                                               \
+      case 16:                                                                                    \
+        return groups(integral_constant<int, 16>{});                                              \
       case 32:                                                                                    \
-        return wide ? launch(integral_constant<int, 32>{}, t16)                                   \
-                    : launch(integral_constant<int, 32>{}, t8);                                   \
+        return groups(integral_constant<int, 32>{});                                              \
       case 64:                                                                                    \
-        return wide ? launch(integral_constant<int, 64>{}, t16)                                   \
-                    : launch(integral_constant<int, 64>{}, t8);                                   \
+        return groups(integral_constant<int, 64>{});                                              \
       case 128:                                                                                   \
-        return wide ? launch(integral_constant<int, 128>{}, t16)                                  \
-                    : launch(integral_constant<int, 128>{}, t8);                                  \
+        return groups(integral_constant<int, 128>{});                                             \
       default:                                                                                    \
-        return launch(integral_constant<int, 256>{}, t8);                                         \
+        return launch(integral_constant<int, 256>{}, integral_constant<int, 2>{});                \
     }                                                                                             \
   }
 

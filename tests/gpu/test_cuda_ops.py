@@ -163,6 +163,10 @@ def test_wgmma_kernel(name, dtype, group):
         if exponent and dtype == torch.float16:
             continue  # refused: scaled weights would overflow; select() dequantizes to fp32
         for m, tokens in [
+            (1, 8),
+            (8, 8),
+            (13, 16),
+            (32, 16),
             (1, 32),
             (32, 32),
             (33, 64),
