@@ -76,6 +76,8 @@ TEST(Convert, AFailureAtAnyStepLeavesNothing) {
   HookGuard guard;
   TemporaryDirectory directory;
   write_checkpoint(directory / "float");
+  const bool print = std::getenv("LOWBIT_PRINT_FAULTS") != nullptr;
+  if (print) std::printf("\na conversion\n");
   for (int fail_at = 0;; ++fail_at) {
     int steps = 0;
     std::string failed;
@@ -95,7 +97,11 @@ TEST(Convert, AFailureAtAnyStepLeavesNothing) {
       EXPECT_GT(fail_at, 30);  // the walk has seen every step
       break;
     }
-    if (!threw || std::filesystem::exists(directory / "out")) {
+    const bool is_there = std::filesystem::exists(directory / "out");
+    if (print)
+      std::printf("  error before  %2d %-16s -> %s\n", fail_at, failed.c_str(),
+                  is_there ? "the save" : "nothing");
+    if (!threw || is_there) {
       EXPECT_NO_THROW(open_saved(directory / "out")) << failed;
       for (const std::string& name : names_in(directory / "out"))
         EXPECT_FALSE(name.starts_with(".")) << failed << " left " << name;
@@ -164,7 +170,7 @@ TEST(Convert, KilledAtAnyStepTheNextRunEndsTheSame) {
     std::size_t tensors = journal_lines > 0 ? journal_lines - 1 : 0;
     most_resumed = std::max(most_resumed, tensors);
     if (print)
-      std::printf("  killed before %2d %-16s -> %s, %zu tensors to take up\n", kill_at,
+      std::printf("  killed before %2d %-16s -> %s, tensors to take up: %zu\n", kill_at,
                   read_file(directory / "last-step").c_str(), outcome.c_str(), tensors);
     cli::convert(arguments(directory / "float", out), serial_threads());
     EXPECT_EQ(contents(out), expected) << "step " << kill_at;

@@ -426,7 +426,9 @@ struct HookGuard {
 
 TEST(Saved, AFailureAtAnyStepLeavesTheOldSaveOrTheNew) {
   HookGuard guard;
+  const bool print = std::getenv("LOWBIT_PRINT_FAULTS") != nullptr;
   for (bool existing : {false, true}) {
+    if (print) std::printf("\n%s\n", existing ? "over an existing save" : "into a new directory");
     for (int fail_at = 0;; ++fail_at) {
       TemporaryDirectory directory;
       if (existing) save_small(directory.path(), 1, 8000);
@@ -457,6 +459,11 @@ TEST(Saved, AFailureAtAnyStepLeavesTheOldSaveOrTheNew) {
           EXPECT_EQ(error.code(), ErrorCode::kNotFound) << failed << ": " << error.what();
         }
       }
+      if (print)
+        std::printf("  error before  %2d %-16s -> %s\n", fail_at, failed.c_str(),
+                    is_new     ? "the new save"
+                    : existing ? "the old save"
+                               : "no save");
       if (existing && !is_new) {
         EXPECT_TRUE(holds_small(directory.path(), 1)) << "step " << fail_at << ", " << failed;
       }
