@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ipex_llm import arguments, convert, save
-from ipex_llm.imports import awq, bitsandbytes, gptq
+from ipex_llm.imports import awq, bitsandbytes, compressed_tensors, gptq
 from ipex_llm.imports.names import targets_of
 from ipex_llm.imports.report import Report, keep_report
 from ipex_llm.imports.source import Checkpoint, read_json
@@ -21,7 +21,12 @@ from ipex_llm.tensor import LowBitTensor
 __all__ = ["load_quantized"]
 
 _WHO = "load_quantized"
-_COLLECT = {"bitsandbytes": bitsandbytes.collect, "gptq": gptq.collect, "awq": awq.collect}
+_COLLECT = {
+    "bitsandbytes": bitsandbytes.collect,
+    "gptq": gptq.collect,
+    "awq": awq.collect,
+    "compressed-tensors": compressed_tensors.collect,
+}
 # Where tools kept the description before config.json had a place for it.
 _OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Tables that every version of transformers computes and old checkpoints hold.
@@ -44,7 +49,7 @@ def load_quantized(
     trust_remote_code: bool = False,
     mmap: bool = True,
 ) -> nn.Module:
-    """Loads a bitsandbytes, GPTQ or AWQ checkpoint as an optimized model.
+    """Loads a bitsandbytes, GPTQ, AWQ or compressed-tensors checkpoint as an optimized model.
 
     Codes and scales are taken over as they are wherever one of our types has the same grid; which
     weights that was not possible for, and what was rounded, `ipex_llm.import_report(model)` says.
@@ -148,9 +153,12 @@ def _description(directory: str, config: dict[str, Any]) -> dict[str, Any]:
             f"low_memory_init() and call load_low_bit(model, {directory!r})"
         )
     if method not in _COLLECT:
+        hint = ""
+        if method == "fp8":
+            hint = "; `lowbit convert` takes fp8 checkpoints, dequantizes and quantizes them"
         raise ValueError(
             f"{_WHO}: {directory}: quantized by {method!r}, which is not read; expected one of: "
-            f"{known}"
+            f"{known}{hint}"
         )
     return {**found, "quant_method": method}
 

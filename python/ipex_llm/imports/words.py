@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -16,7 +17,7 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     bits, 32 codes fill 3 words and two of them lie across a border.
     """
     words = words.contiguous()
-    if bits == 3 or sys.byteorder != "little":
+    if 32 % bits or sys.byteorder != "little":
         return _by_words(words, bits)[..., :count]
     data = words.view(torch.uint8)  # a quarter of the planes: 3 times as fast
     if bits < 8:
@@ -27,7 +28,8 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
 
 def _by_words(words: torch.Tensor, bits: int) -> torch.Tensor:
-    period = 3 if bits == 3 else 1  # words after which the places repeat
+    period = bits // math.gcd(bits, 32)  # words after which the places repeat
+    words = torch.nn.functional.pad(words, (0, -words.shape[-1] % period))
     blocks = words.unflatten(-1, (-1, period))
     mask = (1 << bits) - 1
     planes = []

@@ -7,6 +7,7 @@ Each part runs in an environment that has its tool; none is needed to run the te
     python make_checkpoints.py bitsandbytes   bitsandbytes 0.50.2, torch 2.13, transformers 5.23
     python make_checkpoints.py gptqmodel      gptqmodel 7.7.0, torch 2.13
     python make_checkpoints.py autoawq        the sources of autoawq 0.2.9 on PYTHONPATH
+    python make_checkpoints.py compressed_tensors   compressed-tensors 0.20.0, torch 2.13
 
 Beside every checkpoint lies what its own tool makes of it (outputs or dequantized weights).
 """
@@ -336,6 +337,82 @@ def make_autoawq() -> None:
             },
         )
         save_outputs(directory, **expected)
+
+
+# ---- compressed-tensors --------------------------------------------------------------------------
+
+# By layer: the compressor, and how its weights are quantized.
+COMPRESSED_LAYERS = {
+    "q_proj": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
+    "k_proj": (
+        "pack-quantized",
+        {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+    ),
+    "v_proj": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "o_proj": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "gate_proj": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "up_proj": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "down_proj": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+    ),
+}
+
+
+def make_compressed_tensors() -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    directory = emptied("compressed_tensors")
+    model = tiny("Llama", dtype="float16").half()
+    tensors, expected, groups = dict(model.state_dict()), {}, {}
+    for name, module in model.model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        name, kind = f"model.{name}", name.rpartition(".")[2]
+        layout, options = COMPRESSED_LAYERS[kind]
+        scheme = QuantizationScheme(
+            targets=[f"re:.*{kind}"], weights=QuantizationArgs(**options), format=layout
+        )
+        state = {"weight": module.weight.float(), **_scales_of(module.weight.float(), options)}
+        compressor = BaseCompressor.get_value_from_registry(layout)
+        packed = compressor.compress(state, scheme)
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{key}": value for key, value in packed.items()}
+        exact = dict(packed)
+        if exact["weight_scale"].is_floating_point():
+            exact["weight_scale"] = exact["weight_scale"].float()
+        expected[name] = compressor.decompress(exact, scheme)["weight"].float()
+        groups[f"group_{len(groups)}"] = json.loads(scheme.model_dump_json())
+    tensors["model.layers.0.self_attn.o_proj.input_scale"] = torch.ones(1)
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
+    save_checkpoint(directory, model, tensors, quantization)
+    save_outputs(directory, **expected)
+
+
+def _scales_of(weight: torch.Tensor, options: dict) -> dict[str, torch.Tensor]:
+    n, k = weight.shape
+    size = options.get("group_size", k)
+    parts = weight.reshape(n, k // size, size)
+    if options["strategy"] == "tensor":
+        parts = weight.reshape(1, 1, -1)
+    low, high = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
+    largest, bits = torch.maximum(-low, high), options["num_bits"]
+    if options.get("type") == "float" and bits == 8:
+        return {"weight_scale": (largest / 448).float().reshape(-1, *[1] * (len(largest) > 1))}
+    if options.get("type") == "float":
+        return {"weight_scale": torch.exp2(torch.ceil(torch.log2(largest / 6)))}
+    if options.get("symmetric", True):
+        return {"weight_scale": (largest * 2 / (2**bits - 1)).half()}
+    scales = ((high - low) / (2**bits - 1)).half()
+    zeros = (-low / scales).round() - 2 ** (bits - 1)
+    return {"weight_scale": scales, "weight_zero_point": zeros.to(torch.int8)}
 
 
 def save_checkpoint(directory: Path, model, tensors: dict, quantization: dict) -> None:

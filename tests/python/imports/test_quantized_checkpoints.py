@@ -1,4 +1,4 @@
-"""bitsandbytes, GPTQ and AWQ checkpoints: the tools' own (make_checkpoints.py), and corners."""
+"""Checkpoints of other tools: their own (make_checkpoints.py), and corners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from make_checkpoints import DATA, GPTQ_LAYERS
+from make_checkpoints import COMPRESSED_LAYERS, DATA, GPTQ_LAYERS
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -96,6 +96,40 @@ def test_models_of_bitsandbytes(name, low_bit, bound):
         if key.endswith("down_proj"):  # 96 inputs, blocks of 64 numbers
             assert entry["group_size"] == 32
     assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_a_model_of_compressed_tensors():
+    model = load_quantized(DATA / "compressed_tensors")
+    types = {
+        "q_proj": "sym_int4",
+        "k_proj": "asym_int4",
+        "v_proj": "sym_int8",
+        "o_proj": "sym_int8",
+        "gate_proj": "fp8_e4m3",
+        "up_proj": "fp8_e4m3",
+        "down_proj": "fp4",
+    }
+    expected = expected_of("compressed_tensors")
+    assert {name.rpartition(".")[2] for name in expected} == types.keys()
+    for name, weight in expected.items():
+        kind = name.rpartition(".")[2]
+        assert model.get_submodule(name).weight.low_bit == types[kind]
+        entry = entry_of(model, name)
+        error = (values(model, name) - weight).abs().max()
+        if kind == "k_proj":  # minima of -zero * scale need more than 11 bits
+            assert not entry["exact"]
+            assert error <= HALF * 15 * weight.abs().max()
+        elif kind == "o_proj":  # the largest negative weight of a row has the code -128
+            assert "leave -127 to 127" in entry["note"]
+            assert error <= weight.abs().max() / 250
+        else:
+            assert entry["exact"], entry
+            assert torch.equal(values(model, name), weight), kind
+    assert COMPRESSED_LAYERS.keys() == types.keys()
+    assert not hasattr(model.config, "quantization_config")
+    assert model(IDS).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"o_proj.weight'.*cannot hold it exactly"):
+        load_quantized(DATA / "compressed_tensors", exact=True)
 
 
 def test_saved_loaded_and_fused_like_any_optimized_model(tmp_path):
@@ -500,6 +534,174 @@ def test_awq_that_is_refused(changes, message, tmp_path):
         load_quantized(tmp_path, one_layer(24, 256))
 
 
+def compressed(bits: int, size: int | None = None, **scheme) -> dict:
+    strategy = "channel" if size is None else "group"
+    weights = {"num_bits": bits, "type": "int", "strategy": strategy, "group_size": size, **scheme}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+
+
+def compressed_tensors(rng, n: int, k: int, bits: int, index, symmetric: bool):
+    """A random matrix of "pack-quantized": its tensors and the weight in float64."""
+    groups = int(index.max()) + 1
+    codes = rng.integers(0, 1 << bits, (n, k))
+    zeros = rng.integers(0, 1 << bits, (n, groups))
+    if symmetric:
+        zeros[:] = 1 << (bits - 1)
+    scales = rng.uniform(0.001, 0.01, (n, groups)).astype(np.float16)
+    words = -(-k * bits // 32)
+    tensors = {
+        "a.weight_packed": np.ascontiguousarray(bit_stream(codes, bits)[:, :words]),
+        "a.weight_scale": scales,
+        "a.weight_shape": np.array([n, k]),
+    }
+    if not symmetric:
+        tensors["a.weight_zero_point"] = bit_stream(zeros.T, bits).T.copy()
+    return tensors, (codes - zeros[:, index]) * scales.astype(np.float64)[:, index]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("k", "size"), [(192, 64), (200, None), (320, 128), (96, 48)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_compressed_tensors_layouts(bits, k, size, symmetric, tmp_path):
+    rng = np.random.default_rng(bits)
+    index = np.arange(k) // (size or k)
+    tensors, weight = compressed_tensors(rng, 40, k, bits, index, symmetric)
+    write(tmp_path, tensors, compressed(bits, size))
+    if size == 48:
+        packed = load_quantized(tmp_path, one_layer(40, k))["a"].weight
+        error = np.abs(packed.dequantize(torch.float64).numpy() - weight).max()
+        assert error <= np.abs(weight).max() / 250
+        return
+    packed = load_quantized(tmp_path, one_layer(40, k), exact=bits < 8)["a"].weight
+    error = np.abs(packed.dequantize(torch.float64).numpy() - weight).max()
+    assert error <= (0 if bits < 8 else np.abs(weight).max() / 250)
+    assert packed.group_size == (64 if size == 64 else 128)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compressed_tensors_in_an_order_of_their_own(whole, tmp_path):
+    rng = np.random.default_rng(3)
+    index = np.repeat([1, 0, 1, 0], 32) if whole else rng.permutation(np.arange(128) // 64)
+    tensors, weight = compressed_tensors(rng, 16, 128, 4, index, True)
+    tensors["a.weight_g_idx"] = index.astype(np.int32)
+    write(tmp_path, tensors, compressed(4, 64, actorder="group"))
+    model = load_quantized(tmp_path, one_layer(16, 128), exact=whole)
+    error = np.abs(model["a"].weight.dequantize(torch.float64).numpy() - weight).max()
+    assert error <= (0 if whole else np.abs(weight).max() / 250)
+    if not whole:
+        assert "act-order" in entry_of(model, "a")["note"]
+
+
+def test_compressed_tensors_with_scales_for_blocks(tmp_path):
+    rng = np.random.default_rng(4)
+    codes = torch.from_numpy(rng.normal(size=(96, 160))).to(torch.float8_e4m3fn)
+    scales = torch.from_numpy(rng.uniform(0.001, 0.01, (2, 3))).float()
+    config = compressed(8, strategy="block", block_structure=[64, 64], type="float")
+    write(tmp_path, {"a.weight": codes, "a.weight_scale": scales}, config)
+    model = load_quantized(tmp_path, one_layer(96, 160))
+    wide = scales.repeat_interleave(64, 0)[:96].repeat_interleave(64, 1)[:, :160]
+    weight = codes.double() * wide
+    error = (model["a"].weight.dequantize(torch.float64) - weight).abs().max()
+    assert 0 < error <= weight.abs().max() / 250
+    assert "blocks of 64 x 64" in entry_of(model, "a")["note"]
+
+
+def drop(*names):
+    def change(tensors, config):
+        for name in names:
+            del tensors[f"a.{name}"]
+
+    return change
+
+
+def put(name, value):
+    return lambda tensors, config: tensors.update({f"a.{name}": value})
+
+
+def say(**changes):
+    return lambda tensors, config: config.update(changes)
+
+
+def floats(value, scale):
+    def change(tensors, config):
+        tensors.clear()
+        tensors.update({"a.weight": value, "a.weight_scale": scale})
+
+    return change
+
+
+FP8 = torch.ones(32, 64).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (say(format="nvfp4-pack-quantized"), "its format is 'nvfp4-pack-quantized'"),
+        (say(format=["pack-quantized"]), "its format is ['pack-quantized']"),
+        (say(sparsity_config={"format": "sparse-24-bitmask"}), "is 'sparse-24-bitmask'"),
+        (say(config_groups={}), "config_groups does not say"),
+        (say(config_groups=[1]), "config_groups does not say"),
+        (say(config_groups={"a": {"weights": {"num_bits": 9}}}), "(9) would fit"),
+        (say(config_groups={"a": {"weights": {"num_bits": "4"}}}), "('4') would fit"),
+        (say(config_groups={"a": {"weights": {"num_bits": 4}}}), "(none)"),
+        (drop("weight_scale"), "has no a.weight_scale beside it"),
+        (drop("weight_shape"), "has no a.weight_shape beside it"),
+        (put("weight_shape", np.array([32, 65])), "would fit; 2 to 8 are read"),
+        (put("weight_shape", np.array([32, -64])), "would fit; 2 to 8 are read"),
+        (put("weight_shape", np.array([32])), "the two sizes of one"),
+        (put("weight_packed", np.zeros((32, 8), np.float32)), "must hold int32"),
+        (put("weight_packed", np.zeros((32, 9), np.int32)), "would fit; 2 to 8 are read"),
+        (put("weight_packed", np.zeros((0, 8), np.int32)), "must hold int32"),
+        (put("weight_scale", np.ones((31, 2), np.float16)), "does not belong to it"),
+        (put("weight_scale", np.ones((1, 2), np.float16)), "does not belong to it"),
+        (put("weight_scale", np.ones((32, 3), np.float16)), "3 groups for 64 inputs"),
+        (put("weight_scale", np.full((32, 2), np.nan, np.float16)), "weight_scale holds nan"),
+        (put("weight_scale", np.ones((32, 2), np.int16)), "must hold float16"),
+        (put("weight_zero_point", np.zeros((5, 2), np.int32)), "expected [4, 2]"),
+        (put("weight_g_idx", np.full(64, 2, np.int32)), "there are 2 groups"),
+        (put("weight_g_idx", np.full(63, 1, np.int32)), "expected [64]"),
+        (put("weight_packed", np.zeros((32, 24), np.uint8)), "must hold uint8"),
+        (floats(FP8, torch.ones(32, 2)), "expected [32, 1]"),
+        (floats(FP8, torch.full((32, 1), torch.inf)), "weight_scale holds inf"),
+        (
+            floats(torch.full((32, 64), torch.nan).to(FP8.dtype), torch.ones(1)),
+            "weight [0, 0] is not finite",
+        ),
+        (floats(FP8[0], torch.ones(1)), "must be a matrix"),
+        (floats(torch.ones(32, 64), torch.ones(1)), "must hold int8"),
+    ],
+)
+def test_compressed_tensors_that_are_refused(damage, message, tmp_path):
+    tensors, _ = compressed_tensors(np.random.default_rng(0), 32, 64, 4, np.arange(64) // 32, True)
+    config = compressed(4, 32)
+    damage(tensors, config)
+    write(tmp_path, tensors, config)
+    model = one_layer(32, 64)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^load_quantized: .*" + re.escape(message)):
+        load_quantized(tmp_path, model)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("scale", [255, 127])
+def test_compressed_mxfp4(scale, tmp_path):
+    tensors = {
+        "a.weight_packed": np.full((8, 32), 0x21, np.uint8),
+        "a.weight_scale": np.full((8, 2), scale, np.uint8),
+    }
+    write(tmp_path, tensors, compressed(4, 32, type="float") | {"format": "mxfp4-pack-quantized"})
+    if scale == 255:
+        with pytest.raises(ValueError, match="holds a NaN"):
+            load_quantized(tmp_path, one_layer(8, 64))
+        return
+    packed = load_quantized(tmp_path, one_layer(8, 64), exact=True)["a"].weight
+    assert packed.dequantize(torch.float64).tolist() == [[0.5, 1.0] * 32] * 8
+
+
 def bnb_tensors(rng, name: str, shape, blocksize: int, table, storage=torch.uint8):
     count = int(np.prod(shape))
     codes = rng.integers(0, 16, count)
@@ -783,6 +985,7 @@ GPTQ_REFUSED = {
     "config_key_twice": (replace("config.json", '{"a": 1, "a": 2}'), "the key 'a' twice"),
     "not_quantized": (replace("config.json", "{}"), "has no quantization_config"),
     "another_method": (configure(quant_method="aqlm"), "quantized by 'aqlm'"),
+    "fp8": (configure(quant_method="fp8"), "`lowbit convert` takes fp8 checkpoints"),
     "another_layout": (configure(checkpoint_format="bitblas"), "layout is 'bitblas'"),
     "not_marlin": (configure(checkpoint_format="marlin"), "no weight is quantized"),
     "truncated": (truncated, "model.safetensors"),
