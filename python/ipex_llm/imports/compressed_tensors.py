@@ -2,7 +2,7 @@
 
 Of a matrix [n, k] there is, by format,
 
-    pack-quantized        weight_packed int32 [n, ceil(k b / 32)], b-bit codes as a stream (words.py)
+    pack-quantized        weight_packed int32 [n, ceil(k b / 32)], b-bit codes, a stream (words.py)
                           weight_scale float [n, groups], [n, 1] or [1]
                           weight_zero_point int32 [ceil(n b / 32), groups], codes along the outputs;
                           without it every zero is 2^(b - 1)
