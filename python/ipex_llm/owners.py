@@ -72,10 +72,19 @@ def _swapped_class(original: type, mixins: tuple[type, ...]) -> type:
             "__doc__": original.__doc__,
             "__reduce_ex__": _reduce_swapped,
         }
-        swapped = type(original)(original.__name__, (*mixins, original), namespace)
+        registers = hasattr(original.__init_subclass__, "__func__")  # object's own does nothing
+        first = (_Unregistered,) if registers else ()
+        swapped = type(original)(original.__name__, (*first, *mixins, original), namespace)
         _swap_of[swapped] = key
         _swapped_classes[key] = swapped
         return swapped
+
+
+class _Unregistered:
+    """In front of a class that keeps a registry of its subclasses, or allows none."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        pass
 
 
 def _reduce_swapped(self: nn.Module, protocol: int) -> tuple:

@@ -6,12 +6,14 @@ import io
 import pickle
 import warnings
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ipex_llm
 from ipex_llm import LowBitTensor, set_activation_precision
 from ipex_llm.owners import LowBitOwner, LowBitRoot, original_class
 from ipex_llm.tensor import install, lowbit_parameters, swap_class
@@ -113,6 +115,35 @@ def test_own_forward_is_kept():
     x = torch.ones(1, 64).bfloat16()
     close(layer(x), dense_twin(layer)(x), 0.05)
     assert type(convert(Inheriting(64, 48))).forward is not nn.Linear.forward
+
+
+class Registered(nn.Linear):
+    known: ClassVar[dict] = {}
+
+    def __init_subclass__(cls, **kwargs):
+        Registered.known[cls.__name__] = cls
+
+
+class Final(nn.Linear):
+    def __init_subclass__(cls, **kwargs):
+        raise TypeError("must not be subclassed")
+
+
+class Projection(Registered):
+    pass
+
+
+def test_classes_that_keep_track_of_their_subclasses_see_none_of_ours():
+    model = nn.Sequential(Projection(64, 64), Final(64, 64))
+    ipex_llm.optimize_model(model)
+    assert Registered.known == {"Projection": Projection}
+    assert all(isinstance(layer.weight, LowBitTensor) for layer in model)
+    assert isinstance(model[1], Final) and type(model[1]).__name__ == "Final"
+    copied = pickle.loads(pickle.dumps(model))
+    x = torch.randn(2, 64)
+    assert torch.equal(copied(x), model(x))
+    ipex_llm.dequantize(model)
+    assert type(model[0]) is Projection
 
 
 def test_swapping_is_repeatable():
