@@ -64,6 +64,9 @@ Checkpoint open_checkpoint(const std::string& path) {
   checkpoint.directory = path;
   std::map<std::string, std::string> where;
   std::set<std::string> names;
+  if (path.ends_with(".gguf"))
+    throw Error(ErrorCode::kValue,
+                path + ": is a GGUF file; ipex_llm.load_gguf loads it, and the model saves as any");
   if (path.ends_with(".safetensors")) {
     std::size_t slash = path.find_last_of("/\\");
     checkpoint.directory = slash == std::string::npos ? "." : path.substr(0, slash + 1);

@@ -75,6 +75,29 @@ bool excluded(const std::vector<std::string>& patterns, std::string_view name) {
   });
 }
 
+// Codes of another tool: they would be taken over as numbers.
+bool is_quantized(const FileTensor& tensor) {
+  const std::string_view name = tensor.name;
+  const std::string_view last = name.substr(name.rfind('.') + 1);
+  for (std::string_view tail : {"qweight", "qzeros", "weight_packed", "quant_map", "absmax", "SCB"})
+    if (last == tail) return true;
+  if (name.find(".quant_state.") != name.npos) return true;
+  const bool integers = !float_type(tensor.dtype) && !is_fp8(tensor.dtype) &&
+                        tensor.dtype != FileDType::kBool && tensor.dtype != FileDType::kC64;
+  return integers && tensor.shape.size() >= 2 && (last == "weight" || last == "B");
+}
+
+void refuse_quantized(const Checkpoint& checkpoint) {
+  for (const auto& [tensor, file] : checkpoint.tensors) {
+    if (!is_quantized(*tensor)) continue;
+    const json::Value* quantization = checkpoint.config.find("quantization_config");
+    const std::string* method = quantization ? text_of(*quantization, "quant_method") : nullptr;
+    refuse(file->path() + ": tensor " + json::quote(tensor->name) +
+           " holds codes: the checkpoint is quantized" + (method ? " by " + *method : "") +
+           "; convert its float model, or load it with ipex_llm.load_quantized and save that");
+  }
+}
+
 // ---- where values come from
 // ----------------------------------------------------------------------
 
@@ -82,6 +105,7 @@ bool excluded(const std::vector<std::string>& patterns, std::string_view name) {
 class Sources {
  public:
   explicit Sources(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {
+    refuse_quantized(checkpoint);
     for (const auto& [tensor, file] : checkpoint.tensors)
       by_name_.emplace(tensor->name, StoredTensor{tensor, file});
     for (const auto& [name, stored] : by_name_)

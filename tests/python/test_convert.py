@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +286,35 @@ def test_other_grids_of_scales(block, name, tmp_path):
     lowbit("convert", tmp_path / "float", tmp_path / "out", "--quiet", "--low-bit", "nf4")
     for file in ["ipex_llm.json", *weight_files(tmp_path / "saved")]:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+
+
+IMPORTS = Path(__file__).parents[1] / "data" / "imports"
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("gptq", "gptq"),
+        ("awq_gemm", "awq"),
+        ("bnb_nf4", "bitsandbytes"),
+        ("bnb_int8", "bitsandbytes"),
+        ("compressed_tensors", "compressed-tensors"),
+    ],
+)
+def test_codes_of_other_tools_are_not_taken_for_numbers(name, method, planned, tmp_path):
+    source, options = tmp_path / "source", []
+    shutil.copytree(IMPORTS / name, source)
+    if planned:
+        plan = {"parameters": [], "buffers": [], "options": {}}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        options = ["--plan", tmp_path / "plan.json"]
+    text = lowbit("convert", source, tmp_path / "out", *options, code=1)
+    assert f"the checkpoint is quantized by {method}" in text and "load_quantized" in text
+    (source / "config.json").unlink()
+    text = lowbit("convert", source / "model.safetensors", tmp_path / "out", *options, code=1)
+    assert "the checkpoint is quantized;" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_fp8_without_its_scales_is_refused(tmp_path):

@@ -136,6 +136,11 @@ TEST(Checkpoint, CompanionsLieBesideTheWeights) {
   }
 }
 
+TEST(Checkpoint, IsNoGgufFile) {
+  const Error error = caught([] { open_checkpoint("some/model.gguf"); });
+  EXPECT_NE(std::string(error.what()).find("ipex_llm.load_gguf loads it"), std::string::npos);
+}
+
 TEST(Checkpoint, SaysWhatIsMissing) {
   TemporaryDirectory directory;
   EXPECT_EQ(caught([&] { open_checkpoint(directory / "x"); }).code(), ErrorCode::kNotFound);
