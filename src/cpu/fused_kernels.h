@@ -52,6 +52,15 @@ struct ManyRows {
   void (*attend)(const AttendRows& args);
 };
 
+// Attention of few rows, as FusedKernels::attend has it, over keys and values in bfloat16 as they
+// lie: queries and weights are sums of two bfloat16, which keeps 16 bits of each.
+struct FewRows {
+  const char* name;
+  int head_multiple;                         // head sizes must be multiples
+  std::int64_t (*scratch)(int rows, int d);  // floats
+  void (*attend)(const AttendRows& args);
+};
+
 struct FusedKernels {
   const char* name;
   // n floats from and to another type.
@@ -82,9 +91,11 @@ const FusedKernels& fused_kernels_avx512vnni();
 
 const ManyRows& many_rows_avx512bf16();
 const ManyRows& many_rows_amx();
+const FewRows& few_rows_amx();
 
 // For the level in force.
 const FusedKernels& fused_kernels();
 const ManyRows* many_rows();  // nullptr where there is none
+const FewRows* few_rows();
 
 }  // namespace lowbit::cpu

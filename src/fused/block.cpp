@@ -368,6 +368,14 @@ const cpu::ManyRows* many_rows_for(const Attention& a) {
   return many == nullptr || tokens * a.group < kManyRows || a.group > many->rows ? nullptr : many;
 }
 
+const cpu::FewRows* few_rows_for(const Attention& a) {
+  if (a.cache.format != CacheFormat::kFloat || a.cache.dtype != DType::kBFloat16) return nullptr;
+  const cpu::FewRows* few = cpu::few_rows();
+  // Rows beyond those of a task: its tables are for no more.
+  const bool fits = few != nullptr && a.d % few->head_multiple == 0 && a.group <= kTaskRows;
+  return fits ? few : nullptr;
+}
+
 void attend_many(const Attention& a, const cpu::ManyRows& many) {
   const std::vector<Strip> strips =
       strips_of(a.call, a.begin, a.end, std::max(1, many.rows / a.group));
@@ -437,7 +445,11 @@ void attend_chunk(const Attention& a) {
   const std::int64_t strip_count = static_cast<std::int64_t>(strips.size());
   const std::int64_t tasks = strip_count * spec.kv_heads * std::max<std::int64_t>(splits, 1);
   const std::int64_t rows_max = run * group;
-  const std::int64_t scratch = work.kernels.attend_scratch(static_cast<int>(rows_max), d);
+  const cpu::FewRows* few = few_rows_for(a);
+  const int most = static_cast<int>(rows_max);
+  const std::int64_t scratch =
+      few == nullptr ? work.kernels.attend_scratch(most, d) : few->scratch(most, d);
+  const auto attend = few == nullptr ? work.kernels.attend : few->attend;
 
   // Partial results of the position ranges of every (strip, head): acc, max, sum.
   const std::int64_t partial_floats = rows_max * (d + 2);
@@ -473,13 +485,13 @@ void attend_chunk(const Attention& a) {
       args.acc = partial;
       args.max = partial + rows_max * d;
       args.sum = args.max + rows_max;
-      work.kernels.attend(args);
+      attend(args);
       return;
     }
     args.acc = acc;
     args.max = max;
     args.sum = sum;
-    work.kernels.attend(args);
+    attend(args);
     finish(a, strip, kv, acc, max, sum);
   };
   const std::int64_t cost = tokens * spec.heads * positions * d;

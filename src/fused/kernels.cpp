@@ -38,4 +38,11 @@ const ManyRows* many_rows() {
   }
 }
 
+const FewRows* few_rows() {
+#if defined(LOWBIT_HAVE_AMX)
+  if (active_level() == Isa::kAmx) return &few_rows_amx();
+#endif
+  return nullptr;
+}
+
 }  // namespace lowbit::cpu

@@ -1,34 +1,10 @@
 // Attention of many rows by tiles: 32 rows x 32 columns are 4 accumulators of 16 x 16, two tiles of
 // rows and two of columns the rest of the eight.
+#include "cpu/amx/tiles.h"
 #include "cpu/generic/fused_many.h"
 
 namespace lowbit::cpu {
 namespace {
-
-// As intrinsics, but ordered with what else reads and writes memory (GCC's are not).
-template <int kTile>
-LOWBIT_INLINE void tile_load(const void* from, std::int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-LOWBIT_INLINE void tile_store(void* to, std::int64_t stride) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-template <int kTile>
-LOWBIT_INLINE void tile_zero() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-template <int kTo, int kA, int kB>
-LOWBIT_INLINE void tile_multiply() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
-}
-
-struct TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {};
-  std::uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64);
 
 // c[32][32] (+)= a[32][32 * steps] b; step i of b is 16 pairs at b + i * 16 * b_stride, and the
 // second tile of columns follows at + 64. Strides in bytes.
@@ -69,19 +45,7 @@ struct TileProducts {
   static constexpr int kRows = 32;
   static constexpr int kTaskRows = 64;
 
-  // Tiles are ours from here on, and given back: what is in use has to be saved at every switch of
-  // threads.
-  struct Session {
-    Session() {
-      TileConfig config;
-      for (int tile = 0; tile < 8; ++tile) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = 16;
-      }
-      __asm__ volatile("ldtilecfg %0" ::"m"(config));
-    }
-    ~Session() { __asm__ volatile("tilerelease" ::: "memory"); }
-  };
+  using Session = TileSession;
 
   static void scores(const ManyWork& work, const std::byte* keys, int blocks) {
     const std::int64_t block_bytes = std::int64_t{work.padded} * kCacheBlock * 2;

@@ -13,15 +13,13 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/fused_kernels.h"
-#include "cpu/generic/avx512.h"
+#include "cpu/generic/fused_softmax.h"
 
 namespace lowbit::cpu {
 namespace {
 
 constexpr int kSpan = 128;  // positions between two looks at the maximum: scores stay in an L1
 constexpr int kSpanBlocks = kSpan / kCacheBlock;
-constexpr float kLog2E = 1.44269504f;
 
 LOWBIT_INLINE std::int64_t many_padded(std::int64_t d) {
   return (d + 31) / 32 * 32;
@@ -45,33 +43,6 @@ LOWBIT_INLINE __m512i bf16_row(const void* data, DType dtype, std::int64_t i, st
   }
   const __m512 low = load16(data, dtype, i, count), high = load16(data, dtype, i + 16, count - 16);
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
-// Transposes 16 rows of 16 lanes.
-LOWBIT_INLINE void transpose16(__m512i (&rows)[16]) {
-  __m512i t[16];
-  unroll<8>([&](auto i) LOWBIT_LAMBDA {
-    t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-  });
-  unroll<4>([&](auto i) LOWBIT_LAMBDA {
-    rows[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    rows[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    rows[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    rows[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  });
-  unroll<4>([&](auto i) LOWBIT_LAMBDA {
-    t[i] = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xdd);
-  });
-  unroll<4>([&](auto i) LOWBIT_LAMBDA {
-    rows[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    rows[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    rows[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    rows[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  });
 }
 
 void many_pack_keys(const HeadRows& head, std::int64_t first, int count, int d, std::byte* to) {
@@ -146,65 +117,6 @@ struct ManyWork {
   }
 };
 
-// 2^x, relative error below 2^-18; 0 below -126, where the result would be subnormal.
-LOWBIT_INLINE __m512 exp2_of(__m512 x) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const __m512 n = _mm512_roundscale_ps(x, 0);
-  const __m512 f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(9.570101877e-3f);  // minimax on [-1/2, 1/2]
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.591786178e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402474484e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931218146e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.999992614e-1f));
-  return _mm512_maskz_scalef_ps(normal, p, n);
-}
-
-LOWBIT_INLINE __m512 tanh_of(__m512 x) {
-  // 1 - 2 / (e^2x + 1) cancels near zero: there the odd Taylor terms are exact enough.
-  const __m512 x2 = _mm512_mul_ps(x, x);
-  __m512 small = _mm512_fmadd_ps(x2, _mm512_set1_ps(-0.0539682540f), _mm512_set1_ps(0.133333333f));
-  small = _mm512_fmadd_ps(x2, small, _mm512_set1_ps(-0.333333333f));
-  small = _mm512_fmadd_ps(_mm512_mul_ps(x2, small), x, x);
-  const __m512 two = _mm512_set1_ps(2.0f), one = _mm512_set1_ps(1.0f);
-  // e^2x of more than 2^126 is as good as infinity.
-  const __m512 power = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, two * kLog2E));
-  const __m512 large = one - two / (exp2_of(power) + one);
-  const __mmask16 near = _mm512_cmp_ps_mask(x2, _mm512_set1_ps(0.01f), _CMP_LT_OQ);
-  return _mm512_mask_mov_ps(large, near, small);
-}
-
-// What a mask adds to the scores of positions p .. p + 15, times log2(e); the first `count` exist.
-LOWBIT_INLINE __m512 mask16_of(MaskKind kind, const void* mask, std::int64_t p,
-                               std::int64_t count) {
-  if (kind == MaskKind::kBool) {
-    const __m128i bytes =
-        _mm_maskz_loadu_epi8(mask16(count), static_cast<const std::uint8_t*>(mask) + p);
-    const __mmask16 hidden = _mm_cmpeq_epi8_mask(bytes, _mm_setzero_si128());
-    return _mm512_maskz_mov_ps(hidden, _mm512_set1_ps(-__builtin_inff()));
-  }
-  const DType dtype = kind == MaskKind::kFloat32   ? DType::kFloat32
-                      : kind == MaskKind::kFloat16 ? DType::kFloat16
-                                                   : DType::kBFloat16;
-  return _mm512_mul_ps(load16(mask, dtype, p, count), _mm512_set1_ps(kLog2E));
-}
-
-// Scores of positions `first` ... of row r that are not as they should be yet: softcap, mask, and
-// positions that are not seen.
-void many_adjust(const AttendRows& args, int r, std::int64_t first, std::int64_t limit,
-                 float* scores) {
-  const __m512 cap = _mm512_set1_ps(args.softcap * kLog2E);
-  for (int p = 0; p < kSpan; p += 16) {
-    __m512 s = _mm512_load_ps(scores + p);
-    if (args.softcap > 0) s = _mm512_mul_ps(tanh_of(_mm512_div_ps(s, cap)), cap);
-    const std::int64_t at = first + p;
-    if (args.masks != nullptr) {
-      s = _mm512_add_ps(s, mask16_of(args.mask_kind, args.masks[r], at, args.end - at));
-    }
-    s = _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), mask16(limit - at), s);
-    _mm512_store_ps(scores + p, s);
-  }
-}
-
 template <class Products>
 void many_attend(const AttendRows& args) {
   const int d = args.d;
@@ -232,7 +144,7 @@ void many_attend(const AttendRows& args) {
   const std::byte* keys = static_cast<const std::byte*>(args.keys);
   const std::byte* values = static_cast<const std::byte*>(args.values);
   const std::int64_t block_bytes = many_block_bytes(d);
-  const typename Products::Session session;
+  [[maybe_unused]] const typename Products::Session session;
   for (std::int64_t first = 0; first < args.end; first += kSpan) {
     const std::int64_t left = args.end - first;
     const int blocks =
@@ -244,7 +156,7 @@ void many_attend(const AttendRows& args) {
       std::int64_t limit = args.end;
       if (args.limits != nullptr && args.limits[r] < limit) limit = args.limits[r];
       if (args.masks != nullptr || args.softcap > 0 || limit < first + kSpan) {
-        many_adjust(args, r, first, limit, row);
+        adjust_scores<kSpan>(args, r, first, limit, row);
       }
       __m512 best = _mm512_load_ps(row);
       for (int p = 16; p < kSpan; p += 16) best = _mm512_max_ps(best, _mm512_load_ps(row + p));
@@ -255,15 +167,15 @@ void many_attend(const AttendRows& args) {
       __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
       std::uint16_t* weights = work.weights + r * kSpan;
       unroll<kSpan / 32>([&](auto i) LOWBIT_LAMBDA {
-        const __m512 low = exp2_of(_mm512_sub_ps(_mm512_load_ps(row + 32 * i), most));
-        const __m512 high = exp2_of(_mm512_sub_ps(_mm512_load_ps(row + 32 * i + 16), most));
+        const __m512 low = exp2_of<4>(_mm512_sub_ps(_mm512_load_ps(row + 32 * i), most));
+        const __m512 high = exp2_of<4>(_mm512_sub_ps(_mm512_load_ps(row + 32 * i + 16), most));
         total[0] = _mm512_add_ps(total[0], low);
         total[1] = _mm512_add_ps(total[1], high);
         _mm512_store_si512(weights + 32 * i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
       });
       if (after != before) {
         if (before != -INFINITY) {
-          const __m512 factor = exp2_of(_mm512_set1_ps(before - after));
+          const __m512 factor = exp2_of<4>(_mm512_set1_ps(before - after));
           args.sum[r] *= _mm512_cvtss_f32(factor);
           for (int i = 0; i < work.padded; i += 16) {
             float* at = work.acc + r * work.padded + i;

@@ -332,6 +332,34 @@ TEST_P(Block, TwoPartsMakeTheWhole) {
   expect_near(out, want);
 }
 
+// Keys and values in bfloat16 against the same numbers in float32, which other kernels may read.
+TEST_P(Block, CachesInBFloat16AreReadAsTheyAre) {
+  expected();  // fills in the new keys and values
+  const cpu::FusedKernels& kernels = cpu::fused_kernels();
+  std::vector<std::uint16_t> halves[2];
+  std::vector<float>* const floats_of[2] = {&keys, &values};
+  for (int i = 0; i < 2; ++i) {
+    const auto n = static_cast<std::int64_t>(floats_of[i]->size());
+    halves[i].resize(floats_of[i]->size());
+    kernels.store(floats_of[i]->data(), DType::kBFloat16, n, halves[i].data());
+    kernels.load(halves[i].data(), DType::kBFloat16, n, floats_of[i]->data());
+  }
+  const std::int64_t rows = s.batch * s.tokens, d = s.head_dim;
+  std::vector<float> new_q(static_cast<std::size_t>(rows * s.heads * d));
+  std::vector<float> new_k(static_cast<std::size_t>(rows * s.kv_heads * d)), new_v(new_k.size());
+  project(block, call, new_q.data(), new_k.data(), new_v.data());
+  std::vector<float> out(x.size()), want(x.size());
+  CacheView cache = view(keys, values);
+  call.out = want.data();
+  attend(block, call, new_q.data(), cache, positions);
+  cache.keys = halves[0].data();
+  cache.values = halves[1].data();
+  cache.dtype = DType::kBFloat16;
+  call.out = out.data();
+  attend(block, call, new_q.data(), cache, positions, Threaded());
+  expect_near(out, Vector(want.begin(), want.end()));
+}
+
 // Blocks of a quantized cache with room for everything, filled with rubbish.
 struct Packed {
   CachedHeads heads;
