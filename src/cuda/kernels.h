@@ -70,9 +70,10 @@ inline constexpr int kQmvTokens = 32;
 int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream);
 
 struct QmmShape {
-  int rows;    // outputs of a thread block: 128 or 256
-  int tokens;  // its token tile: 32, 64, 128; with 128 outputs also 256
-  int splits;  // as above
+  int rows;    // outputs of a thread block: a multiple of 16, up to 128
+  int tokens;  // its token tile: 8, 16, 32, 64, 128, 256
+  int splits;  // thread blocks of a cluster along K (1, 2, 4, 8), for tiles that are left over when
+               // every SM has had the same number of them; summed in order
   bool early;
 };
 int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream);

@@ -156,6 +156,13 @@ __device__ __forceinline__ void tensor_load(std::uint32_t to, const void* map, i
 #endif
 }
 
+// Has a tensor map at hand before it is used.
+__device__ __forceinline__ void prefetch_map(const void* map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
 // The same with an L2 eviction policy.
 __device__ __forceinline__ void tensor_load(std::uint32_t to, const void* map, int column, int row,
                                             std::uint32_t barrier, std::uint64_t policy) {
@@ -185,6 +192,10 @@ __device__ __forceinline__ void take_registers() {
 // Threads of the warps that name the same barrier (1 to 15) meet.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements to shared memory, transposed: lane 8q+i passes the address

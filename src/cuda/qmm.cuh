@@ -1,23 +1,25 @@
 // Any batch on sm_90: out[m][n] = sum_k x[m][k] W[n][k] with wgmma, weights dequantized between
 // shared memory and the registers of the A operand, activations as B in shared memory.
 //
-// A thread block multiplies 128 or 256 outputs x kTokens tokens: two or four warpgroups of 64
-// outputs, a row tile of 16 per warp, and one more warp whose first lane keeps a ring of stages
-// full by the copy engine: three tensor maps, for codes, scales and activations, so that a copy
-// takes the row tiles of the whole thread block at once (one bulk copy per row tile took twice as
-// long, and cp.async by the multiplying warps half of their instructions). Inputs past K and rows
-// past M read as zeros.
+// A thread block multiplies up to 128 outputs x kTokens tokens: two warpgroups of 64 outputs, a row
+// tile of 16 per warp. Up to 128 tokens two more take turns with them along K: what bounds a warp
+// is the latency of dequantizing, and four warps per scheduler hide it. One more warp keeps a ring
+// of stages full by the copy engine: three tensor maps, for codes, scales and activations, so that
+// a copy takes the row tiles of the whole thread block at once (one bulk copy per row tile took
+// twice as long, and cp.async by the multiplying warps half of their instructions). All of its
+// lanes run the loop and one starts the copies: with a single lane the compiler could not tell that
+// addresses are uniform, and each stage took 800 cycles. Inputs past K and rows past M read as
+// zeros.
 //
-// A warp dequantizes one k-step of 16 inputs, issues its wgmma, and dequantizes the next while up
-// to three are in flight: an A operand in registers holds a warp at its next wgmma until the tensor
-// core takes it, so what is to overlap must stand between two of them.
-//
-// Scales. Up to 32 tokens (kScaleSums) codes enter as exact small numbers; the sums of a block of
-// 64 inputs are multiplied by their scale in fp32, minima by the sum of the activations, which
-// wgmma with ones yields. With more tokens that costs too much, and weights are scaled before the
-// product and rounded once to the dtype of x, as a dequantized weight would be: for bf16, whose 8
-// bits cannot hold an fp16 scale, by two factors s = high + low, w = fma(q, high, q low); with
-// minima in fp32.
+// Scales. Up to 64 tokens (kScaleSums) codes enter as exact small numbers; the sums of a block of
+// 64 inputs are multiplied by their scale in fp32, minima (up to 16 tokens) by the sum of the
+// activations, which wgmma with ones yields. With more tokens that costs too much, and weights are
+// scaled before the product and rounded once to the dtype of x, as a dequantized weight would be:
+// for bf16, whose 8 bits cannot hold an fp16 scale, by two factors s = high + low, w = fma(q, high,
+// q low); with minima in fp32. Then a warp dequantizes one k-step of 16 inputs, issues its wgmma,
+// and dequantizes the next while up to three are in flight: an A operand in registers holds a warp
+// at its next wgmma until the tensor core takes it, so what is to overlap must stand between two of
+// them.
 //
 // A thread block goes through its share of tiles, the ring running on across them; what is left
 // over when every thread block had the same number of tiles, the thread blocks of a cluster share
@@ -70,39 +72,39 @@ LOWBIT_HD constexpr int qmm_scale_room(Kind kind, Scales scales, int tokens) {
   const int block = scales == Scales::kPlain ? 32 : scales == Scales::kMinima ? 64 : 128;
   return block * qmm_stage_blocks(tokens);
 }
-// Warpgroups that share 64 outputs and take turns along K.
-LOWBIT_HD constexpr int qmm_turns(int tokens, int groups) {
-  return tokens <= 64 && groups == 2 ? 2 : 1;
+// Warpgroups with outputs of their own, 64 each.
+constexpr int kQmmGroups = 2;
+// As many of them share their outputs and take turns along K.
+LOWBIT_HD constexpr int qmm_turns(int tokens) {
+  return tokens <= 128 ? 2 : 1;
 }
 // A warpgroup transposes its results in shared memory, so many tokens at a time.
 constexpr int kQmmFlip = 32;
 constexpr int kQmmFlipBytes = 64 * 2 + 16;  // of a token: 64 outputs and, against conflicts, 16
 // Floats between the tokens of a thread block's sums; lanes of one store fall into different banks.
-LOWBIT_HD constexpr int qmm_run(int groups) {
-  return groups * 64 + 4;
-}
+constexpr int kQmmRun = kQmmGroups * 64 + 4;
 
-LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens, int groups) {
-  const int sums = qmm_turns(tokens, groups) == 2 ? tokens * qmm_run(groups) * 4 : 0;
+LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens) {
+  const int sums = qmm_turns(tokens) == 2 ? tokens * kQmmRun * 4 : 0;
   return 1024 + table_bytes(kind) +
-         groups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
+         kQmmGroups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
 }
-LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens, int groups) {
+LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens) {
   return qmm_stage_blocks(tokens) * tokens * 128 +
-         groups * 4 *
+         kQmmGroups * 4 *
              (qmm_stage_blocks(tokens) * 2 * kBlockInputs * kind_bits(kind) +
               qmm_scale_room(kind, scales, tokens));
 }
 // Stages of the ring; a multiple of the turns, so that a slot always belongs to the same one.
-LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens, int groups) {
-  const int stages = (227 * 1024 - qmm_fixed_bytes(kind, tokens, groups)) /
-                     qmm_stage_bytes(kind, scales, tokens, groups);
-  const int turns = qmm_turns(tokens, groups);
+LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens) {
+  const int stages =
+      (227 * 1024 - qmm_fixed_bytes(kind, tokens)) / qmm_stage_bytes(kind, scales, tokens);
+  const int turns = qmm_turns(tokens);
   return (stages > 8 * turns ? 8 * turns : stages) / turns * turns;
 }
-LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, Scales scales, int tokens, int groups) {
-  return qmm_fixed_bytes(kind, tokens, groups) +
-         qmm_ring(kind, scales, tokens, groups) * qmm_stage_bytes(kind, scales, tokens, groups);
+LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, Scales scales, int tokens) {
+  return qmm_fixed_bytes(kind, tokens) +
+         qmm_ring(kind, scales, tokens) * qmm_stage_bytes(kind, scales, tokens);
 }
 
 // A group's scale (and minimum) of one row, ready to multiply pairs of weights.
@@ -143,11 +145,8 @@ struct PairScale {
 
 // Large tiles need more registers than an even share: the copying warps, a whole warpgroup then,
 // give theirs away.
-LOWBIT_HD constexpr bool qmm_gives(int tokens, int groups) {
-  return tokens == 256 || groups * qmm_turns(tokens, groups) == 4;
-}
-LOWBIT_HD constexpr int qmm_threads(int tokens, int groups) {
-  return groups * qmm_turns(tokens, groups) * 128 + (qmm_gives(tokens, groups) ? 128 : 32);
+LOWBIT_HD constexpr int qmm_threads(int tokens) {
+  return kQmmGroups * qmm_turns(tokens) * 128 + 128;
 }
 
 // Registers that wgmma wrote are read after the wait before, not earlier.
@@ -157,24 +156,24 @@ __device__ __forceinline__ void settle(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
-__global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
+template <Kind kKind, bool kBf16, int kTokens, Scales kScales>
+__global__ void __launch_bounds__(qmm_threads(kTokens), 1)
     qmm_kernel(const __grid_constant__ QmmParams p, const __grid_constant__ QmmMaps maps) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);
   constexpr int kBlocks = qmm_stage_blocks(kTokens);
-  constexpr int kRing = qmm_ring(kKind, kScales, kTokens, kGroups);
-  constexpr int kTurns = qmm_turns(kTokens, kGroups);
-  constexpr int kTiles = kGroups * 4;                 // at most
+  constexpr int kRing = qmm_ring(kKind, kScales, kTokens);
+  constexpr int kTurns = qmm_turns(kTokens);
+  constexpr int kTiles = kQmmGroups * 4;              // at most
   constexpr int kThreads = kTiles * kTurns * kLanes;  // that multiply
   constexpr int kActBytes = kBlocks * kTokens * 128;
   constexpr int kCodeBytes = kTiles * kBlocks * kBlockBytes;
   constexpr int kScaleBytes = kTiles * qmm_scale_room(kKind, kScales, kTokens);
   constexpr int kFlip = kTokens < kQmmFlip ? kTokens : kQmmFlip;
   constexpr bool kGrouped = !has_row_scale(kKind);
-  constexpr bool kScaleSums = kGrouped && ((kScales == Scales::kPlain && kTokens <= 32) ||
+  constexpr bool kScaleSums = kGrouped && ((kScales == Scales::kPlain && kTokens <= 64) ||
                                            (kScales == Scales::kMinima && kTokens <= 16));
   constexpr bool kOnes = kScaleSums && kScales == Scales::kMinima;
-  static_assert(kRing >= 3 * kTurns, "too few stages");
+  static_assert(kRing >= 3 && kRing >= 2 * kTurns, "too few stages");
 
   extern __shared__ __align__(1024) std::uint8_t smem_raw[];
   // The swizzle works on absolute addresses: the activations start at a multiple of 1024.
@@ -183,9 +182,9 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
   std::uint8_t* const scales_ring = codes_ring + kRing * kCodeBytes;
   std::uint8_t* const table_base = scales_ring + kRing * kScaleBytes;
   std::uint8_t* const flips = table_base + table_bytes(kKind);
-  std::uint8_t* const turn_sums = flips + kGroups * kFlip * kQmmFlipBytes;
+  std::uint8_t* const turn_sums = flips + kQmmGroups * kFlip * kQmmFlipBytes;
   const std::uint32_t barriers =
-      shared_address(turn_sums) + (kTurns == 2 ? kTokens * qmm_run(kGroups) * 4 : 0);
+      shared_address(turn_sums) + (kTurns == 2 ? kTokens * kQmmRun * 4 : 0);
   const auto full = [&](int slot) { return barriers + slot * 8; };
   const auto empty = [&](int slot) { return barriers + (kRing + slot) * 8; };
 
@@ -209,19 +208,23 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
   };
 
   allow_next_kernel();
-  if (threadIdx.x < kRing) {
-    barrier_init(full(threadIdx.x), 1);
-    barrier_init(empty(threadIdx.x), kTiles);
-    barrier_init_fence();
-  }
-  if (threadIdx.x < kThreads) fill_table<kKind, kBf16>(table_base, p.format, kThreads);
-  __syncthreads();
-
   if (threadIdx.x >= kThreads) {
     // ---- the warp that copies. All its lanes follow, so that the compiler sees uniform values;
-    // one starts the copies.
-    if constexpr (qmm_gives(kTokens, kGroups)) give_registers<kTokens == 256 ? 40 : 32>();
+    // one starts the copies. It need not wait for the others: they for its barriers.
+    give_registers<kTokens == 256 ? 40 : 32>();
     if (threadIdx.x / kLanes != kThreads / kLanes) return;
+    if (threadIdx.x % kLanes < kRing) {
+      barrier_init(full(threadIdx.x % kLanes), 1);
+      barrier_init(empty(threadIdx.x % kLanes), kTiles);
+      barrier_init_fence();
+    }
+    if (threadIdx.x == kThreads) {
+      prefetch_map(&maps.codes);
+      if constexpr (kGrouped) prefetch_map(&maps.scales);
+      prefetch_map(&maps.x);
+    }
+    __syncwarp();
+    named_barrier_arrive(1, kThreads + kLanes);
     const bool leader = elect_lane();
     const std::uint64_t policy = p.weights_once ? evict_first_policy() : evict_normal_policy();
     const std::uint32_t bytes = kActBytes + p.tiles * (kBlocks * kBlockBytes + p.scale_bytes);
@@ -294,11 +297,13 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
   }
 
   // ---- the warps that multiply
-  if constexpr (qmm_gives(kTokens, kGroups)) take_registers<kTokens == 256 ? 232 : 112>();
+  fill_table<kKind, kBf16>(table_base, p.format, kThreads);
+  named_barrier(1, kThreads + kLanes);
+  take_registers<kTokens == 256 ? 232 : 112>();
   const int lane = threadIdx.x % kLanes;
-  const int tile =
-      threadIdx.x / kLanes % kTiles;  // past p.tiles: computed from what is there, and dropped
-  const int turn = threadIdx.x / kLanes / kTiles;  // 0, or 1 with two turns
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kLanes, 0);  // uniform to the compiler
+  const int tile = warp % kTiles;  // past p.tiles: nothing of use, and dropped
+  const int turn = kTurns == 1 ? 0 : warp / kTiles;
   const std::uint8_t* const table = table_base + lane * 4;
   const std::uint8_t* const my_codes = codes_ring + tile * (kBlocks * kBlockBytes);
   const std::uint8_t* const my_scales =
@@ -332,10 +337,11 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
     if constexpr (kScaleSums) {
       // A block's products go to `sums`, and while they are made the next block is dequantized.
       float sums[kTokens / 2], ones_sums[kOnes ? kTokens / 2 : 1];
-      std::uint32_t a[2][4][4];
-      float2 scale[2], minimum[2];
+      std::uint32_t a[kBlocks][4][4] = {};
+      float2 scale[kBlocks] = {}, minimum[kBlocks] = {};
       const auto dequantize = [&](auto place) {
         constexpr int s = decltype(place)::value;
+        if (tile >= p.tiles) return;
         LaneCodes<kKind> codes;
         codes.load(my_codes + slot * kCodeBytes + s * kBlockBytes, lane);
         const auto* scales = reinterpret_cast<const __half2*>(my_scales + slot * kScaleBytes +
@@ -374,25 +380,38 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
         }
       };
       constexpr std::integral_constant<int, 0> kFirst;
-      constexpr std::integral_constant<int, 1> kSecond;
-      if (steps > 0) {
-        barrier_wait(full(slot), parity);
-        dequantize(kFirst);
-      }
+      if constexpr (kBlocks == 1) {
+        // No registers for a second A operand: other warps fill the waits.
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        multiply(kFirst);
-        dequantize(kSecond);
-        fold(kFirst);
-        multiply(kSecond);
-        const std::uint32_t done = empty(slot);
-        next_slot();
-        if (step + 1 < steps) {
+        for (int step = 0; step < steps; ++step) {
+          barrier_wait(full(slot), parity);
+          dequantize(kFirst);
+          multiply(kFirst);
+          fold(kFirst);
+          if (lane == 0) barrier_arrive(empty(slot));
+          next_slot();
+        }
+      } else {
+        constexpr std::integral_constant<int, 1> kSecond;
+        if (steps > 0) {
           barrier_wait(full(slot), parity);
           dequantize(kFirst);
         }
-        fold(kSecond);
-        if (lane == 0) barrier_arrive(done);
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+          multiply(kFirst);
+          dequantize(kSecond);
+          fold(kFirst);
+          multiply(kSecond);
+          const std::uint32_t done = empty(slot);
+          next_slot();
+          if (step + 1 < steps) {
+            barrier_wait(full(slot), parity);
+            dequantize(kFirst);
+          }
+          fold(kSecond);
+          if (lane == 0) barrier_arrive(done);
+        }
       }
     } else {
       std::uint32_t a[4][4];
@@ -476,7 +495,6 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
     const auto row_bias = [&](int row) {
       return row < rows ? bias_at(p.bias, p.bias_dtype, first_row + row) : 0.0f;
     };
-    constexpr int kRun = qmm_run(kGroups);
     // Sums as [token][row]: of the turns, then of the thread blocks of a cluster.
     float* const sums = reinterpret_cast<float*>(kTurns == 2 ? turn_sums : acts);
     const auto each_sum = [&](auto visit) {
@@ -484,7 +502,7 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
       for (int t = 0; t < kTokens / 8; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          visit(sums[(t * 8 + lane % 4 * 2 + i % 2) * kRun + tile * 16 + lane / 4 + i / 2 * 8],
+          visit(sums[(t * 8 + lane % 4 * 2 + i % 2) * kQmmRun + tile * 16 + lane / 4 + i / 2 * 8],
                 acc[4 * t + i]);
         }
       }
@@ -570,7 +588,7 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             if (from + i < p.splits) {
-              parts[i] = load4_from_cluster(sums_at + 4 * (token * kRun + first), from + i);
+              parts[i] = load4_from_cluster(sums_at + 4 * (token * kQmmRun + first), from + i);
             }
           }
 #pragma unroll
@@ -615,61 +633,55 @@ template <Kind kKind>
 int launch_qmm(const QmmParams& params, const QmmMaps& maps, bool bf16, const QmmShape& shape,
                unsigned thread_blocks, Stream stream);
 
-template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
+template <Kind kKind, bool kBf16, int kTokens, Scales kScales>
 int launch_qmm_kernel(const QmmParams& p, const QmmMaps& maps, const QmmShape& shape,
                       unsigned thread_blocks, Stream stream) {
-  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kGroups, kScales>, dim3(thread_blocks),
-                        qmm_threads(kTokens, kGroups),
-                        qmm_shared_bytes(kKind, kScales, kTokens, kGroups), p.splits, shape.early,
-                        stream, {&p, &maps});
+  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kScales>, dim3(thread_blocks),
+                        qmm_threads(kTokens), qmm_shared_bytes(kKind, kScales, kTokens), p.splits,
+                        shape.early, stream, {&p, &maps});
 }
 
-#define LOWBIT_DEFINE_QMM(kind)                                                                   \
-  template <>                                                                                     \
-  int launch_qmm<kind>(const QmmParams& p, const QmmMaps& maps, bool bf16, const QmmShape& shape, \
-                       unsigned thread_blocks, Stream stream) {                                   \
-    using std::integral_constant;                                                                 \
-    const auto with_scales = [&](auto tokens, auto groups, auto scales) {                         \
-      constexpr int kTokens = decltype(tokens)::value;                                            \
-      constexpr int kGroups = decltype(groups)::value;                                            \
-      constexpr Scales kScales = decltype(scales)::value;                                         \
-      return bf16 ? launch_qmm_kernel<kind, true, kTokens, kGroups, kScales>(                     \
-                        p, maps, shape, thread_blocks, stream)                                    \
-                  : launch_qmm_kernel<kind, false, kTokens, kGroups, kScales>(                    \
-                        p, maps, shape, thread_blocks, stream);                                   \
-    };                                                                                            \
-    const auto launch = [&](auto tokens, auto groups) {                                           \
-      const Scales scales = qmm_scales(p);                                                        \
-      if constexpr (!has_row_scale(kind)) {                                                       \
-        if (scales == Scales::kAny) {                                                             \
-          return with_scales(tokens, groups, integral_constant<Scales, Scales::kAny>{});          \
-        }                                                                                         \
-      }                                                                                           \
-      if constexpr (kind == Kind::kInt4 || kind == Kind::kInt5) {                                 \
-        if (scales == Scales::kMinima) {                                                          \
-          return with_scales(tokens, groups, integral_constant<Scales, Scales::kMinima>{});       \
-        }                                                                                         \
-      }                                                                                           \
-      return with_scales(tokens, groups, integral_constant<Scales, Scales::kPlain>{});            \
-    };                                                                                            \
-    const auto groups = [&](auto tokens) {                                                        \
-      return shape.rows == 256 ? launch(tokens, integral_constant<int, 4>{})                      \
-                               : launch(tokens, integral_constant<int, 2>{});                     \
-    };                                                                                            \
-    switch (shape.tokens) {                                                                       \
-      case 8:                                                                                     \
-        return groups(integral_constant<int, 8>{});                                               \
-      case 16:                                                                                    \
-        return groups(integral_constant<int, 16>{});                                              \
-      case 32:                                                                                    \
-        return groups(integral_constant<int, 32>{});                                              \
-      case 64:                                                                                    \
-        return groups(integral_constant<int, 64>{});                                              \
-      case 128:                                                                                   \
-        return groups(integral_constant<int, 128>{});                                             \
-      default:                                                                                    \
-        return launch(integral_constant<int, 256>{}, integral_constant<int, 2>{});                \
-    }                                                                                             \
+#define LOWBIT_DEFINE_QMM(kind)                                                                    \
+  template <>                                                                                      \
+  int launch_qmm<kind>(const QmmParams& p, const QmmMaps& maps, bool bf16, const QmmShape& shape,  \
+                       unsigned thread_blocks, Stream stream) {                                    \
+    using std::integral_constant;                                                                  \
+    const auto with_scales = [&](auto tokens, auto scales) {                                       \
+      constexpr int kTokens = decltype(tokens)::value;                                             \
+      constexpr Scales kScales = decltype(scales)::value;                                          \
+      return bf16 ? launch_qmm_kernel<kind, true, kTokens, kScales>(p, maps, shape, thread_blocks, \
+                                                                    stream)                        \
+                  : launch_qmm_kernel<kind, false, kTokens, kScales>(p, maps, shape,               \
+                                                                     thread_blocks, stream);       \
+    };                                                                                             \
+    const auto launch = [&](auto tokens) {                                                         \
+      const Scales scales = qmm_scales(p);                                                         \
+      if constexpr (!has_row_scale(kind)) {                                                        \
+        if (scales == Scales::kAny) {                                                              \
+          return with_scales(tokens, integral_constant<Scales, Scales::kAny>{});                   \
+        }                                                                                          \
+      }                                                                                            \
+      if constexpr (kind == Kind::kInt4 || kind == Kind::kInt5) {                                  \
+        if (scales == Scales::kMinima) {                                                           \
+          return with_scales(tokens, integral_constant<Scales, Scales::kMinima>{});                \
+        }                                                                                          \
+      }                                                                                            \
+      return with_scales(tokens, integral_constant<Scales, Scales::kPlain>{});                     \
+    };                                                                                             \
+    switch (shape.tokens) {                                                                        \
+      case 8:                                                                                      \
+        return launch(integral_constant<int, 8>{});                                                \
+      case 16:                                                                                     \
+        return launch(integral_constant<int, 16>{});                                               \
+      case 32:                                                                                     \
+        return launch(integral_constant<int, 32>{});                                               \
+      case 64:                                                                                     \
+        return launch(integral_constant<int, 64>{});                                               \
+      case 128:                                                                                    \
+        return launch(integral_constant<int, 128>{});                                              \
+      default:                                                                                     \
+        return launch(integral_constant<int, 256>{});                                              \
+    }                                                                                              \
   }
 
 }  // namespace lowbit::cuda

@@ -8,7 +8,7 @@ namespace lowbit::cuda {
 namespace {
 
 // Largest M for which a fused kernel beats dequantizing to scratch and calling cuBLAS.
-constexpr std::int64_t kQmmTokens = 1024;
+constexpr std::int64_t kQmmTokens = 4096;
 
 bool is_codebook(Kind kind) {
   return kind == Kind::kLut3 || kind == Kind::kLut4;
@@ -77,31 +77,68 @@ QmvShape select_qmv(const Problem& problem) {
   return best;
 }
 
-// Rules read off sweeps of 4096 x 4096, 14336 x 4096, 4096 x 14336 and 28672 x 8192 on an H100.
+// Cycles of an SM for 128 outputs x `tokens` and 64 inputs, measured on an H100: bound by what the
+// warps issue to dequantize, with 256 tokens by the tensor cores.
+double qmm_block_cycles(const Geometry& geometry, int tokens) {
+  if (tokens == 256) return 1110;
+  const bool minima = geometry.group_scale_bytes == 64;
+  double cycles = 0;
+  switch (geometry.kind) {
+    case Kind::kInt4:
+      cycles = tokens == 128 ? 640 : tokens == 64 ? 500 : 335;
+      break;
+    case Kind::kLut4:
+      cycles = tokens == 128 ? 950 : tokens == 64 ? 650 : 480;
+      break;
+    default:
+      cycles = tokens == 128 ? 740 : tokens == 64 ? 610 : 440;
+      break;
+  }
+  return minima ? cycles + 90 : cycles;
+}
+
+// What qmm() takes on an H100, in cycles: the busiest SM's share of the tiles, what a launch costs,
+// and the sum over a cluster. Fitted to sweeps (bench/gpu_sweep.py).
+double qmm_cycles(const Problem& problem, const QmmShape& shape) {
+  const std::int64_t rows = shape.rows / 16;
+  const std::int64_t works =
+      (problem.geometry.tiles + rows - 1) / rows * ((problem.m + shape.tokens - 1) / shape.tokens);
+  // As qmm() deals the tiles out; `waves` counts whole tiles of the busiest SM.
+  const std::int64_t at_once = problem.sm_count / shape.splits * shape.splits;
+  double waves = 1.0 / shape.splits;
+  bool sums = shape.splits > 1;
+  if (works * shape.splits > at_once) {
+    const bool shared = works % at_once * shape.splits <= at_once;
+    const bool rest = works % at_once > 0;
+    sums = sums && shared && rest;
+    waves = static_cast<double>(works / at_once) + (rest ? (sums ? 1.0 / shape.splits : 1.0) : 0.0);
+  }
+  // A cluster lies in one GPC, so that clusters of four leave SMs alone: more would run in turns.
+  if (shape.splits == 4 && works * 4 > problem.sm_count * 5 / 6) waves *= 2;
+  const double blocks = problem.geometry.k_padded / static_cast<double>(kBlockInputs);
+  return 5800 + waves * blocks * qmm_block_cycles(problem.geometry, shape.tokens) +
+         (sums ? 1600 + 0.25 * shape.tokens * shape.rows : 0);
+}
+
 QmmShape select_qmm(const Problem& problem) {
   const std::int64_t blocks = problem.geometry.k_padded / kBlockInputs;
-  const bool few_rows = problem.geometry.tiles <= 2 * problem.sm_count;
-  const auto groups = [&](int rows, int tokens) {
-    return (problem.geometry.tiles * 16 + rows - 1) / rows * ((problem.m + tokens - 1) / tokens);
-  };
-  // As many cuts of K as leave at most one thread block per SM.
-  const auto fill = [&](int rows, int tokens, int most) {
-    int splits = 1;
-    while (splits < most && groups(rows, tokens) * splits * 2 <= problem.sm_count &&
-           blocks >= splits * 8) {
-      splits *= 2;
+  QmmShape best{128, 8, 1, true};
+  double best_cycles = 1e300;
+  for (const int tokens : {8, 16, 32, 64, 128, 256}) {
+    const bool covers = tokens >= problem.m;
+    if (!covers && tokens < 32) continue;  // several tiles of so few tokens never paid
+    for (const int splits : {1, 2, 4}) {
+      if (blocks < splits * 4) break;
+      const QmmShape shape{128, tokens, splits, true};
+      const double cycles = qmm_cycles(problem, shape);
+      if (cycles < best_cycles) {
+        best_cycles = cycles;
+        best = shape;
+      }
     }
-    return splits;
-  };
-  if (problem.m <= 64) {
-    const int tokens = problem.m <= 32 ? 32 : 64;
-    // Few outputs: two small thread blocks per SM.
-    if (few_rows && blocks >= 32 && (tokens == 32 || blocks >= 128)) return {128, tokens, 8, true};
-    return {256, tokens, fill(256, tokens, 4), true};
+    if (covers) break;
   }
-  if (problem.m <= 128) return {256, 128, fill(256, 128, 4), true};
-  if (problem.m <= 256 && few_rows) return {128, 128, fill(128, 128, 2), true};
-  return {128, 256, fill(128, 256, 2), true};
+  return best;
 }
 
 Choice select(const Problem& problem) {
@@ -134,7 +171,13 @@ Choice select(const Problem& problem) {
   const bool small = shape_fits && problem.m <= kQmvTokens && !(exact && is_codebook(kind));
   const bool fused = shape_fits && problem.sm >= 90 && problem.sm < 100 && !exact &&
                      problem.m <= kQmmTokens && problem.exponent == 0;
-  if (small && (problem.m <= 16 || !fused)) {
+  // Which of the two wins up to 16 tokens, measured: every warp of qmv reads for itself, which
+  // starts sooner; qmm, 16 of them at once, lasts.
+  const std::int64_t bytes = problem.geometry.tiles * problem.geometry.tile_bytes;
+  const bool wide = kind_bits(kind) == 8;
+  const bool starts = problem.m <= 8 ? !wide || bytes < (std::int64_t{48} << 20)
+                                     : problem.m <= 16 && wide && bytes < (std::int64_t{24} << 20);
+  if (small && (starts || !fused)) {
     choice.path = Path::kQmv;
     choice.qmv = select_qmv(problem);
     choice.reason = "few tokens: bound by the bytes of the weights";

@@ -19,13 +19,36 @@ Problem problem(Format format, std::int64_t m, std::int64_t n, std::int64_t k) {
   return p;
 }
 
-TEST(Select, FewTokensTakeTheDecodeKernel) {
+TEST(Select, TokensAndBytesDecideTheKernel) {
   for (const FormatInfo& info : formats()) {
     if (info.scale_kind == ScaleKind::kNone) continue;
+    const bool wide = kind_bits(kind_of(info.format)) == 8;
     EXPECT_EQ(select(problem(info.format, 1, 4096, 4096)).path, Path::kQmv) << info.name;
-    EXPECT_EQ(select(problem(info.format, 16, 14336, 4096)).path, Path::kQmv) << info.name;
+    EXPECT_EQ(select(problem(info.format, 8, 28672, 8192)).path, wide ? Path::kQmm : Path::kQmv)
+        << info.name;
+    EXPECT_EQ(select(problem(info.format, 16, 4096, 4096)).path, wide ? Path::kQmv : Path::kQmm)
+        << info.name;
+    EXPECT_EQ(select(problem(info.format, 16, 14336, 4096)).path, Path::kQmm) << info.name;
     EXPECT_EQ(select(problem(info.format, 64, 14336, 4096)).path, Path::kQmm) << info.name;
     EXPECT_EQ(select(problem(info.format, 100000, 4096, 4096)).path, Path::kScratch) << info.name;
+  }
+}
+
+// Every shape that select_qmm() returns is one that the kernel takes.
+TEST(Select, QmmShapesAreValid) {
+  for (const Format format :
+       {Format::kSymInt4, Format::kAsymInt5, Format::kNf3, Format::kFp8E4M3}) {
+    for (std::int64_t m : {1, 7, 16, 17, 64, 100, 129, 512, 2000}) {
+      for (std::int64_t n : {1, 16, 1000, 4096, 151936}) {
+        for (std::int64_t k : {64, 128, 320, 4096, 28672}) {
+          const QmmShape shape = select_qmm(problem(format, m, n, k));
+          EXPECT_EQ(shape.rows, 128);
+          EXPECT_TRUE(shape.tokens >= 8 && shape.tokens <= 256);
+          EXPECT_TRUE(shape.tokens == 8 || shape.tokens / 2 < m) << m;
+          EXPECT_LE(shape.splits, (k / 64 + 1) / 2) << k;
+        }
+      }
+    }
   }
 }
 
