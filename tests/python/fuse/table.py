@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import multiprocessing
 import os
 import re
@@ -28,9 +29,9 @@ SHARE = 0.8
 HEADER = """# Which architectures are fused
 
 Every decoder-only architecture of transformers {version}, small and with random weights, written by
-`python tests/python/fuse/table.py --write docs/fusion-models.md`. "Fused" names the parts of its
-blocks that run as one operator; logits of the fused and the unfused model differ by at most
-{tolerance:g} of the largest, and greedy tokens are equal. {summary}
+`python tests/python/fuse/table.py --write docs/fusion-models.md` on {date}. "Fused" names the
+parts of its blocks that run as one operator; logits of the fused and the unfused model
+differ by at most {tolerance:g} of the largest, and greedy tokens are equal. {summary}
 
 | architecture | fused | modules | logits differ by | what is left, and why |
 |---|---|---|---|---|
@@ -175,7 +176,12 @@ def report(rows: list[dict], path: Path | None) -> int:
             )
             for r in sorted(rows, key=lambda r: r["name"])
         ]
-        text = HEADER.format(version=transformers.__version__, tolerance=TOLERANCE, summary=summary)
+        text = HEADER.format(
+            date=datetime.date.today(),
+            version=transformers.__version__,
+            tolerance=TOLERANCE,
+            summary=summary,
+        )
         path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
     return 1 if bad or len(fused) < SHARE * len(built) else 0
 

@@ -113,17 +113,21 @@ def _reference(model: nn.Module):
 def _with_media(model: nn.Module, arguments: dict) -> dict:
     """More arguments, if they make the model call modules that these do not.
 
-    Models that look and listen accept text alone, which leaves most of their weights unused.
+    Models that look and listen accept text alone, which leaves most of their weights unused, and
+    decoders do without an encoder.
     """
     accepted = set(inspect.signature(model.forward).parameters)
-    if "input_ids" not in arguments or not accepted & {*inputs.MEDIA.values(), "input_values"}:
+    more_than_text = {*inputs.MEDIA.values(), "input_values", "encoder_hidden_states"}
+    if "input_ids" not in arguments or not accepted & more_than_text:
         return arguments
     best = _reach(model, arguments)
     everything = _modules(model)
     makers = [
         lambda found, kind=kind: inputs.with_media(model, kind, found) for kind in inputs.MEDIA
     ]
-    for more in (*makers, lambda found: inputs.other_media(model, found)):
+    makers.append(lambda found: inputs.other_media(model, found))
+    makers.append(lambda found: inputs.with_encoder(model, found))
+    for more in makers:
         for candidate in more(arguments) if best < everything else ():
             reached = _reach(model, candidate)
             if reached > best:

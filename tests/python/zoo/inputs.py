@@ -71,6 +71,13 @@ def other_media(model: nn.Module, arguments: dict) -> Iterator[dict]:
             yield other
 
 
+def with_encoder(model: nn.Module, arguments: dict) -> Iterator[dict]:
+    """`arguments` and what an encoder would have made, for decoders that attend to one."""
+    if "encoder_hidden_states" in inspect.signature(model.forward).parameters:
+        states = Makers(model.config).encoder_hidden_states(arguments)
+        yield {**arguments, "encoder_hidden_states": states}
+
+
 def with_media(model: nn.Module, kind: str, arguments: dict) -> Iterator[dict]:
     """`arguments` and an image, a clip or sound, with as many placeholders for it in the text as
     the model makes features of it."""

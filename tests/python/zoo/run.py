@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -163,7 +164,7 @@ def table(results) -> str:
         "",
         "Written by `make zoo` (`tests/python/zoo/run.py --write docs/models.md`) on "
         f"{datetime.date.today()}, torch {torch.__version__.split('+')[0]}, transformers "
-        f"{transformers.__version__}, CPU.",
+        f"{transformers.__version__}, CPU{_commit()}.",
         "",
         "Every class that the Auto mappings of transformers name, built small with random weights "
         "and without a network, and models from elsewhere. Models that look or listen get an "
@@ -236,6 +237,17 @@ def table(results) -> str:
         if missing:
             lines += ["", "Not built: " + "; ".join(missing) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    try:
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        return (
+            ", commit "
+            + subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # a source archive
 
 
 def _cell(text: str, most: int = 150) -> str:
