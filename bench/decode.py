@@ -93,7 +93,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     from ipex_llm.fuse import fuse_model
 
-    # Not copies of one: a copy's weights do not lie in the huge pages of packed ones.
     models = {}
     for name in arguments.contenders.split(","):
         models[name] = optimized(arguments)

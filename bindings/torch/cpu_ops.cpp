@@ -403,6 +403,19 @@ std::string available() {
   return text.str();
 }
 
+Tensor copy_packed(const Tensor& packed) {
+  const char* op = "copy_packed";
+  check_cpu(op, "packed", packed);
+  LOWBIT_CHECK(packed.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
+               ": packed must be uint8, got ", torch::headeronly::toString(packed.scalar_type()));
+  LOWBIT_CHECK(packed.dim() == 2 && packed.is_contiguous(), ErrorCode::kValue, op,
+               ": packed must be contiguous [tiles, tile_bytes], got ", shape_text(packed));
+  Tensor copied = empty_packed(packed.size(0), packed.size(1));
+  const auto bytes = static_cast<std::size_t>(packed.size(0) * packed.size(1));
+  if (bytes > 0) std::memcpy(copied.data_ptr(), packed.data_ptr(), bytes);
+  return copied;
+}
+
 void force(const std::string& name) {
   force_isa(name);
 }
@@ -415,6 +428,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
   m.impl("linear", LOWBIT_BOX(linear));
   m.impl("linear_forward", LOWBIT_BOX(linear));
   m.impl("quantize", LOWBIT_BOX(quantize));
+  m.impl("copy_packed", LOWBIT_BOX(copy_packed));
   m.impl("dequantize", LOWBIT_BOX(dequantize));
   m.impl("pack_codes", LOWBIT_BOX(pack_codes));
   m.impl("unpack_codes", LOWBIT_BOX(unpack_codes));

@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
       "int group_size, int exponent, int precision) -> Tensor");
   // weight [..., n, k] -> packed bytes of every matrix, and one exponent (int64, 0-d, CPU) for all.
   m.def("quantize(Tensor weight, int format, int group_size) -> (Tensor packed, Tensor exponent)");
+  // The same packed bytes in memory like that which quantize() takes (lowbit/memory.h).
+  m.def("copy_packed(Tensor packed) -> Tensor");
   // -> float tensor of `shape` [..., n, k].
   m.def(
       "dequantize(Tensor packed, int[] shape, int format, int group_size, int exponent, "

@@ -477,6 +477,11 @@ def _quantize_fake(weight, format, group_size):
     return packed, torch.empty((), dtype=torch.int64, device="cpu")
 
 
+@torch.library.register_fake("lowbit::copy_packed")
+def _copy_packed_fake(packed):
+    return torch.empty_like(packed)
+
+
 @torch.library.register_fake("lowbit::dequantize")
 def _dequantize_fake(packed, shape, format, group_size, exponent, dtype):
     return packed.new_empty(shape, dtype=dtype)
@@ -630,6 +635,13 @@ def move_packed(
     if device.type == "cuda" and _CUDA_KERNELS and packed.device.type not in ("cuda", "meta"):
         moved = _ops.repack_to_device(moved, k, format, group_size)
     return moved
+
+
+def copy_packed(packed: torch.Tensor) -> torch.Tensor:
+    """The same packed bytes once more; on the CPU in huge pages, as quantize() makes them."""
+    if type(packed) is torch.Tensor and packed.device.type == "cpu" and packed.is_contiguous():
+        return _ops.copy_packed(packed)
+    return packed.clone()
 
 
 # ---- the plain-torch path: devices without kernels -----------------------------------------------

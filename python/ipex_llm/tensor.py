@@ -291,7 +291,7 @@ class LowBitTensor(torch.Tensor):
             )
         packed = self._moved(device)
         if packed is self.packed and copy:
-            packed = packed.clone()
+            packed = ops.copy_packed(packed)
         return self._like(packed, dtype=dtype)
 
     def _moved(self, device: torch.device | str) -> torch.Tensor:
@@ -382,7 +382,10 @@ class LowBitTensor(torch.Tensor):
         if id(self) in memo:
             return memo[id(self)]
         with torch.inference_mode(False), torch.no_grad():
-            copied = self._like(copy.deepcopy(self.packed, memo))
+            packed = memo.get(id(self.packed))
+            if packed is None:
+                packed = memo[id(self.packed)] = ops.copy_packed(self.packed)
+            copied = self._like(packed)
         if self._is_param:
             copied._is_param = True
         memo[id(self)] = copied

@@ -400,6 +400,7 @@ def test_opcheck_the_others():
     packed, (n, k, *rest), _ = make(24, 100, "nf4")
     ids = torch.tensor([[1, 2, 3]])
     opcheck(torch.ops.lowbit.quantize.default, (torch.randn(2, 24, 100), 6, 64))
+    opcheck(torch.ops.lowbit.copy_packed.default, (packed,))
     opcheck(torch.ops.lowbit.dequantize.default, (packed, [n, k], *rest, torch.bfloat16))
     opcheck(torch.ops.lowbit.embedding.default, (packed, ids, n, k, *rest, torch.float16))
     opcheck(torch.ops.lowbit.embedding.default, (packed, ids.int(), n, k, *rest, torch.float16))

@@ -642,6 +642,40 @@ def test_deepcopy_honours_the_memo_and_foreign_attributes():
     assert first.packed.data_ptr() != w.packed.data_ptr()
 
 
+def _huge_kilobytes(address: int) -> int:
+    """Of the mapping that holds the address, in huge pages."""
+    inside = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            first = line.split(maxsplit=1)[0]
+            if "-" in first and not first.endswith(":"):
+                begin, end = (int(a, 16) for a in first.split("-"))
+                inside = begin <= address < end
+            elif inside and first == "AnonHugePages:":
+                return int(line.split()[1])
+    return 0
+
+
+def test_copies_lie_in_huge_pages_like_their_originals():
+    try:
+        w = make(4096, 4096)
+        if not _huge_kilobytes(w.packed.data_ptr()):
+            pytest.skip("no huge pages here")
+    except OSError:
+        pytest.skip("no /proc/self/smaps")
+    copied = copy.deepcopy(w)
+    assert torch.equal(copied.packed, w.packed)
+    assert _huge_kilobytes(copied.packed.data_ptr())
+
+
+def test_copies_of_shared_bytes_share_theirs():
+    w = make(16, 64)
+    half = w.half()
+    first, second = copy.deepcopy([w, half])
+    assert first is not second
+    assert first.packed is second.packed
+
+
 def test_damaged_pickles_are_refused():
     from ipex_llm.tensor import rebuild_lowbit_tensor
 
