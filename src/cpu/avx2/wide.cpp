@@ -7,7 +7,7 @@
 //   low * high   vpmaddubsw, at most 2^15 in a pair; widened, integer sums
 //   low * rest   its mean, 64 * sum of rest: what is left out is below 2^-24 of the largest product
 #include "cpu/generic/ymm_paths.h"
-#include "cpu/generic/ymm_prepare.h"
+#include "cpu/generic/ymm_tiles.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -106,15 +106,12 @@ void run_nf4(const RowBlock& rows, const Activations& a, std::int64_t first_toke
   const Tables tables = make_tables();
   const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(128.0 / kSteps)};
-  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
-    for_blocks<Quad::kBoth, kTokens, kMany>(
-        a, token_begin, token_end, first_token,
-        [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
-            LOWBIT_LAMBDA {
-              tile_nf4<count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
-            });
-  }
+  for_tiles<Quad::kBoth, kTokens, kMany>(
+      rows, a, first_token, tile_begin, tile_end, token_begin, token_end,
+      [&](auto count, const std::byte* bytes, const std::byte* quads, const std::byte* meta,
+          std::int64_t token, std::int64_t tile) LOWBIT_LAMBDA {
+        tile_nf4<count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
+      });
 }
 
 // ---- nf3 ------------------------------------------------------------------------------------

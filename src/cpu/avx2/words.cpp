@@ -5,7 +5,7 @@
 // Taking the even and the odd bytes of a quad gives 16-bit pairs (0, 2) and (1, 3), and the
 // activations are stored that way.
 #include "cpu/generic/ymm_paths.h"
-#include "cpu/generic/ymm_prepare.h"
+#include "cpu/generic/ymm_tiles.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -69,15 +69,12 @@ void run_words(const RowBlock& rows, const Activations& a, std::int64_t first_to
   const __m256i table = make_byte_table<F>();
   const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(Grouped<F>::kValueScale)};
-  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
-    for_blocks<Quad::kWords, kTokens, kMany>(
-        a, token_begin, token_end, first_token,
-        [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
-            LOWBIT_LAMBDA {
-              tile_words<F, count>(table, walk, bytes, quads, meta, epilogue, token, tile);
-            });
-  }
+  for_tiles<Quad::kWords, kTokens, kMany>(
+      rows, a, first_token, tile_begin, tile_end, token_begin, token_end,
+      [&](auto count, const std::byte* bytes, const std::byte* quads, const std::byte* meta,
+          std::int64_t token, std::int64_t tile) LOWBIT_LAMBDA {
+        tile_words<F, count>(table, walk, bytes, quads, meta, epilogue, token, tile);
+      });
 }
 
 template <Format F, bool kMany>

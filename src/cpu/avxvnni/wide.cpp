@@ -3,6 +3,7 @@
 // activations: the products of weight 2^24, 2^16 and 2^8; low * low is left out.
 #include "cpu/generic/ymm_dot.h"
 #include "cpu/generic/ymm_paths.h"
+#include "cpu/generic/ymm_tiles.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -94,15 +95,12 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
   const Tables tables = make_tables<F>();
   const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(256.0 / kSteps)};
-  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
-    for_blocks<Quad::kPlanes, kWideTokens, kMany>(
-        a, token_begin, token_end, first_token,
-        [&](auto count, const std::byte* quads, const std::byte* meta, std::int64_t token)
-            LOWBIT_LAMBDA {
-              tile_wide<F, count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
-            });
-  }
+  for_tiles<Quad::kPlanes, kWideTokens, kMany>(
+      rows, a, first_token, tile_begin, tile_end, token_begin, token_end,
+      [&](auto count, const std::byte* bytes, const std::byte* quads, const std::byte* meta,
+          std::int64_t token, std::int64_t tile) LOWBIT_LAMBDA {
+        tile_wide<F, count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
+      });
 }
 
 template <Format F, bool kMany>

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/generic/group_walk.h"
 #include "cpu/linear_kernels.h"
 #include "lowbit/format.h"
 
@@ -132,32 +133,6 @@ struct Epilogue {
 LOWBIT_INLINE __m512 load_halves(const std::byte* p) {
   return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
 }
-
-// Where the parts of group g of a row tile lie; Layout's member functions, inlined.
-template <bool kMinimum>
-struct GroupWalk {
-  std::int64_t group_bytes, last_bytes, groups, group, last_inputs;
-
-  LOWBIT_INLINE explicit GroupWalk(const Layout& layout)
-      : group_bytes(layout.group_bytes), groups(layout.groups), group(layout.group_size) {
-    last_inputs = layout.k_padded - (groups - 1) * group;
-    last_bytes = group_bytes / group * last_inputs;
-  }
-  LOWBIT_INLINE std::int64_t inputs(std::int64_t g) const {
-    return g + 1 < groups ? group : last_inputs;
-  }
-  LOWBIT_INLINE std::int64_t codes(std::int64_t g) const {
-    return kMinimum ? g * (group_bytes + kUnitBytes) : g * group_bytes + g / 2 * kUnitBytes;
-  }
-  LOWBIT_INLINE std::int64_t bytes(std::int64_t g) const {
-    return g + 1 < groups ? group_bytes : last_bytes;
-  }
-  LOWBIT_INLINE std::int64_t scales(std::int64_t g) const {
-    if (kMinimum) return codes(g) + bytes(g);
-    const std::int64_t first = g & ~std::int64_t{1};
-    return codes(first) + bytes(first) + (first + 1 < groups ? bytes(first + 1) : 0) + (g & 1) * 32;
-  }
-};
 
 }  // namespace
 }  // namespace lowbit::cpu
