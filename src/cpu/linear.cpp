@@ -200,22 +200,29 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
       }
       std::atomic<bool> out_of_memory{false};
       if (head_path.panel) {
-        // Panels are handed out one by one: a thread that the host slows down takes fewer.
+        // Panels are handed out a few at a time: a thread that the host slows down takes fewer, and
+        // the panels of one turn share what they read of the activations.
+        constexpr std::int64_t kMostPanels = 4, kTurnsPerWorker = 8;
+        const std::int64_t turn =
+            splits > 1
+                ? 1
+                : std::clamp<std::int64_t>(steps / (kTurnsPerWorker * workers), 1, kMostPanels);
+        const std::int64_t turns = (steps + turn - 1) / turn * splits;
         std::atomic<std::int64_t> next{0};
-        threads.run(std::min<std::int64_t>(workers, steps * splits), [&](std::int64_t) {
+        threads.run(std::min<std::int64_t>(workers, turns), [&](std::int64_t) {
           try {
             std::byte* memory = thread_workspace(1, scratch);
             // One item is held in advance, so that its bytes can be fetched.
             std::int64_t ahead = next.fetch_add(1, std::memory_order_relaxed);
-            while (ahead < steps * splits) {
+            while (ahead < turns) {
               const std::int64_t item = ahead;
               ahead = next.fetch_add(1, std::memory_order_relaxed);
-              const std::int64_t split = item % splits, step = item / splits;
+              const std::int64_t split = item % splits, step = item / splits * turn;
               const std::int64_t token_begin = token_blocks * split / splits * token_block;
               const std::int64_t token_end =
                   std::min(token_blocks * (split + 1) / splits * token_block, a.m);
-              run_steps(step, step + 1, token_begin, token_end,
-                        ahead < steps * splits ? ahead / splits : -1, memory);
+              run_steps(step, std::min(step + turn, steps), token_begin, token_end,
+                        ahead < turns ? ahead / splits * turn : -1, memory);
             }
           } catch (...) {
             out_of_memory = true;

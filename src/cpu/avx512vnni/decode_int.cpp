@@ -13,27 +13,13 @@
 namespace lowbit::cpu {
 namespace {
 
-LOWBIT_INLINE __m512i broadcast(const std::byte* p) {
-  int word;
-  __builtin_memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
-}
-
-LOWBIT_INLINE __m512 broadcast_f32(const std::byte* p) {
-  float value;
-  __builtin_memcpy(&value, p, 4);
-  return _mm512_set1_ps(value);
-}
-
 template <Format F, int kPlanes, int kTokensMax, int kTokens>
 void tile_int(const Operand<F>& operand, const std::byte* tile,
               const GroupWalk<Grouped<F>::kMinimum>& walk, const std::byte* block,
-              const IntBlock& sizes, const Epilogue& epilogue, std::int64_t token,
+              const IntRecords& records, const Epilogue& epilogue, std::int64_t token,
               std::int64_t tile_index) {
   using Facts = Grouped<F>;
   using Codes = Unpack<Facts::kBits>;
-  const std::byte* planes[2] = {block, block + sizes.plane_bytes};
-  const std::byte* meta = block + kPlanes * sizes.plane_bytes;
   // Two chains per sum where there are few, or the latency of vpdpbusd shows.
   constexpr int kChains = kTokens * kPlanes <= 4 ? 2 : 1;
   __m512 total[kTokens];
@@ -41,11 +27,13 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
   for (std::int64_t g = 0; g < walk.groups; ++g) {
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
+    const std::byte* record = block + g * records.bytes;
+    const std::byte* planes[2] = {record + 16 * kTokens, record + (16 + walk.group) * kTokens};
     __m512i sum[kTokens][kPlanes][kChains];
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       unroll<kPlanes * kChains>(
           [&](auto i) LOWBIT_LAMBDA { sum[t][i / kChains][i % kChains] = _mm512_setzero_si512(); });
-      sum[t][kPlanes - 1][0] = broadcast(meta + sizes.meta_bytes + (g * kTokens + t) * 4);
+      sum[t][kPlanes - 1][0] = broadcast(init_of(record, t, kTokens));
     });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
       prefetch_block<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
@@ -65,7 +53,6 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
     }
     const __m512 scale = load_halves(tile + walk.scales(g));
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
-      const std::int64_t at = (g * kTokens + t) * 4;
       if constexpr (kChains == 2) {
         unroll<kPlanes>([&](auto p) LOWBIT_LAMBDA {
           sum[t][p][0] = _mm512_add_epi32(sum[t][p][0], sum[t][p][1]);
@@ -75,12 +62,11 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
       if constexpr (kPlanes == 2) {
         whole = _mm512_add_epi32(whole, _mm512_slli_epi32(sum[t][0][0], 8));
       }
-      const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), broadcast_f32(meta + at));
+      const __m512 value = scaled_sum<kPlanes>(whole, record, t, kTokens);
       total[t] = _mm512_fmadd_ps(value, scale, total[t]);
       if constexpr (Facts::kMinimum) {
         const __m512 minimum = load_halves(tile + walk.scales(g) + 32);
-        total[t] =
-            _mm512_fmadd_ps(minimum, broadcast_f32(meta + 2 * sizes.meta_bytes + at), total[t]);
+        total[t] = _mm512_fmadd_ps(minimum, broadcast_f32(init2_of(record, t, kTokens)), total[t]);
       }
     });
   }
@@ -92,14 +78,12 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
 // the largest possible product and is left out.
 template <Format F, int kTokensMax, int kTokens>
 void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<false>& walk,
-               const std::byte* block, const IntBlock& sizes, const Epilogue& epilogue,
+               const std::byte* block, const IntRecords& records, const Epilogue& epilogue,
                std::int64_t token, std::int64_t tile_index) {
   using Codes = Unpack<Grouped<F>::kBits>;
   const __m512i high = _mm512_load_si512(tables.high);
   const __m512i middle = _mm512_load_si512(tables.middle);
   const __m512i low = _mm512_load_si512(tables.low);
-  const std::byte* planes[2] = {block, block + sizes.plane_bytes};
-  const std::byte* meta = block + 2 * sizes.plane_bytes;
   // Sums that get two products per quad have two chains where registers allow: one chain of eight
   // dependent vpdpbusd per block of 32 would be 1.5 times slower for one token.
   constexpr int kChains = kTokens <= 2 ? 2 : 1;
@@ -109,12 +93,13 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
   for (std::int64_t g = 0; g < walk.groups; ++g) {
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
+    const std::byte* record = block + g * records.bytes;
+    const std::byte* planes[2] = {record + 16 * kTokens, record + (16 + walk.group) * kTokens};
     const std::int64_t following = g + 1 < walk.groups ? g + 1 : g;
     __m512i top[kTokens], mid[kTokens], rest[kTokens], mid2[kTokens], rest2[kTokens];
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
-      const std::int64_t at = (g * kTokens + t) * 4;
-      top[t] = broadcast(meta + sizes.meta_bytes + at);
-      mid[t] = broadcast(meta + 2 * sizes.meta_bytes + at);
+      top[t] = broadcast(init_of(record, t, kTokens));
+      mid[t] = broadcast(init2_of(record, t, kTokens));
       rest[t] = mid2[t] = rest2[t] = _mm512_setzero_si512();
     });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
@@ -153,7 +138,7 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(top[t]), _mm512_set1_ps(65536.0f));
       value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(mid[t]), _mm512_set1_ps(256.0f), value);
       value = _mm512_add_ps(_mm512_cvtepi32_ps(rest[t]), value);
-      value = _mm512_mul_ps(value, broadcast_f32(meta + (g * kTokens + t) * 4));
+      value = _mm512_mul_ps(value, broadcast_f32(scale_of(record, t, kTokens)));
       total[t] = _mm512_fmadd_ps(value, scale, total[t]);
     });
   }
@@ -171,17 +156,17 @@ void run_int(const RowBlock& rows, const Activations& a, std::int64_t first_toke
   const Operand<F> operand;
   const GroupWalk<Grouped<F>::kMinimum> walk(rows.layout);
   const std::int64_t per_block = block_tokens(a.m, kTokensMax);
-  const IntBlock sizes(a, kPlanes, per_block);
+  const IntRecords records(a, kPlanes, per_block, 0);
   const Epilogue epilogue(rows, Grouped<F>::kValueScale);
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
     for (std::int64_t t = token_begin; t < token_end; t += per_block) {
-      const std::byte* block = a.data + t / per_block * sizes.stride;
+      const std::byte* block = a.data + records.at(t / per_block, 0);
       const std::int64_t left = token_end - t;
       const std::int64_t nt = left < per_block ? left : per_block;
       unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
         if (nt == i + 1) {
-          tile_int<F, kPlanes, kTokensMax, i + 1>(operand, bytes, walk, block, sizes, epilogue,
+          tile_int<F, kPlanes, kTokensMax, i + 1>(operand, bytes, walk, block, records, epilogue,
                                                   first_token + t, tile);
         }
       });
@@ -196,18 +181,18 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
   const ByteTables& tables = byte_tables<F>();
   const GroupWalk<false> walk(rows.layout);
   const std::int64_t per_block = block_tokens(a.m, kTokensMax);
-  const IntBlock sizes(a, 2, per_block);
+  const IntRecords records(a, 2, per_block, 0);
   // The dot product of the three planes comes out in units of 2^-23 (almost) times 1/256.
   const Epilogue epilogue(rows, static_cast<float>(256.0 / kWideScale));
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
     for (std::int64_t t = token_begin; t < token_end; t += per_block) {
-      const std::byte* block = a.data + t / per_block * sizes.stride;
+      const std::byte* block = a.data + records.at(t / per_block, 0);
       const std::int64_t left = token_end - t;
       const std::int64_t nt = left < per_block ? left : per_block;
       unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
         if (nt == i + 1) {
-          tile_wide<F, kTokensMax, i + 1>(tables, bytes, walk, block, sizes, epilogue,
+          tile_wide<F, kTokensMax, i + 1>(tables, bytes, walk, block, records, epilogue,
                                           first_token + t, tile);
         }
       });
@@ -225,7 +210,7 @@ constexpr Path int_path(const char* name, const char* activations) {
   return {name,
           activations,
           int_activation_bytes<kPlanes, kTokens>,
-          prepare_int<kPlanes, kTokens, Grouped<F>::kZero, kInit2>,
+          prepare_int<kPlanes, kTokens, 0, Grouped<F>::kZero, kInit2>,
           no_scratch,
           run_int<F, kPlanes, kTokens>,
           1,
@@ -238,7 +223,7 @@ constexpr Path wide_path(const char* name) {
   return {name,
           "avx512.int8x2.t4.split",
           int_activation_bytes<2, kTokens2>,
-          prepare_int<2, kTokens2, 0, Init2::kSplit>,
+          prepare_int<2, kTokens2, 0, 0, Init2::kSplit>,
           no_scratch,
           run_wide<F, kTokens2>,
           1,

@@ -1,12 +1,13 @@
 // Many tokens, grouped formats, int8 activations in one or two planes.
 //
-// Two row tiles (32 outputs) are expanded to a panel of byte operands once per pass over the
-// tokens:
-//   panel   [k_padded / 4][2 tiles][16 rows][4 inputs] u8, in L2
+// Two row tiles (32 outputs) are expanded to a panel of byte operands, a chunk of K at a time:
+//   panel   [inputs / 4][2 tiles][16 rows][4 inputs] u8, in L1
 //   scales  [groups][2][16] float32 (and minima)
-// then blocks of up to 6 tokens run through it: 6 x 2 integer and 6 x 2 float accumulators, two
-// weight vectors, one broadcast: 27 of 32 registers. Two planes share the integer accumulators: the
-// high plane's sum is shifted by 8 before the low plane is added.
+// then all tokens run through it in blocks of up to 6: 6 x 2 integer and 6 x 2 float accumulators,
+// two weight vectors, one broadcast: 27 of 32 registers. Float totals wait in memory for the next
+// chunk. Up to four panels take turns at a chunk, so that its activations (256 KiB of 512 tokens)
+// come from L2. Two planes share the integer accumulators: the high plane's sum is shifted by 8
+// before the low plane is added.
 #include "cpu/generic/avx512_codes.h"
 #include "cpu/generic/avx512_paths.h"
 #include "cpu/generic/avx512_prepare.h"
@@ -16,27 +17,18 @@ namespace {
 
 constexpr int kTokens = 6;
 constexpr int kTiles = 2;
-
-LOWBIT_INLINE __m512i broadcast(const std::byte* p) {
-  int word;
-  __builtin_memcpy(&word, p, 4);
-  return _mm512_set1_epi32(word);
-}
+constexpr int kBandTiles = 8;  // 4 panels
+constexpr int kChunk = 512;    // inputs: 16 KiB of panel; a multiple of every group size
 
 struct Panel {
   std::byte* codes;
   float* scales;
   float* minima;
-  float* kept;  // [tokens][2][16]: totals between chunks of K
+  float* kept;  // [4 panels][tokens][2][16]: totals between chunks of K
 };
 
-// Inputs per chunk of K: a quarter of a 1 MiB L2 for the panel leaves room for activations and the
-// next panel's packed bytes; a multiple of every group size.
 LOWBIT_INLINE std::int64_t chunk_inputs(const Layout& layout) {
-  constexpr std::int64_t kMost = 256 * 1024 / 32;
-  const std::int64_t chunks = (layout.k_padded + kMost - 1) / kMost;
-  const std::int64_t inputs = ((layout.k_padded + chunks - 1) / chunks + 255) / 256 * 256;
-  return inputs < layout.k_padded ? inputs : layout.k_padded;
+  return layout.k_padded < kChunk ? layout.k_padded : kChunk;
 }
 
 Panel make_panel(std::byte* scratch, const Layout& layout) {
@@ -49,7 +41,7 @@ Panel make_panel(std::byte* scratch, const Layout& layout) {
 }
 
 std::int64_t scratch_bytes(const RowBlock& rows, const Activations& a) {
-  return chunk_inputs(rows.layout) * 32 + rows.layout.groups * 2 * 32 * 4 + a.m * kTiles * 64;
+  return chunk_inputs(rows.layout) * 32 + rows.layout.groups * 2 * 32 * 4 + a.m * kBandTiles * 64;
 }
 
 // Groups [begin, end) of a chunk of K; sums of the chunks before are kept in memory.
@@ -88,8 +80,7 @@ struct Ahead {
 
 // sum[t][n] += q[t] * w[n] over `blocks` blocks of 32 inputs for six tokens. In assembly because
 // GCC 12 copies all twelve accumulators at both ends of every such loop and spills float totals to
-// make room, a tenth of the time. Panel and activations are fetched ahead: the first streams from
-// L2, the second from L3.
+// make room, a tenth of the time. Activations are fetched ahead.
 LOWBIT_INLINE void multiply_six(__m512i (&sum)[6][2], const std::byte* w, const std::byte* q,
                                 std::int64_t blocks) {
 #define LOWBIT_TOKEN(x, at, low, high)   \
@@ -104,8 +95,6 @@ LOWBIT_INLINE void multiply_six(__m512i (&sum)[6][2], const std::byte* w, const 
       ".rept 8\n"
       "vmovdqa64 128*i(%[w]), %%zmm30\n"
       "vmovdqa64 128*i+64(%[w]), %%zmm31\n"
-      "prefetcht0 128*i+4096(%[w])\n"
-      "prefetcht0 128*i+4160(%[w])\n"
       LOWBIT_TOKEN("zmm28", "0", "a0", "b0")
       LOWBIT_TOKEN("zmm29", "4", "a1", "b1")
       LOWBIT_TOKEN("zmm28", "8", "a2", "b2")
@@ -132,10 +121,9 @@ LOWBIT_INLINE void multiply_six(__m512i (&sum)[6][2], const std::byte* w, const 
 
 template <int kPlanes, bool kMinimum, int kCount>
 void block_int(const Panel& panel, const Chunk& chunk, float* kept, std::int64_t group,
-               std::int64_t k_padded, const std::byte* block, const IntBlock& sizes,
+               std::int64_t k_padded, const std::byte* block, const IntRecords& records,
                const Epilogue& epilogue, std::int64_t token, std::int64_t tile, bool second,
                Ahead& ahead) {
-  const std::byte* meta = block + kPlanes * sizes.plane_bytes;
   __m512 total[kCount][kTiles];
   unroll<kCount * kTiles>([&](auto i) LOWBIT_LAMBDA {
     total[i / kTiles][i % kTiles] =
@@ -143,6 +131,7 @@ void block_int(const Panel& panel, const Chunk& chunk, float* kept, std::int64_t
   });
   for (std::int64_t g = chunk.begin; g < chunk.end; ++g) {
     const std::int64_t k0 = g * group;
+    const std::byte* record = block + (g - chunk.begin) * records.bytes;
     const std::int64_t blocks = ((k0 + group < k_padded ? group : k_padded - k0)) / kInputBlock;
     for (int i = 0; i < ahead.lines && ahead.at < ahead.end; ++i) {
       _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T1);
@@ -150,19 +139,18 @@ void block_int(const Panel& panel, const Chunk& chunk, float* kept, std::int64_t
     }
     __m512i sum[kCount][kTiles];
     unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-      sum[t][0] = kPlanes == 1 ? broadcast(meta + sizes.meta_bytes + (g * kCount + t) * 4)
-                               : _mm512_setzero_si512();
+      sum[t][0] = kPlanes == 1 ? broadcast(init_of(record, t, kCount)) : _mm512_setzero_si512();
       sum[t][1] = sum[t][0];
     });
     unroll<kPlanes>([&](auto p) LOWBIT_LAMBDA {
       if constexpr (p == 1) {
         unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-          const __m512i init = broadcast(meta + sizes.meta_bytes + (g * kCount + t) * 4);
+          const __m512i init = broadcast(init_of(record, t, kCount));
           sum[t][0] = _mm512_add_epi32(_mm512_slli_epi32(sum[t][0], 8), init);
           sum[t][1] = _mm512_add_epi32(_mm512_slli_epi32(sum[t][1], 8), init);
         });
       }
-      const std::byte* q = block + p * sizes.plane_bytes + k0 * kCount;
+      const std::byte* q = record + (16 + p * group) * kCount;
       const std::byte* w = panel.codes + (k0 - chunk.begin * group) * 32;
       if constexpr (kCount == 6) {
         multiply_six(sum, w, q, blocks);
@@ -182,18 +170,17 @@ void block_int(const Panel& panel, const Chunk& chunk, float* kept, std::int64_t
         }
       }
     });
-    const float* step = reinterpret_cast<const float*>(meta) + g * kCount;
-    const float* msum = reinterpret_cast<const float*>(meta + 2 * sizes.meta_bytes) + g * kCount;
     unroll<kTiles>([&](auto n) LOWBIT_LAMBDA {
       const __m512 scale = _mm512_load_ps(panel.scales + g * 32 + n * 16);
       unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t][n]), _mm512_set1_ps(step[t]));
+        const __m512 value = scaled_sum<kPlanes>(sum[t][n], record, t, kCount);
         total[t][n] = _mm512_fmadd_ps(value, scale, total[t][n]);
       });
       if constexpr (kMinimum) {
         const __m512 minimum = _mm512_load_ps(panel.minima + g * 32 + n * 16);
         unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-          total[t][n] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(msum[t]), total[t][n]);
+          total[t][n] =
+              _mm512_fmadd_ps(minimum, broadcast_f32(init2_of(record, t, kCount)), total[t][n]);
         });
       }
     });
@@ -219,40 +206,45 @@ void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_to
   const GroupWalk<Grouped<F>::kMinimum> walk(layout);
   // kTokens wherever the driver splits the tokens of a panel: there are at least eight blocks then.
   const std::int64_t per_block = block_tokens(a.m, kTokens);
-  const IntBlock sizes(a, kPlanes, per_block);
+  const IntRecords records(a, kPlanes, per_block, kChunk);
   const Epilogue epilogue(rows, Grouped<F>::kValueScale);
   const Panel panel = make_panel(scratch, layout);
-  const std::int64_t chunk_groups =
-      (chunk_inputs(layout) + layout.group_size - 1) / layout.group_size;
+  const std::int64_t chunk_groups = kChunk / layout.group_size;
   const std::int64_t token_blocks = (token_end - token_begin + per_block - 1) / per_block;
-  for (std::int64_t tile = tile_begin; tile < tile_end; tile += kTiles) {
-    const bool second = tile + 1 < layout.tiles;
-    const std::byte* bytes = rows.packed + tile * layout.tile_bytes;
+  for (std::int64_t band = tile_begin; band < tile_end; band += kBandTiles) {
+    const std::int64_t band_end = band + kBandTiles < tile_end ? band + kBandTiles : tile_end;
     Ahead ahead{nullptr, nullptr, 0};
-    const std::int64_t next = tile + kTiles < tile_end ? tile + kTiles : next_tile;
+    const std::int64_t next = band_end < tile_end ? band_end : next_tile;
     if (next >= 0 && next < layout.tiles) {
-      const std::int64_t tiles = next + kTiles <= layout.tiles ? kTiles : layout.tiles - next;
+      const std::int64_t tiles =
+          next + kBandTiles <= layout.tiles ? kBandTiles : layout.tiles - next;
       ahead.at = rows.packed + next * layout.tile_bytes;
       ahead.end = ahead.at + tiles * layout.tile_bytes;
-      const std::int64_t steps = token_blocks * layout.groups;
+      const std::int64_t steps =
+          token_blocks * layout.groups * ((band_end - band + kTiles - 1) / kTiles);
       ahead.lines = static_cast<int>((tiles * layout.tile_bytes / 64 + steps - 1) / steps);
     }
     for (std::int64_t g = 0; g < layout.groups; g += chunk_groups) {
       const std::int64_t end = g + chunk_groups < layout.groups ? g + chunk_groups : layout.groups;
       const Chunk chunk{g, end, g == 0, end == layout.groups};
-      expand<F>(operand, bytes, walk, panel, chunk, 0);
-      expand<F>(operand, second ? bytes + layout.tile_bytes : bytes, walk, panel, chunk, 1);
-      for (std::int64_t t = token_begin; t < token_end; t += per_block) {
-        const std::byte* block = a.data + t / per_block * sizes.stride;
-        float* kept = panel.kept + (t - token_begin) * kTiles * 16;
-        const std::int64_t left = token_end - t < per_block ? token_end - t : per_block;
-        unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
-          if (left == i + 1) {
-            block_int<kPlanes, Grouped<F>::kMinimum, i + 1>(panel, chunk, kept, layout.group_size,
-                                                            layout.k_padded, block, sizes, epilogue,
-                                                            first_token + t, tile, second, ahead);
-          }
-        });
+      for (std::int64_t tile = band; tile < band_end; tile += kTiles) {
+        const bool second = tile + 1 < layout.tiles;
+        const std::byte* bytes = rows.packed + tile * layout.tile_bytes;
+        float* kept_panel = panel.kept + (tile - band) * a.m * 16;
+        expand<F>(operand, bytes, walk, panel, chunk, 0);
+        expand<F>(operand, second ? bytes + layout.tile_bytes : bytes, walk, panel, chunk, 1);
+        for (std::int64_t t = token_begin; t < token_end; t += per_block) {
+          const std::byte* block = a.data + records.at(t / per_block, g);
+          float* kept = kept_panel + (t - token_begin) * kTiles * 16;
+          const std::int64_t left = token_end - t < per_block ? token_end - t : per_block;
+          unroll<kTokens>([&](auto i) LOWBIT_LAMBDA {
+            if (left == i + 1) {
+              block_int<kPlanes, Grouped<F>::kMinimum, i + 1>(
+                  panel, chunk, kept, layout.group_size, layout.k_padded, block, records, epilogue,
+                  first_token + t, tile, second, ahead);
+            }
+          });
+        }
       }
     }
   }
@@ -264,7 +256,7 @@ constexpr Path panel_path(const char* name, const char* activations) {
   return {name,
           activations,
           int_activation_bytes<kPlanes, kTokens>,
-          prepare_int<kPlanes, kTokens, Grouped<F>::kZero, kInit2>,
+          prepare_int<kPlanes, kTokens, kChunk, Grouped<F>::kZero, kInit2>,
           scratch_bytes,
           run_panel<F, kPlanes>,
           kTiles,

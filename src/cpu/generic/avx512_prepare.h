@@ -8,117 +8,241 @@ namespace lowbit::cpu {
 namespace {
 
 // ---- int8 planes ----------------------------------------------------------------------------
-// A block of nt tokens:
-//   planes   [kPlanes][k_padded / 4][nt][4] int8
-//   scale    [groups][nt] float32            x ~ scale * q
-//   init     [groups][nt] int32              -kZero * sum of q: takes the codes' offset out
-//   init2    [groups][nt] int32 or float32   see below
+// A record per block of nt tokens and group:
+//   scale    [nt] float32            x ~ scale * q
+//   init     [nt] int32              -kZero * sum of q: takes the codes' offset out
+//   init2    [nt] int32 or float32   see below
+//   offset   [nt] float32            one plane: -kBias * scale
+//   planes   [kPlanes][inputs / 4][nt][4] int8
+// in the order chunk of K, block, group, so that a kernel that stays in a chunk walks over all
+// tokens in one stream.
 // One plane: q = int8, 127 * x / absmax. Two planes: q = 256 * high + low with both int8,
 // |q| <= 127 * 256, so x is held to absmax * 2^-16. A group that holds a NaN or an infinity gets
 // scale NaN and q = 0: its token's outputs are all NaN and nobody else's are touched.
+// One plane: starts contain the bits of kBias, a float whose last place is 1, so that a sum's bits
+// are the float kBias + sum (sums stay below 2^22), and one multiply-add, with scales of at most 22
+// significant bits, is scale * sum, rounded once.
 enum class Init2 {
   kNone,
   kSum,    // float32: scale * sum of q, what a minimum is multiplied by
   kSplit,  // int32: init is -128 * sum of high and init2 is -128 * sum of low
 };
 
-struct IntBlock {
-  std::int64_t plane_bytes, meta_bytes, stride;
+constexpr float kBias = 0x1.8p23f;
+constexpr std::int32_t kBiasBits = 0x4b400000;
 
-  LOWBIT_INLINE IntBlock(const Activations& a, std::int64_t planes, std::int64_t tokens)
-      : plane_bytes(a.k_padded * tokens),
-        meta_bytes(align64(a.groups * tokens * 4)),
-        stride(planes * align64(a.k_padded * tokens) + 3 * meta_bytes) {
-    plane_bytes = align64(plane_bytes);
+struct IntRecords {
+  std::int64_t bytes;  // of a record
+  std::int64_t groups, chunk_groups, blocks;
+
+  // chunk: inputs, a multiple of the group size; 0 for all of K.
+  LOWBIT_INLINE IntRecords(const Activations& a, std::int64_t planes, std::int64_t tokens,
+                           std::int64_t chunk)
+      : bytes((planes * a.group + 16) * tokens),
+        groups(a.groups),
+        chunk_groups(chunk == 0 ? a.groups : chunk / a.group),
+        blocks((a.m + tokens - 1) / tokens) {}
+
+  LOWBIT_INLINE std::int64_t all() const { return blocks * groups * bytes; }
+  LOWBIT_INLINE std::int64_t at(std::int64_t block, std::int64_t g) const {
+    const std::int64_t begin = g / chunk_groups * chunk_groups;
+    const std::int64_t left = groups - begin;
+    const std::int64_t count = left < chunk_groups ? left : chunk_groups;
+    return (begin * blocks + block * count + g - begin) * bytes;
   }
 };
 
-template <int kPlanes, int kTokens>
-std::int64_t int_activation_bytes(const Activations& a) {
-  const std::int64_t tokens = block_tokens(a.m, kTokens);
-  return (a.m + tokens - 1) / tokens * IntBlock(a, kPlanes, tokens).stride;
+LOWBIT_INLINE __m512i broadcast(const std::byte* p) {
+  int word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm512_set1_epi32(word);
+}
+LOWBIT_INLINE __m512 broadcast_f32(const std::byte* p) {
+  float value;
+  __builtin_memcpy(&value, p, 4);
+  return _mm512_set1_ps(value);
 }
 
-template <int kPlanes, int kTokens, int kZero, Init2 kInit2>
+// Arrays of a record, entry t of nt.
+LOWBIT_INLINE const std::byte* scale_of(const std::byte* record, int t, int) {
+  return record + 4 * t;
+}
+LOWBIT_INLINE const std::byte* init_of(const std::byte* record, int t, int nt) {
+  return record + 4 * (nt + t);
+}
+LOWBIT_INLINE const std::byte* init2_of(const std::byte* record, int t, int nt) {
+  return record + 4 * (2 * nt + t);
+}
+LOWBIT_INLINE const std::byte* offset_of(const std::byte* record, int t, int nt) {
+  return record + 4 * (3 * nt + t);
+}
+
+// scale * sum, 16 rows of token t.
+template <int kPlanes>
+LOWBIT_INLINE __m512 scaled_sum(__m512i sum, const std::byte* record, int t, int nt) {
+  const __m512 scale = broadcast_f32(scale_of(record, t, nt));
+  if constexpr (kPlanes == 2) return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, broadcast_f32(offset_of(record, t, nt)));
+}
+
+template <int kPlanes, int kTokens>
+std::int64_t int_activation_bytes(const Activations& a) {
+  return IntRecords(a, kPlanes, block_tokens(a.m, kTokens), 0).all();
+}
+
+// Nearest, NaN kept.
+LOWBIT_INLINE float to_22_bits(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  bits = (bits + 2) & ~3u;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Elements i .. i + 31 of which the first `count` exist: in order, or of bf16 the even and the odd
+// ones, which takes half the instructions.
+LOWBIT_INLINE void load32(const void* data, DType dtype, std::int64_t i, std::int64_t count,
+                          __m512& a, __m512& b) {
+  if (dtype == DType::kBFloat16) {
+    const auto mask =
+        static_cast<__mmask32>(mask16(count) | std::uint32_t{mask16(count - 16)} << 16);
+    const __m512i both =
+        _mm512_maskz_loadu_epi16(mask, static_cast<const std::uint16_t*>(data) + i);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+  } else {
+    a = load16(data, dtype, i, count);
+    b = load16(data, dtype, i + 16, count - 16);
+  }
+}
+
+// Where the bytes of 64 inputs are after load32 and two packings: a 128-bit lane holds four of each
+// vector.
+LOWBIT_INLINE __m512i packed_order(DType dtype) {
+  return dtype == DType::kBFloat16
+             ? _mm512_set_epi64(0x3f3b3e3a3d393c38, 0x2f2b2e2a2d292c28, 0x1f1b1e1a1d191c18,
+                                0x0f0b0e0a0d090c08, 0x3733363235313430, 0x2723262225212420,
+                                0x1713161215111410, 0x0703060205010400)
+             : _mm512_set_epi64(0x3f3e3d3c2f2e2d2c, 0x1f1e1d1c0f0e0d0c, 0x3b3a39382b2a2928,
+                                0x1b1a19180b0a0908, 0x3736353427262524, 0x1716151407060504,
+                                0x3332313023222120, 0x1312111003020100);
+}
+
+template <int kPlanes, int kTokens, int kChunk, int kZero, Init2 kInit2>
 void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
   constexpr float kLevels = kPlanes == 1 ? 127.0f : 127.0f * 256.0f;
   // Below this the reciprocal of the step would overflow; such a group counts as zero.
   constexpr float kTiny = 0x1p-100f;
   const std::int64_t per_block = block_tokens(a.m, kTokens);
-  const IntBlock sizes(a, kPlanes, per_block);
+  const IntRecords records(a, kPlanes, per_block, kChunk);
   const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
-  for (std::int64_t t = begin; t < end; ++t) {
-    const std::int64_t block = t / per_block;
+  const __m512i order = packed_order(tokens.dtype);
+  const __m512i ones = _mm512_set1_epi8(1);
+  // What a record of nt tokens holds of token t, which is number `slot` of them.
+  const auto fill = [&](std::byte* record, std::int64_t nt, std::int64_t slot, std::int64_t t,
+                        std::int64_t k0, std::int64_t inputs) LOWBIT_LAMBDA {
+    const std::int64_t from = t * tokens.stride + k0;
+    std::byte* planes = record + 16 * nt + 4 * slot;
+    alignas(64) float held[256];  // the largest group
+    __m512i largest = _mm512_setzero_si512();
+    for (std::int64_t k = 0; k < inputs; k += 32) {
+      __m512 x, y;
+      load32(tokens.x, tokens.dtype, from + k, a.k - k0 - k, x, y);
+      _mm512_store_ps(held + k, x);
+      _mm512_store_ps(held + k + 16, y);
+      largest = _mm512_max_epu32(
+          largest, _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(x), magnitude_bits),
+                                    _mm512_and_si512(_mm512_castps_si512(y), magnitude_bits)));
+    }
+    const std::uint32_t top = _mm512_reduce_max_epu32(largest);
+    const float absmax =
+        _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(top))));
+    const bool finite = top < 0x7f800000u;
+    const bool zero = !finite || absmax < kTiny;
+    float step = finite ? (zero ? 0.0f : absmax / kLevels) : __builtin_nanf("");
+    if constexpr (kPlanes == 1) step = to_22_bits(step);
+    const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : kLevels / absmax);
+    const __mmask16 keep = zero ? 0 : 0xffff;
+    __m512i sums[kPlanes];
+    unroll<kPlanes>([&](auto plane) LOWBIT_LAMBDA { sums[plane] = _mm512_setzero_si512(); });
+    for (std::int64_t k = 0; k < inputs; k += 64) {
+      const bool whole = k + 64 <= inputs;
+      const auto words = [&](std::int64_t at) LOWBIT_LAMBDA {
+        const auto sixteen = [&](std::int64_t i) LOWBIT_LAMBDA {
+          return _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(_mm512_load_ps(held + i), inverse));
+        };
+        return _mm512_packs_epi32(sixteen(at), sixteen(at + 16));
+      };
+      const __m512i first = words(k);
+      const __m512i second = whole ? words(k + 32) : _mm512_setzero_si512();
+      __m512i bytes[kPlanes];
+      if constexpr (kPlanes == 1) {
+        bytes[0] = _mm512_packs_epi16(first, second);
+      } else {
+        const auto high = [](__m512i q) LOWBIT_LAMBDA {
+          return _mm512_srai_epi16(_mm512_add_epi16(q, _mm512_set1_epi16(128)), 8);
+        };
+        const __m512i high0 = high(first), high1 = high(second);
+        bytes[0] = _mm512_packs_epi16(high0, high1);
+        bytes[1] = _mm512_packs_epi16(_mm512_sub_epi16(first, _mm512_slli_epi16(high0, 8)),
+                                      _mm512_sub_epi16(second, _mm512_slli_epi16(high1, 8)));
+      }
+      unroll<kPlanes>([&](auto plane) LOWBIT_LAMBDA {
+        sums[plane] = _mm512_dpbusd_epi32(sums[plane], ones, bytes[plane]);
+        const __m512i ordered = _mm512_permutexvar_epi8(order, bytes[plane]);
+        std::byte* to = planes + (plane * a.group + k) * nt;
+        if (nt == 1) {
+          _mm512_mask_storeu_epi32(to, whole ? 0xffff : 0x00ff, ordered);
+          return;
+        }
+        // By way of memory, which the compiler would spare: taking words out of a register needs
+        // the pipes that everything else needs.
+        struct Quads {
+          alignas(64) std::uint32_t at[16];
+        } quads;
+        _mm512_store_si512(quads.at, ordered);
+        __asm__("" : "+m"(quads));
+        unroll<8>([&](auto i)
+                      LOWBIT_LAMBDA { __builtin_memcpy(to + i * nt * 4, quads.at + i, 4); });
+        if (whole) {
+          to += 32 * nt;
+          unroll<8>([&](auto i)
+                        LOWBIT_LAMBDA { __builtin_memcpy(to + i * nt * 4, quads.at + 8 + i, 4); });
+        }
+      });
+    }
+    std::int32_t total[2] = {_mm512_reduce_add_epi32(sums[0]), 0};
+    if constexpr (kPlanes == 2) total[1] = _mm512_reduce_add_epi32(sums[1]);
+    const std::int32_t sum = kPlanes == 1 ? total[0] : 256 * total[0] + total[1];
+    const auto put = [&](int array, auto value) LOWBIT_LAMBDA {
+      __builtin_memcpy(record + 4 * (array * nt + slot), &value, 4);
+    };
+    put(0, step);
+    if constexpr (kInit2 == Init2::kSplit) {
+      put(1, -128 * total[0]);
+      put(2, -128 * total[1]);
+    } else {
+      put(1, (kPlanes == 1 ? kBiasBits : 0) - kZero * sum);
+      if constexpr (kInit2 == Init2::kSum) put(2, step * static_cast<float>(sum));
+      if constexpr (kPlanes == 1) put(3, -kBias * step);
+    }
+  };
+  for (std::int64_t t = begin; t < end;) {
+    const std::int64_t block = t / per_block, slot = t - block * per_block;
     const std::int64_t left = a.m - block * per_block;
     const std::int64_t nt = left < per_block ? left : per_block;
-    const std::int64_t slot = t - block * per_block;
-    std::byte* base = a.data + block * sizes.stride;
-    std::byte* meta = base + kPlanes * sizes.plane_bytes;
-    float* scales = reinterpret_cast<float*>(meta);
-    std::int32_t* inits = reinterpret_cast<std::int32_t*>(meta + sizes.meta_bytes);
-    std::byte* inits2 = meta + 2 * sizes.meta_bytes;
-    const std::int64_t row = t * tokens.stride;
-    for (std::int64_t g = 0; g < a.groups; ++g) {
-      const std::int64_t k0 = g * a.group;
-      const std::int64_t k1 = k0 + a.group < a.k_padded ? k0 + a.group : a.k_padded;
-      alignas(64) float held[256];  // the largest group
-      __m512i largest = _mm512_setzero_si512();
-      for (std::int64_t k = k0; k < k1; k += 16) {
-        const __m512 x = load16(tokens.x, tokens.dtype, row + k, a.k - k);
-        _mm512_store_ps(held + (k - k0), x);
-        const __m512i bits = _mm512_castps_si512(x);
-        largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude_bits));
-      }
-      const std::uint32_t top = _mm512_reduce_max_epu32(largest);
-      const float absmax =
-          _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(top))));
-      const bool finite = top < 0x7f800000u;
-      const bool zero = !finite || absmax < kTiny;
-      const float step = finite ? (zero ? 0.0f : absmax / kLevels) : __builtin_nanf("");
-      const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : kLevels / absmax);
-      const __mmask16 keep = zero ? 0 : 0xffff;
-      __m512i sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
-      for (std::int64_t k = k0; k < k1; k += 16) {
-        const __m512 x = _mm512_load_ps(held + (k - k0));
-        const __m512i q = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(x, inverse));
-        __m512i part[2];
-        if constexpr (kPlanes == 1) {
-          part[0] = q;
-        } else {
-          part[0] = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-          part[1] = _mm512_sub_epi32(q, _mm512_slli_epi32(part[0], 8));
-          sum_low = _mm512_add_epi32(sum_low, part[1]);
-        }
-        sum_high = _mm512_add_epi32(sum_high, part[0]);
-        unroll<kPlanes>([&](auto plane) LOWBIT_LAMBDA {
-          const __m128i bytes = _mm512_cvtepi32_epi8(part[plane]);
-          std::byte* to = base + plane * sizes.plane_bytes + (k / 4 * nt + slot) * 4;
-          if (nt == 1) {
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
-          } else {
-            const auto put = [&](int i, int quad) { __builtin_memcpy(to + i * nt * 4, &quad, 4); };
-            put(0, _mm_extract_epi32(bytes, 0));
-            put(1, _mm_extract_epi32(bytes, 1));
-            put(2, _mm_extract_epi32(bytes, 2));
-            put(3, _mm_extract_epi32(bytes, 3));
-          }
-        });
-      }
-      const std::int32_t high = _mm512_reduce_add_epi32(sum_high);
-      const std::int32_t low = kPlanes == 1 ? 0 : _mm512_reduce_add_epi32(sum_low);
-      const std::int32_t sum = kPlanes == 1 ? high : 256 * high + low;
-      const std::int64_t at = g * nt + slot;
-      scales[at] = step;
-      if constexpr (kInit2 == Init2::kSplit) {
-        inits[at] = -128 * high;
-        reinterpret_cast<std::int32_t*>(inits2)[at] = -128 * low;
-      } else {
-        inits[at] = -kZero * sum;
-        if constexpr (kInit2 == Init2::kSum) {
-          reinterpret_cast<float*>(inits2)[at] = step * static_cast<float>(sum);
-        }
+    const std::int64_t count = nt - slot < end - t ? nt - slot : end - t;
+    for (std::int64_t c = 0; c < a.groups; c += records.chunk_groups) {
+      std::byte* record = a.data + records.at(block, c);
+      const std::int64_t chunk_end =
+          c + records.chunk_groups < a.groups ? c + records.chunk_groups : a.groups;
+      for (std::int64_t g = c; g < chunk_end; ++g, record += records.bytes) {
+        const std::int64_t k0 = g * a.group;
+        const std::int64_t inputs = k0 + a.group < a.k_padded ? a.group : a.k_padded - k0;
+        for (std::int64_t i = 0; i < count; ++i) fill(record, nt, slot + i, t + i, k0, inputs);
       }
     }
+    t += count;
   }
 }
 

@@ -106,7 +106,7 @@ TEST_P(Linear, StaysWithinTheBounds) {
   }
 }
 
-// Chunks of K (panels larger than half of L2), several passes over tokens, odd numbers of tiles.
+// Chunks of K, several passes over tokens, odd numbers of tiles, panels that take turns at a chunk.
 TEST_P(Linear, LargeShapes) {
   if (GetParam() == "scalar" || GetParam().starts_with("neon")) {
     GTEST_SKIP() << "this level has neither chunks nor panels";
@@ -116,7 +116,9 @@ TEST_P(Linear, LargeShapes) {
     std::int64_t m, n, k;
   };
   for (const FormatInfo& info : formats()) {
-    for (const Shape& s : {Shape{38, 17, 16500}, Shape{530, 33, 96}}) {
+    for (const Shape& s :
+         {Shape{38, 17, 16500}, Shape{530, 33, 96}, Shape{39, 150, 1100}, Shape{35, 2100, 600}}) {
+      if (s.n > 2000 && info.format != Format::kAsymInt4) continue;
       const Weights w = random_weights(info.format, s.n, s.k, info.grouped() ? 64 : 0, rng);
       Floats2d x(DType::kBFloat16, s.m, s.k);
       x.fill_normal(rng);
@@ -124,6 +126,10 @@ TEST_P(Linear, LargeShapes) {
         Floats2d out(DType::kFloat32, s.m, s.n);
         linear(linear_args(x, w, nullptr, out, precision), SpawnThreads(2));
         expect_within_bound(x, w, nullptr, out, precision);
+        Floats2d serial(DType::kFloat32, s.m, s.n);
+        linear(linear_args(x, w, nullptr, serial, precision));
+        EXPECT_EQ(std::memcmp(out.bytes.data(), serial.bytes.data(), out.bytes.size()), 0)
+            << info.name << " m " << s.m << " n " << s.n << " k " << s.k;
         if (HasFailure()) return;
       }
     }
