@@ -84,8 +84,13 @@ constexpr int kQmmFlipBytes = 64 * 2 + 16;  // of a token: 64 outputs and, again
 // Floats between the tokens of a thread block's sums; lanes of one store fall into different banks.
 constexpr int kQmmRun = kQmmGroups * 64 + 4;
 
+// Tokens whose sums one turn hands to the other at a time.
+LOWBIT_HD constexpr int qmm_turn_tokens(int tokens) {
+  return tokens < 64 ? tokens : 64;
+}
+
 LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens) {
-  const int sums = qmm_turns(tokens) == 2 ? tokens * kQmmRun * 4 : 0;
+  const int sums = qmm_turns(tokens) == 2 ? qmm_turn_tokens(tokens) * kQmmRun * 4 : 0;
   return 1024 + table_bytes(kind) +
          kQmmGroups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
 }
@@ -184,7 +189,7 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
   std::uint8_t* const flips = table_base + table_bytes(kKind);
   std::uint8_t* const turn_sums = flips + kQmmGroups * kFlip * kQmmFlipBytes;
   const std::uint32_t barriers =
-      shared_address(turn_sums) + (kTurns == 2 ? kTokens * kQmmRun * 4 : 0);
+      shared_address(turn_sums) + (kTurns == 2 ? qmm_turn_tokens(kTokens) * kQmmRun * 4 : 0);
   const auto full = [&](int slot) { return barriers + slot * 8; };
   const auto empty = [&](int slot) { return barriers + (kRing + slot) * 8; };
 
@@ -495,22 +500,28 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
     const auto row_bias = [&](int row) {
       return row < rows ? bias_at(p.bias, p.bias_dtype, first_row + row) : 0.0f;
     };
-    // Sums as [token][row]: of the turns, then of the thread blocks of a cluster.
-    float* const sums = reinterpret_cast<float*>(kTurns == 2 ? turn_sums : acts);
-    const auto each_sum = [&](auto visit) {
+    // Visits accumulators and their places in `sums`, [token][row] from token `from` on.
+    const auto each_sum = [&](float* sums, int from, auto count, auto visit) {
 #pragma unroll
-      for (int t = 0; t < kTokens / 8; ++t) {
+      for (int t = 0; t < decltype(count)::value / 8; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           visit(sums[(t * 8 + lane % 4 * 2 + i % 2) * kQmmRun + tile * 16 + lane / 4 + i / 2 * 8],
-                acc[4 * t + i]);
+                acc[4 * (from / 8 + t) + i]);
         }
       }
     };
+    const auto write_sum = [](float& sum, float mine) { sum = mine; };
     if constexpr (kTurns == 2) {
-      if (turn == 1) each_sum([](float& sum, float mine) { sum = mine; });
-      named_barrier(1, kThreads);
-      if (turn == 0) each_sum([](float& sum, float& mine) { mine += sum; });
+      constexpr std::integral_constant<int, qmm_turn_tokens(kTokens)> kPass;
+      auto* const sums = reinterpret_cast<float*>(turn_sums);
+#pragma unroll
+      for (int from = 0; from < kTokens; from += kPass.value) {
+        if (turn == 1) each_sum(sums, from, kPass, write_sum);
+        named_barrier(1, kThreads);
+        if (turn == 0) each_sum(sums, from, kPass, [](float& sum, float& mine) { mine += sum; });
+        named_barrier(1, kThreads);
+      }
     }
 
     if (job.split < 0) {
@@ -564,10 +575,12 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
           }
         }
       }
-      if constexpr (kTurns == 2) named_barrier(1, kThreads);  // the sums have been read
     } else {
-      if constexpr (kTurns == 1) named_barrier(1, kThreads);  // nobody needs the ring any more
-      if (turn == 0) each_sum([](float& sum, float mine) { sum = mine; });
+      // The last job: nobody needs the ring any more, which is where the sums go.
+      if constexpr (kTurns == 1) named_barrier(1, kThreads);
+      auto* const sums = reinterpret_cast<float*>(acts);
+      constexpr std::integral_constant<int, kTokens> kAll;
+      if (turn == 0) each_sum(sums, 0, kAll, write_sum);
       cluster_barrier();
       // The thread blocks share the tokens; a thread has four outputs of a token.
       constexpr int kRows = kTiles * 16;
