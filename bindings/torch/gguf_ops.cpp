@@ -22,14 +22,16 @@ Tensor bytes_over(std::byte* data, std::size_t count, std::function<void(void*)>
 }
 
 std::tuple<std::string, Tensor, std::vector<Tensor>> gguf_open(std::string path, bool mmap) {
-  const std::shared_ptr<GgufFile> file = GgufFile::open(path, {.mmap = mmap});
-  auto outline = std::make_shared<std::string>(outline_gguf(file->header()));
+  const GgufModel model = GgufModel::open(path, {.mmap = mmap});
+  auto outline = std::make_shared<std::string>(outline_gguf(model.header()));
   std::vector<Tensor> blocks;
-  for (const GgufTensor& tensor : file->header().tensors) {
-    const std::span<std::byte> data = file->data(tensor);
-    blocks.push_back(bytes_over(data.data(), data.size(), [file](void*) { (void)file; }));
+  for (const std::shared_ptr<GgufFile>& file : model.files()) {
+    for (const GgufTensor& tensor : file->header().tensors) {
+      const std::span<std::byte> data = file->data(tensor);
+      blocks.push_back(bytes_over(data.data(), data.size(), [file](void*) { (void)file; }));
+    }
   }
-  return {describe_gguf(file->header()),
+  return {describe_gguf(model.header()),
           bytes_over(reinterpret_cast<std::byte*>(outline->data()), outline->size(),
                      [outline](void*) { (void)outline; }),
           std::move(blocks)};

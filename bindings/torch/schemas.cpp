@@ -46,8 +46,9 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def("file_open(str directory, bool mmap, bool verify) -> (str manifest, Tensor[] tensors)");
   // One safetensors file of any maker, as strictly checked.
   m.def("safetensors_open(str path, bool mmap) -> (str[] names, Tensor[] tensors)");
-  // A GGUF file (include/lowbit/gguf.h): describe_gguf() and outline_gguf() of its header, and the
-  // blocks of its tensors in the order of the former; all but the description uint8 [bytes].
+  // A GGUF model of one file or several (include/lowbit/gguf.h): describe_gguf() and outline_gguf()
+  // of its header, and the blocks of its tensors in the order of the former; all but the
+  // description uint8 [bytes].
   m.def("gguf_open(str path, bool mmap) -> (str description, Tensor outline, Tensor[] blocks)");
   // The table of ggml's types, one line each: number, name, elements and bytes of a block, number
   // of the exact format or -1, its group size, whether it has values.

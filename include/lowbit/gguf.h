@@ -148,4 +148,21 @@ class GgufFile {
   GgufHeader header_;
 };
 
+// A model in one file or, as llama.cpp splits it, in several: `path` is then the first, called
+// "<name>-00001-of-<count>.gguf", and the others lie beside it. Throws as GgufFile::open, and
+// Error(kCorrupt) for files that do not belong together or hold a tensor twice.
+class GgufModel {
+ public:
+  static GgufModel open(const std::string& path, const FileOptions& options = {});
+
+  const std::vector<std::shared_ptr<GgufFile>>& files() const { return files_; }
+  // The metadata of the first file without what says how it is split, and all tensors; their
+  // offsets are those in their own files.
+  const GgufHeader& header() const { return header_; }
+
+ private:
+  std::vector<std::shared_ptr<GgufFile>> files_;
+  GgufHeader header_;
+};
+
 }  // namespace lowbit

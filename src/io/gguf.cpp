@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <optional>
 #include <unordered_set>
 
 #include "io/json.h"
@@ -452,6 +453,79 @@ std::uint64_t GgufFile::bytes() const {
 
 std::span<std::byte> GgufFile::data(const GgufTensor& tensor) const {
   return {memory_->pages.data() + tensor.offset, static_cast<std::size_t>(tensor.bytes)};
+}
+
+// ---- several files ------------------------------------------------------------------------------
+
+namespace {
+
+std::optional<std::uint64_t> number_of(const GgufHeader& header, std::string_view key,
+                                       std::string_view who) {
+  const GgufValue* value = header.find(key);
+  if (value == nullptr) return std::nullopt;
+  if (const auto* number = std::get_if<std::uint64_t>(&value->value)) return *number;
+  if (const auto* number = std::get_if<std::int64_t>(&value->value); number && *number >= 0)
+    return static_cast<std::uint64_t>(*number);
+  corrupt(who, std::string(key) + " is no number of at least 0");
+}
+
+// "-00002-of-00003.gguf"
+std::string shard_tail(std::uint64_t number, std::uint64_t count) {
+  char text[64];
+  std::snprintf(text, sizeof text, "-%05llu-of-%05llu.gguf",
+                static_cast<unsigned long long>(number), static_cast<unsigned long long>(count));
+  return text;
+}
+
+// Which file of how many; one of one where nothing is said.
+std::pair<std::uint64_t, std::uint64_t> place_of(const GgufFile& file) {
+  const std::uint64_t count = number_of(file.header(), "split.count", file.path()).value_or(1);
+  const std::uint64_t number = number_of(file.header(), "split.no", file.path()).value_or(0);
+  return {number, count};
+}
+
+}  // namespace
+
+GgufModel GgufModel::open(const std::string& path, const FileOptions& options) {
+  GgufModel model;
+  model.files_.push_back(GgufFile::open(path, options));
+  const GgufFile& first = *model.files_[0];
+  model.header_ = first.header();
+  const auto [number, count] = place_of(first);
+  if (count <= 1) return model;
+  if (number != 0)
+    throw Error(ErrorCode::kValue, path + ": is file " + std::to_string(number + 1) + " of " +
+                                       std::to_string(count) + "; give the first");
+  const std::string tail = shard_tail(1, count);
+  if (!path.ends_with(tail))
+    throw Error(ErrorCode::kValue, path + ": is the first of " + std::to_string(count) +
+                                       " files, but its name does not end in " + tail +
+                                       ", by which the others are found");
+  std::unordered_set<std::string_view> names;
+  for (std::uint64_t i = 0; i < count; ++i) {
+    if (i > 0) {
+      const std::string next = path.substr(0, path.size() - tail.size()) + shard_tail(i + 1, count);
+      model.files_.push_back(GgufFile::open(next, options));
+    }
+    const GgufFile& file = *model.files_.back();
+    if (place_of(file) != std::pair(i, count))
+      corrupt(file.path(), "is not file " + std::to_string(i + 1) + " of " + std::to_string(count) +
+                               " but " + std::to_string(place_of(file).first + 1) + " of " +
+                               std::to_string(place_of(file).second));
+    for (const GgufTensor& tensor : file.header().tensors) {
+      if (!names.insert(tensor.name).second)
+        corrupt(file.path(),
+                "tensor " + json::quote(tensor.name) + " is in a file before it already");
+      if (i > 0) model.header_.tensors.push_back(tensor);
+    }
+  }
+  const auto tensors = number_of(first.header(), "split.tensors.count", path);
+  if (tensors && *tensors != names.size())
+    corrupt(path, "says that there are " + std::to_string(*tensors) + " tensors, its " +
+                      std::to_string(count) + " files hold " + std::to_string(names.size()));
+  std::erase_if(model.header_.metadata,
+                [](const auto& entry) { return entry.first.starts_with("split."); });
+  return model;
 }
 
 }  // namespace lowbit

@@ -68,9 +68,9 @@ def values(name, blocks):
     return gguf.dequantize(blocks, gguf.GGMLQuantizationType[name])
 
 
-def write(path, architecture, metadata, tensors):
+def write(path, architecture, metadata, tensors, **options):
     """A file of `tensors`: name -> float32 array, or (type, blocks [..., bytes])."""
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **options)
     for key, value in metadata.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         add = {**add, str: writer.add_string, list: writer.add_array}

@@ -140,6 +140,29 @@ def test_the_configuration_is_that_of_the_whole_file(told, tmp_path):
     assert load_gguf(path).config.vocab_size == VOCABULARY
 
 
+def test_a_model_in_several_files(tmp_path):
+    """The gguf package splits it as llama.cpp does; the head is in the last file."""
+    head = gguf_files.stored("Q8_0", gguf_files.random_blocks("Q8_0", VOCABULARY, HIDDEN, 9))
+    tensors = {**llama_tensors(["Q4_0", "Q4_1"]), "output.weight": head}
+    whole = write(tmp_path / "whole.gguf", "llama", llama_metadata(2), tensors)
+    expected = load_gguf(whole)
+    for small_first in (False, True):
+        name = tmp_path / f"split{small_first}.gguf"
+        options = {"split_max_tensors": 8, "small_first_shard": small_first}
+        write(name, "llama", llama_metadata(2), tensors, **options)
+        shards = sorted(tmp_path.glob(f"{name.stem}-*.gguf"))
+        assert len(shards) == 3 + small_first
+        model = load_gguf(shards[0])
+        assert not model.config.tie_word_embeddings
+        ids = torch.arange(12)[None]
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+        with pytest.raises(ValueError, match="give the first"):
+            load_gguf(shards[1])
+        shards[-1].unlink()
+        with pytest.raises(FileNotFoundError, match=shards[-1].name):
+            load_gguf(shards[0])
+
+
 def test_a_named_type_takes_what_has_it_and_quantizes_the_rest(tmp_path):
     path, expected = llama_file(tmp_path / "a.gguf", ["Q4_0", "Q8_0", "F32"], head="F16")
     model = load_gguf(path, "sym_int4", optimize_llm=False)
@@ -323,7 +346,7 @@ def test_refusals(tmp_path):
         load_gguf(changed(path, tmp_path / "norm.gguf", b"output_norm", b"outputtnorm"))
     split = llama_metadata(1, **{"split.count": 3})
     write(tmp_path / "split.gguf", "llama", split, llama_tensors(["Q4_0"]))
-    with pytest.raises(ValueError, match="one of 3 shards"):
+    with pytest.raises(ValueError, match=r"does not end in -00001-of-00003\.gguf"):
         load_gguf(tmp_path / "split.gguf")
     wide = {**llama_tensors(["Q4_0"]), "blk.0.ffn_up.weight": np.zeros((HIDDEN, 32), np.float32)}
     write(tmp_path / "wide.gguf", "llama", llama_metadata(1), wide)

@@ -88,7 +88,7 @@ def load_gguf(
     """Loads a GGUF file as an optimized transformers model.
 
     Args:
-        path: the file (one file: shards must be merged).
+        path: the file; the first of several, as llama.cpp splits them.
         low_bit: None keeps what the file has: weights in Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, MXFP4,
             TQ1_0, TQ2_0, F16 and BF16 are taken over without rounding, other block types become the
             nearest of our types with at least their levels, F32 stays float. A type's name makes
@@ -121,12 +121,6 @@ def load_gguf(
     if not isinstance(mmap, bool):
         raise TypeError(f"{who}: mmap must be True or False, got {mmap!r}")
     file = GgufFile(who, path, mmap)
-    shards = file.metadata.get("split.count", 1)
-    if isinstance(shards, int) and shards > 1:
-        raise ValueError(
-            f"{who}: {file.path} is one of {shards} shards; merge them first with "
-            "`llama-gguf-split --merge`"
-        )
     with low_memory_init():
         model, config = _empty_model(who, file, model_class, options.torch_dtype)
     fill = _Fill(who, file, model, options, _origins(who, file, model, config))

@@ -3,6 +3,7 @@
 #include "lowbit/gguf.h"
 
 #include <bit>
+#include <filesystem>
 #include <new>
 #include <numeric>
 
@@ -23,6 +24,9 @@ std::string number(T value) {
 }
 std::string u32(std::uint32_t value) {
   return number(value);
+}
+std::string number16(std::uint32_t value) {
+  return number(static_cast<std::uint16_t>(value));
 }
 std::string u64(std::uint64_t value) {
   return number(value);
@@ -279,6 +283,93 @@ TEST(Gguf, EveryTruncationOfTheHeaderIsFound) {
   for (std::size_t length = 0; length < bytes.size(); ++length) {
     EXPECT_EQ(caught([&] { parse(bytes.substr(0, length)); }).code(), ErrorCode::kCorrupt)
         << length;
+  }
+}
+
+// A model in three files, the first without tensors, as llama.cpp can split it.
+Pieces shard(std::uint32_t number, std::uint32_t count = 3) {
+  Pieces pieces;
+  pieces.entries = {entry("split.no", 2, number16(number)),
+                    entry("split.count", 2, number16(count)),
+                    entry("split.tensors.count", 5, u32(2))};
+  if (number == 0) pieces.entries.push_back(entry("general.architecture", 8, text("llama")));
+  pieces.tensors.clear();
+  pieces.data = number == 0 ? 0 : 36;
+  if (number != 0) pieces.tensors = {tensor(number == 1 ? "a" : "b", {32, 2}, 2, 0)};
+  return pieces;
+}
+
+std::string shard_name(int number) {
+  return "m-0000" + std::to_string(number + 1) + "-of-00003.gguf";
+}
+
+struct Shards {
+  TemporaryDirectory directory;
+  Shards() {
+    for (int i = 0; i < 3; ++i) put(i, shard(static_cast<std::uint32_t>(i)));
+  }
+  void put(int i, const Pieces& pieces) { write_file(directory / shard_name(i), pieces.bytes()); }
+  GgufModel open(int i = 0) { return GgufModel::open(directory / shard_name(i)); }
+};
+
+TEST(Gguf, SeveralFilesAreOneModel) {
+  Shards shards;
+  const GgufModel model = shards.open();
+  ASSERT_EQ(model.files().size(), 3u);
+  EXPECT_EQ(std::get<std::string>(model.header().find("general.architecture")->value), "llama");
+  EXPECT_EQ(model.header().metadata.size(), 1u);
+  ASSERT_EQ(model.header().tensors.size(), 2u);
+  EXPECT_EQ(model.header().tensors[1].name, "b");
+  EXPECT_EQ(model.files()[2]->data(model.files()[2]->header().tensors[0]).size(), 36u);
+  EXPECT_EQ(parse(outline_gguf(model.header())).tensors.size(), 2u);
+  // One file is a model of one.
+  write_file(shards.directory / "one.gguf", Pieces{}.bytes());
+  EXPECT_EQ(GgufModel::open(shards.directory / "one.gguf").header().tensors.size(), 2u);
+}
+
+TEST(Gguf, FilesThatDoNotBelongTogetherAreRefused) {
+  const auto expect = [](Shards& shards, ErrorCode code, const char* text, int first = 0) {
+    const Error error = caught([&] { shards.open(first); });
+    EXPECT_EQ(error.code(), code) << error.what();
+    EXPECT_NE(std::string(error.what()).find(text), std::string::npos) << error.what();
+  };
+  {
+    Shards shards;
+    expect(shards, ErrorCode::kValue, "is file 2 of 3; give the first", 1);
+    std::filesystem::remove(shards.directory / shard_name(2));
+    expect(shards, ErrorCode::kNotFound, "m-00003-of-00003.gguf");
+    std::filesystem::create_directory(shards.directory / shard_name(2));
+    expect(shards, ErrorCode::kIo, "regular file");
+  }
+  {
+    Shards shards;
+    shards.put(2, shard(1));
+    expect(shards, ErrorCode::kCorrupt, "is not file 3 of 3 but 2 of 3");
+    shards.put(2, shard(2, 4));
+    expect(shards, ErrorCode::kCorrupt, "is not file 3 of 3 but 3 of 4");
+    shards.put(2, Pieces{});
+    expect(shards, ErrorCode::kCorrupt, "is not file 3 of 3 but 1 of 1");
+    Pieces again = shard(2);
+    again.tensors = shard(1).tensors;
+    shards.put(2, again);
+    expect(shards, ErrorCode::kCorrupt, "\"a\" is in a file before it already");
+    Pieces fewer = shard(2);
+    fewer.tensors.clear();
+    fewer.data = 0;
+    shards.put(2, fewer);
+    expect(shards, ErrorCode::kCorrupt, "there are 2 tensors, its 3 files hold 1");
+  }
+  {
+    Shards shards;
+    shards.put(0, shard(0, 65535));
+    expect(shards, ErrorCode::kValue, "does not end in -00001-of-65535.gguf");
+    Pieces text_count = shard(0);
+    text_count.entries[1] = entry("split.count", 8, text("3"));
+    shards.put(0, text_count);
+    expect(shards, ErrorCode::kCorrupt, "split.count is no number of at least 0");
+    text_count.entries[1] = entry("split.count", 5, u32(~0u));
+    shards.put(0, text_count);
+    expect(shards, ErrorCode::kCorrupt, "split.count is no number of at least 0");
   }
 }
 

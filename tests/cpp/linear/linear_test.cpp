@@ -108,16 +108,16 @@ TEST_P(Linear, StaysWithinTheBounds) {
 
 // Chunks of K, several passes over tokens, odd numbers of tiles, panels that take turns at a chunk.
 TEST_P(Linear, LargeShapes) {
-  if (GetParam() == "scalar" || GetParam().starts_with("neon")) {
-    GTEST_SKIP() << "this level has neither chunks nor panels";
-  }
+  if (GetParam() == "scalar") GTEST_SKIP() << "this level sums as the reference does";
   std::mt19937_64 rng(2);
   struct Shape {
     std::int64_t m, n, k;
   };
+  std::vector<Shape> shapes = {{38, 17, 16500}, {530, 33, 96}, {39, 150, 1100}, {35, 2100, 600}};
+  // NEON has neither chunks nor panels, only long sums, and is emulated in tests.
+  if (GetParam().starts_with("neon")) shapes = {{6, 17, 16500}, {530, 33, 96}};
   for (const FormatInfo& info : formats()) {
-    for (const Shape& s :
-         {Shape{38, 17, 16500}, Shape{530, 33, 96}, Shape{39, 150, 1100}, Shape{35, 2100, 600}}) {
+    for (const Shape& s : shapes) {
       if (s.n > 2000 && info.format != Format::kAsymInt4) continue;
       const Weights w = random_weights(info.format, s.n, s.k, info.grouped() ? 64 : 0, rng);
       Floats2d x(DType::kBFloat16, s.m, s.k);
