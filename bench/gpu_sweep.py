@@ -32,8 +32,11 @@ def qmv_variants(m: int):
 
 
 def qmm_variants(m: int):
-    for rows, tokens, splits in itertools.product((112, 128), (8, 16, 32, 64, 128, 256), (1, 2, 4)):
-        if (tokens // 2 < m or tokens == 8) and tokens * 16 >= m:
+    for rows, tokens, splits in itertools.product(
+        (64, 112, 128), (8, 16, 32, 64, 128, 256), (1, 2, 4)
+    ):
+        fits = rows > 64 or tokens <= 64
+        if fits and (tokens // 2 < m or tokens == 8) and tokens * 16 >= m:
             yield [QMM, rows, tokens, splits, 1]
 
 

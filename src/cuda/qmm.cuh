@@ -72,44 +72,47 @@ LOWBIT_HD constexpr int qmm_scale_room(Kind kind, Scales scales, int tokens) {
   const int block = scales == Scales::kPlain ? 32 : scales == Scales::kMinima ? 64 : 128;
   return block * qmm_stage_blocks(tokens);
 }
-// Warpgroups with outputs of their own, 64 each.
-constexpr int kQmmGroups = 2;
-// As many of them share their outputs and take turns along K.
-LOWBIT_HD constexpr int qmm_turns(int tokens) {
-  return tokens <= 128 ? 2 : 1;
+// Warpgroups that share their outputs and take turns along K; `groups`, 1 or 2, is how many have
+// outputs of their own, 64 each.
+LOWBIT_HD constexpr int qmm_turns(int tokens, int groups) {
+  return groups == 1 ? 4 : tokens <= 128 ? 2 : 1;
 }
 // A warpgroup transposes its results in shared memory, so many tokens at a time.
 constexpr int kQmmFlip = 32;
 constexpr int kQmmFlipBytes = 64 * 2 + 16;  // of a token: 64 outputs and, against conflicts, 16
 // Floats between the tokens of a thread block's sums; lanes of one store fall into different banks.
-constexpr int kQmmRun = kQmmGroups * 64 + 4;
+LOWBIT_HD constexpr int qmm_run(int groups) {
+  return groups * 64 + 4;
+}
 
 // Tokens whose sums one turn hands to the other at a time.
 LOWBIT_HD constexpr int qmm_turn_tokens(int tokens) {
   return tokens < 64 ? tokens : 64;
 }
 
-LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens) {
-  const int sums = qmm_turns(tokens) == 2 ? qmm_turn_tokens(tokens) * kQmmRun * 4 : 0;
+LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens, int groups) {
+  const int sums =
+      qmm_turns(tokens, groups) > 1 ? qmm_turn_tokens(tokens) * qmm_run(groups) * 4 : 0;
   return 1024 + table_bytes(kind) +
-         kQmmGroups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
+         groups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
 }
-LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens) {
+LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens, int groups) {
   return qmm_stage_blocks(tokens) * tokens * 128 +
-         kQmmGroups * 4 *
+         groups * 4 *
              (qmm_stage_blocks(tokens) * 2 * kBlockInputs * kind_bits(kind) +
               qmm_scale_room(kind, scales, tokens));
 }
 // Stages of the ring; a multiple of the turns, so that a slot always belongs to the same one.
-LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens) {
-  const int stages =
-      (227 * 1024 - qmm_fixed_bytes(kind, tokens)) / qmm_stage_bytes(kind, scales, tokens);
-  const int turns = qmm_turns(tokens);
-  return (stages > 8 * turns ? 8 * turns : stages) / turns * turns;
+LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens, int groups) {
+  const int stages = (227 * 1024 - qmm_fixed_bytes(kind, tokens, groups)) /
+                     qmm_stage_bytes(kind, scales, tokens, groups);
+  const int turns = qmm_turns(tokens, groups);
+  const int most = turns == 1 ? 8 : 16;  // barriers for 16 have room
+  return (stages > most ? most : stages) / turns * turns;
 }
-LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, Scales scales, int tokens) {
-  return qmm_fixed_bytes(kind, tokens) +
-         qmm_ring(kind, scales, tokens) * qmm_stage_bytes(kind, scales, tokens);
+LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, Scales scales, int tokens, int groups) {
+  return qmm_fixed_bytes(kind, tokens, groups) +
+         qmm_ring(kind, scales, tokens, groups) * qmm_stage_bytes(kind, scales, tokens, groups);
 }
 
 // A group's scale (and minimum) of one row, ready to multiply pairs of weights.
@@ -150,8 +153,8 @@ struct PairScale {
 
 // Large tiles need more registers than an even share: the copying warps, a whole warpgroup then,
 // give theirs away.
-LOWBIT_HD constexpr int qmm_threads(int tokens) {
-  return kQmmGroups * qmm_turns(tokens) * 128 + 128;
+LOWBIT_HD constexpr int qmm_threads(int tokens, int groups) {
+  return groups * qmm_turns(tokens, groups) * 128 + 128;
 }
 
 // Registers that wgmma wrote are read after the wait before, not earlier.
@@ -161,19 +164,20 @@ __device__ __forceinline__ void settle(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-template <Kind kKind, bool kBf16, int kTokens, Scales kScales>
-__global__ void __launch_bounds__(qmm_threads(kTokens), 1)
+template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
+__global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
     qmm_kernel(const __grid_constant__ QmmParams p, const __grid_constant__ QmmMaps maps) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);
   constexpr int kBlocks = qmm_stage_blocks(kTokens);
-  constexpr int kRing = qmm_ring(kKind, kScales, kTokens);
-  constexpr int kTurns = qmm_turns(kTokens);
-  constexpr int kTiles = kQmmGroups * 4;              // at most
+  constexpr int kRing = qmm_ring(kKind, kScales, kTokens, kGroups);
+  constexpr int kTurns = qmm_turns(kTokens, kGroups);
+  constexpr int kTiles = kGroups * 4;                 // at most
   constexpr int kThreads = kTiles * kTurns * kLanes;  // that multiply
   constexpr int kActBytes = kBlocks * kTokens * 128;
   constexpr int kCodeBytes = kTiles * kBlocks * kBlockBytes;
   constexpr int kScaleBytes = kTiles * qmm_scale_room(kKind, kScales, kTokens);
   constexpr int kFlip = kTokens < kQmmFlip ? kTokens : kQmmFlip;
+  constexpr int kRun = qmm_run(kGroups);
   constexpr bool kGrouped = !has_row_scale(kKind);
   constexpr bool kScaleSums = kGrouped && ((kScales == Scales::kPlain && kTokens <= 64) ||
                                            (kScales == Scales::kMinima && kTokens <= 16));
@@ -187,9 +191,9 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
   std::uint8_t* const scales_ring = codes_ring + kRing * kCodeBytes;
   std::uint8_t* const table_base = scales_ring + kRing * kScaleBytes;
   std::uint8_t* const flips = table_base + table_bytes(kKind);
-  std::uint8_t* const turn_sums = flips + kQmmGroups * kFlip * kQmmFlipBytes;
+  std::uint8_t* const turn_sums = flips + kGroups * kFlip * kQmmFlipBytes;
   const std::uint32_t barriers =
-      shared_address(turn_sums) + (kTurns == 2 ? qmm_turn_tokens(kTokens) * kQmmRun * 4 : 0);
+      shared_address(turn_sums) + (kTurns > 1 ? qmm_turn_tokens(kTokens) * kRun * 4 : 0);
   const auto full = [&](int slot) { return barriers + slot * 8; };
   const auto empty = [&](int slot) { return barriers + (kRing + slot) * 8; };
 
@@ -317,7 +321,7 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
   const std::uint32_t acts_at = shared_address(acts);
   int slot = turn;
   std::uint32_t parity = 0;
-  std::uint32_t stage_count = 0;  // of all jobs before
+  int stage_count = 0;  // of all jobs before
   const auto next_slot = [&] {
     slot += kTurns;
     if (slot >= kRing) {
@@ -332,8 +336,8 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
   Job job;
   for (int round = 0; job_at(round, job); ++round) {
     // Stages of this job and turn.
-    const int steps =
-        kTurns == 1 ? job.steps : (job.steps + static_cast<int>((stage_count + turn) % 2 == 0)) / 2;
+    const int first_stage = (turn - stage_count) & (kTurns - 1);
+    const int steps = (job.steps - first_stage + kTurns - 1) / kTurns;
     stage_count += job.steps;
     float acc[kTokens / 2];
 #pragma unroll
@@ -506,21 +510,24 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
       for (int t = 0; t < decltype(count)::value / 8; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          visit(sums[(t * 8 + lane % 4 * 2 + i % 2) * kQmmRun + tile * 16 + lane / 4 + i / 2 * 8],
+          visit(sums[(t * 8 + lane % 4 * 2 + i % 2) * kRun + tile * 16 + lane / 4 + i / 2 * 8],
                 acc[4 * (from / 8 + t) + i]);
         }
       }
     };
     const auto write_sum = [](float& sum, float mine) { sum = mine; };
-    if constexpr (kTurns == 2) {
+    if constexpr (kTurns > 1) {
       constexpr std::integral_constant<int, qmm_turn_tokens(kTokens)> kPass;
       auto* const sums = reinterpret_cast<float*>(turn_sums);
 #pragma unroll
       for (int from = 0; from < kTokens; from += kPass.value) {
-        if (turn == 1) each_sum(sums, from, kPass, write_sum);
-        named_barrier(1, kThreads);
-        if (turn == 0) each_sum(sums, from, kPass, [](float& sum, float& mine) { mine += sum; });
-        named_barrier(1, kThreads);
+#pragma unroll
+        for (int other = 1; other < kTurns; ++other) {
+          if (turn == other) each_sum(sums, from, kPass, write_sum);
+          named_barrier(1, kThreads);
+          if (turn == 0) each_sum(sums, from, kPass, [](float& sum, float& mine) { mine += sum; });
+          named_barrier(1, kThreads);
+        }
       }
     }
 
@@ -601,7 +608,7 @@ __global__ void __launch_bounds__(qmm_threads(kTokens), 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             if (from + i < p.splits) {
-              parts[i] = load4_from_cluster(sums_at + 4 * (token * kQmmRun + first), from + i);
+              parts[i] = load4_from_cluster(sums_at + 4 * (token * kRun + first), from + i);
             }
           }
 #pragma unroll
@@ -646,55 +653,61 @@ template <Kind kKind>
 int launch_qmm(const QmmParams& params, const QmmMaps& maps, bool bf16, const QmmShape& shape,
                unsigned thread_blocks, Stream stream);
 
-template <Kind kKind, bool kBf16, int kTokens, Scales kScales>
+template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
 int launch_qmm_kernel(const QmmParams& p, const QmmMaps& maps, const QmmShape& shape,
                       unsigned thread_blocks, Stream stream) {
-  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kScales>, dim3(thread_blocks),
-                        qmm_threads(kTokens), qmm_shared_bytes(kKind, kScales, kTokens), p.splits,
-                        shape.early, stream, {&p, &maps});
+  return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kGroups, kScales>, dim3(thread_blocks),
+                        qmm_threads(kTokens, kGroups),
+                        qmm_shared_bytes(kKind, kScales, kTokens, kGroups), p.splits, shape.early,
+                        stream, {&p, &maps});
 }
 
-#define LOWBIT_DEFINE_QMM(kind)                                                                    \
-  template <>                                                                                      \
-  int launch_qmm<kind>(const QmmParams& p, const QmmMaps& maps, bool bf16, const QmmShape& shape,  \
-                       unsigned thread_blocks, Stream stream) {                                    \
-    using std::integral_constant;                                                                  \
-    const auto with_scales = [&](auto tokens, auto scales) {                                       \
-      constexpr int kTokens = decltype(tokens)::value;                                             \
-      constexpr Scales kScales = decltype(scales)::value;                                          \
-      return bf16 ? launch_qmm_kernel<kind, true, kTokens, kScales>(p, maps, shape, thread_blocks, \
-                                                                    stream)                        \
-                  : launch_qmm_kernel<kind, false, kTokens, kScales>(p, maps, shape,               \
-                                                                     thread_blocks, stream);       \
-    };                                                                                             \
-    const auto launch = [&](auto tokens) {                                                         \
-      const Scales scales = qmm_scales(p);                                                         \
-      if constexpr (!has_row_scale(kind)) {                                                        \
-        if (scales == Scales::kAny) {                                                              \
-          return with_scales(tokens, integral_constant<Scales, Scales::kAny>{});                   \
-        }                                                                                          \
-      }                                                                                            \
-      if constexpr (kind == Kind::kInt4 || kind == Kind::kInt5) {                                  \
-        if (scales == Scales::kMinima) {                                                           \
-          return with_scales(tokens, integral_constant<Scales, Scales::kMinima>{});                \
-        }                                                                                          \
-      }                                                                                            \
-      return with_scales(tokens, integral_constant<Scales, Scales::kPlain>{});                     \
-    };                                                                                             \
-    switch (shape.tokens) {                                                                        \
-      case 8:                                                                                      \
-        return launch(integral_constant<int, 8>{});                                                \
-      case 16:                                                                                     \
-        return launch(integral_constant<int, 16>{});                                               \
-      case 32:                                                                                     \
-        return launch(integral_constant<int, 32>{});                                               \
-      case 64:                                                                                     \
-        return launch(integral_constant<int, 64>{});                                               \
-      case 128:                                                                                    \
-        return launch(integral_constant<int, 128>{});                                              \
-      default:                                                                                     \
-        return launch(integral_constant<int, 256>{});                                              \
-    }                                                                                              \
+#define LOWBIT_DEFINE_QMM(kind)                                                                   \
+  template <>                                                                                     \
+  int launch_qmm<kind>(const QmmParams& p, const QmmMaps& maps, bool bf16, const QmmShape& shape, \
+                       unsigned thread_blocks, Stream stream) {                                   \
+    using std::integral_constant;                                                                 \
+    const auto with_scales = [&](auto tokens, auto groups, auto scales) {                         \
+      constexpr int kTokens = decltype(tokens)::value;                                            \
+      constexpr int kGroups = decltype(groups)::value;                                            \
+      constexpr Scales kScales = decltype(scales)::value;                                         \
+      return bf16 ? launch_qmm_kernel<kind, true, kTokens, kGroups, kScales>(                     \
+                        p, maps, shape, thread_blocks, stream)                                    \
+                  : launch_qmm_kernel<kind, false, kTokens, kGroups, kScales>(                    \
+                        p, maps, shape, thread_blocks, stream);                                   \
+    };                                                                                            \
+    const auto launch = [&](auto tokens, auto groups) {                                           \
+      const Scales scales = qmm_scales(p);                                                        \
+      if constexpr (!has_row_scale(kind)) {                                                       \
+        if (scales == Scales::kAny) {                                                             \
+          return with_scales(tokens, groups, integral_constant<Scales, Scales::kAny>{});          \
+        }                                                                                         \
+      }                                                                                           \
+      if constexpr (kind == Kind::kInt4 || kind == Kind::kInt5) {                                 \
+        if (scales == Scales::kMinima) {                                                          \
+          return with_scales(tokens, groups, integral_constant<Scales, Scales::kMinima>{});       \
+        }                                                                                         \
+      }                                                                                           \
+      return with_scales(tokens, groups, integral_constant<Scales, Scales::kPlain>{});            \
+    };                                                                                            \
+    const auto any = [&](auto tokens) {                                                           \
+      return shape.rows <= 64 ? launch(tokens, integral_constant<int, 1>{})                       \
+                              : launch(tokens, integral_constant<int, 2>{});                      \
+    };                                                                                            \
+    switch (shape.tokens) {                                                                       \
+      case 8:                                                                                     \
+        return any(integral_constant<int, 8>{});                                                  \
+      case 16:                                                                                    \
+        return any(integral_constant<int, 16>{});                                                 \
+      case 32:                                                                                    \
+        return any(integral_constant<int, 32>{});                                                 \
+      case 64:                                                                                    \
+        return any(integral_constant<int, 64>{});                                                 \
+      case 128:                                                                                   \
+        return launch(integral_constant<int, 128>{}, integral_constant<int, 2>{});                \
+      default:                                                                                    \
+        return launch(integral_constant<int, 256>{}, integral_constant<int, 2>{});                \
+    }                                                                                             \
   }
 
 }  // namespace lowbit::cuda

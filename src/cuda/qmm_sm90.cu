@@ -70,7 +70,7 @@ int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
       args.m < (std::int64_t{1} << 22) &&
       // A tensor with an exponent has scales that fp16 products do not hold.
       (bf16 || (args.dtype == DType::kFloat16 && args.exponent == 0)) && token_tile &&
-      shape.rows >= 16 && shape.rows % 16 == 0 && shape.rows <= kQmmGroups * 64 &&
+      shape.rows >= 16 && shape.rows % 16 == 0 && shape.rows <= 128 &&
       (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 || shape.splits == 8) &&
       stages >= shape.splits && geometry.tiles < (std::int64_t{1} << 26) &&
       reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;

@@ -77,9 +77,9 @@ QmvShape select_qmv(const Problem& problem) {
   return best;
 }
 
-// Cycles of an SM for 128 outputs x `tokens` and 64 inputs, measured on an H100: bound by what the
-// warps issue to dequantize, with 256 tokens by the tensor cores.
-double qmm_block_cycles(const Geometry& geometry, int tokens) {
+// Cycles of an SM for 64 or 128 outputs x `tokens` and 64 inputs, measured on an H100: bound by
+// what the warps issue to dequantize, with 256 tokens by the tensor cores.
+double qmm_block_cycles(const Geometry& geometry, int rows, int tokens) {
   if (tokens == 256) return 1110;
   const bool minima = geometry.group_scale_bytes == 64;
   double cycles = 0;
@@ -94,7 +94,8 @@ double qmm_block_cycles(const Geometry& geometry, int tokens) {
       cycles = tokens == 128 ? 740 : tokens == 64 ? 610 : 440;
       break;
   }
-  return minima ? cycles + 90 : cycles;
+  if (minima) cycles += 90;
+  return rows <= 64 ? 0.55 * cycles : cycles;
 }
 
 // What qmm() takes on an H100, in cycles: the busiest SM's share of the tiles, what a launch costs,
@@ -116,7 +117,7 @@ double qmm_cycles(const Problem& problem, const QmmShape& shape) {
   // A cluster lies in one GPC, so that clusters of four leave SMs alone: more would run in turns.
   if (shape.splits == 4 && works * 4 > problem.sm_count * 5 / 6) waves *= 2;
   const double blocks = problem.geometry.k_padded / static_cast<double>(kBlockInputs);
-  return 5800 + waves * blocks * qmm_block_cycles(problem.geometry, shape.tokens) +
+  return 5800 + waves * blocks * qmm_block_cycles(problem.geometry, shape.rows, shape.tokens) +
          (sums ? 1600 + 0.25 * shape.tokens * shape.rows : 0);
 }
 
@@ -127,13 +128,16 @@ QmmShape select_qmm(const Problem& problem) {
   for (const int tokens : {8, 16, 32, 64, 128, 256}) {
     const bool covers = tokens >= problem.m;
     if (!covers && tokens < 32) continue;  // several tiles of so few tokens never paid
-    for (const int splits : {1, 2, 4}) {
-      if (blocks < splits * 4) break;
-      const QmmShape shape{128, tokens, splits, true};
-      const double cycles = qmm_cycles(problem, shape);
-      if (cycles < best_cycles) {
-        best_cycles = cycles;
-        best = shape;
+    for (const int rows : {64, 128}) {
+      if (rows == 64 && tokens > 64) continue;
+      for (const int splits : {1, 2, 4}) {
+        if (blocks < splits * 4) break;
+        const QmmShape shape{rows, tokens, splits, true};
+        const double cycles = qmm_cycles(problem, shape);
+        if (cycles < best_cycles) {
+          best_cycles = cycles;
+          best = shape;
+        }
       }
     }
     if (covers) break;

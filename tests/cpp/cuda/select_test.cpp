@@ -42,7 +42,7 @@ TEST(Select, QmmShapesAreValid) {
       for (std::int64_t n : {1, 16, 1000, 4096, 151936}) {
         for (std::int64_t k : {64, 128, 320, 4096, 28672}) {
           const QmmShape shape = select_qmm(problem(format, m, n, k));
-          EXPECT_EQ(shape.rows, 128);
+          EXPECT_TRUE(shape.rows == 128 || (shape.rows == 64 && shape.tokens <= 64));
           EXPECT_TRUE(shape.tokens >= 8 && shape.tokens <= 256);
           EXPECT_TRUE(shape.tokens == 8 || shape.tokens / 2 < m) << m;
           EXPECT_LE(shape.splits, (k / 64 + 1) / 2) << k;
