@@ -1,4 +1,5 @@
 // The fused decoder-block operators: descriptions as numbers, checks, then lowbit/fused.h.
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -8,6 +9,7 @@
 
 #include "check.h"
 #include "lowbit/fused.h"
+#include "lowbit/quantize.h"
 
 namespace lowbit::binding {
 namespace {
@@ -299,13 +301,43 @@ void set_rope(const char* op, const std::optional<Tensor>& cos, const std::optio
   call.rope_batch_stride = dim == 3 && cos->size(0) > 1 ? cos->stride(0) : 0;
 }
 
-void check_rope(const char* op, const BlockSpec& spec, std::int64_t width) {
+// A table as wide as what turns holds every angle twice, and the kernels read one of the two. They
+// may differ: positions of several axes, cut by columns instead of by angles.
+bool same_twice(const void* table, const BlockCall& call, std::int64_t width, int step) {
+  const std::size_t size = dtype_bytes(call.rope_dtype);
+  const std::int64_t half = width / 2;
+  for (std::int64_t b = 0; b < (call.rope_batch_stride > 0 ? call.batch : 1); ++b) {
+    for (std::int64_t t = 0; t < call.tokens; ++t) {
+      const char* row = static_cast<const char*>(table) +
+                        (b * call.rope_batch_stride + t * call.rope_stride) * size;
+      if (step == 1) {
+        if (std::memcmp(row, row + half * size, half * size) != 0) {
+          return false;
+        }
+        continue;
+      }
+      for (std::int64_t i = 0; i < half; ++i) {
+        if (std::memcmp(row + 2 * i * size, row + (2 * i + 1) * size, size) != 0) {
+          return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+void check_rope(const char* op, const BlockSpec& spec, const BlockCall& call, std::int64_t width) {
   const RopeSpec& rope = spec.attention.rope;
   if (spec.attention.heads == 0 || rope.kind == RopeKind::kNone) {
     return;
   }
   LOWBIT_CHECK(width >= (rope.width / 2 - 1) * rope.table_step + 1, ErrorCode::kValue, op,
                ": the block rotates ", rope.width, " values, but cos has ", width);
+  // forward.py knows these words: it asks the original block then.
+  LOWBIT_CHECK(width != rope.width || (same_twice(call.cos, call, width, rope.table_step) &&
+                                       same_twice(call.sin, call, width, rope.table_step)),
+               ErrorCode::kValue, op,
+               ": cos and sin turn the two values of a pair by different angles");
 }
 
 void set_mask(const char* op, const std::optional<Tensor>& mask, std::int64_t positions,
@@ -445,7 +477,7 @@ Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
     const BlockSpec& spec = blocks.back()->spec;
     specs.push_back(&spec);
     check_hidden(op, spec, call);
-    check_rope(op, spec, rope_width);
+    check_rope(op, spec, call, rope_width);
     LOWBIT_CHECK(spec.mlp.experts == 0, ErrorCode::kValue, op, ": experts need their choices");
     if (spec.attention.heads > 0) {
       LOWBIT_CHECK(i < keys.size(), ErrorCode::kValue, op, ": no keys for block ", i);
@@ -478,7 +510,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_project(const Tensor& x_given, std::int
   std::int64_t rope_width = 0;
   set_rope(op, cos, sin, call, &rope_width);
   check_hidden(op, block->spec, call);
-  check_rope(op, block->spec, rope_width);
+  check_rope(op, block->spec, call, rope_width);
   const AttentionSpec& a = block->spec.attention;
   LOWBIT_CHECK(a.heads > 0, ErrorCode::kValue, op, ": this block has no attention half");
   const std::int64_t q_sizes[4] = {call.batch, a.heads, call.tokens, a.head_dim};

@@ -206,6 +206,10 @@ class Fused(Mixin):
         return result
 
 
+# Rotary tables that no operator follows: images in models that cut them by columns.
+_TWO_ANGLES = "by different angles"
+
+
 def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
     """What the module's forward returns, or None if the original has to be asked."""
     if not state.ready(module):
@@ -242,6 +246,8 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
             if out is None:
                 return None
     except RuntimeError as error:
+        if _TWO_ANGLES in str(error):
+            return None
         raise translate(error) from None
     count = description.returns
     return out if count == 0 else (out, *(None,) * (count - 1))
@@ -476,6 +482,8 @@ class Stack:
                 max(cache_format, 0),
             )
         except RuntimeError as error:
+            if _TWO_ANGLES in str(error):
+                return None
             raise translate(error) from None
         for layer in layers:
             layer.advance(tokens)

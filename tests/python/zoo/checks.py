@@ -188,8 +188,10 @@ def _check(case, model, arguments, low_bit, save, result: Result) -> None:
     reference = rounded_copy(original, model)
     got, rounded = call(model, arguments), call(reference, arguments)
     result.error = _difference(got, rounded)
-    if result.error > TOLERANCE and result.error > 4 * sensitivity(reference, arguments, rounded):
-        raise AssertionError(f"differs from the dequantized model by {result.error:.1e}")
+    if result.error > TOLERANCE:
+        enough = result.error / 4
+        if sensitivity(reference, arguments, rounded, enough) < enough:
+            raise AssertionError(f"differs from the dequantized model by {result.error:.1e}")
     if save:
         _save_and_load(case, model, arguments, got)
 
@@ -240,8 +242,9 @@ def _difference(got, expected) -> float:
     return worst
 
 
-def sensitivity(reference: nn.Module, arguments: dict, expected) -> float:
-    """How far the float model moves when each matrix product errs by 2^-15 of its largest output.
+def sensitivity(reference: nn.Module, arguments: dict, expected, enough: float) -> float:
+    """How far the float model moves when each matrix product errs by 2^-15 of its largest output;
+    of a dozen draws, those up to the first that reaches `enough`.
 
     Models that select by score (two-stage detectors, samplers) jump at any rounding; this is the
     error that 15-bit activations entitle to, measured on the model that has none.
@@ -256,7 +259,9 @@ def sensitivity(reference: nn.Module, arguments: dict, expected) -> float:
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     hooks = [m.register_forward_hook(disturb) for m in reference.modules() if isinstance(m, kinds)]
     worst = 0.0
-    for _ in range(3):
+    for _ in range(12):
+        if worst >= enough:
+            break
         try:
             worst = max(worst, _difference(call(reference, arguments), expected))
         except (AssertionError, ValueError):  # other shapes: even the number of results jumps
