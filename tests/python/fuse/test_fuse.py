@@ -228,6 +228,40 @@ def test_blocks_run_one_by_one_where_somebody_looks_between_them():
         assert close(a, b)
 
 
+@pytest.mark.parametrize(
+    "kind, columns", [("llama", slice(8, None)), ("cohere", slice(1, None, 2))]
+)
+def test_tables_that_turn_the_values_of_a_pair_by_different_angles(kind, columns, monkeypatch):
+    """As rotary positions of several axes do, where they are cut by columns (HunYuanVL, images)."""
+    plain, fused = pair(kind, layers=3)
+    for model in (plain, fused):
+        rotary = model.model.rotary_emb
+        model.other = False
+
+        def turned(*args, original=rotary.forward, model=model, **kwargs):
+            cos, sin = original(*args, **kwargs)
+            if model.other:
+                cos, sin = cos.clone(), sin.clone()
+                cos[:, -1:, columns], sin[:, -1:, columns] = 0.5, 0.3
+            return cos, sin
+
+        rotary.forward = turned
+    results = []
+    for other in (False, True):
+        calls = Calls(monkeypatch)
+        for model in (plain, fused):
+            model.other = other
+            cache = transformers.DynamicCache(config=model.config)
+            with torch.no_grad():
+                prompt = model(ids(), past_key_values=cache).logits
+                results.append((prompt, model(ids(2, 1, 1), past_key_values=cache).logits))
+        served, refused = calls.served, calls.refused
+        assert (served == 0 and refused >= 3) if other else (served >= 3 and refused == 0)
+        want, have = results[-2:]
+        assert close(have[0], want[0]) and close(have[1], want[1])
+    assert not close(results[0][0], results[2][0])
+
+
 def test_a_model_with_fewer_blocks_than_before():
     plain, fused = pair(layers=3)
     for model in (plain, fused):
