@@ -88,14 +88,15 @@ double qmm_block_cycles(const Geometry& geometry, int rows, int tokens) {
       cycles = tokens == 128 ? 640 : tokens == 64 ? 500 : 335;
       break;
     case Kind::kLut4:
-      cycles = tokens == 128 ? 950 : tokens == 64 ? 650 : 480;
+      cycles = tokens == 128 ? 780 : tokens == 64 ? 650 : 400;
       break;
     default:
       cycles = tokens == 128 ? 740 : tokens == 64 ? 610 : 440;
       break;
   }
   if (minima) cycles += 90;
-  return rows <= 64 ? 0.55 * cycles : cycles;
+  if (rows <= 64) cycles *= tokens == 64 ? 0.58 : tokens == 32 ? 0.5 : 0.38;
+  return cycles;
 }
 
 // What qmm() takes on an H100, in cycles: the busiest SM's share of the tiles, what a launch costs,
@@ -117,8 +118,11 @@ double qmm_cycles(const Problem& problem, const QmmShape& shape) {
   // A cluster lies in one GPC, so that clusters of four leave SMs alone: more would run in turns.
   if (shape.splits == 4 && works * 4 > problem.sm_count * 5 / 6) waves *= 2;
   const double blocks = problem.geometry.k_padded / static_cast<double>(kBlockInputs);
-  return 5800 + waves * blocks * qmm_block_cycles(problem.geometry, shape.rows, shape.tokens) +
-         (sums ? 1600 + 0.25 * shape.tokens * shape.rows : 0);
+  const double busy = waves * blocks * qmm_block_cycles(problem.geometry, shape.rows, shape.tokens);
+  // An SM's share of the memory's bandwidth is 13 bytes a cycle.
+  const double stream = static_cast<double>(problem.geometry.tiles * problem.geometry.tile_bytes) /
+                        (13.0 * problem.sm_count);
+  return 5800 + std::max(busy, stream) + (sums ? 5000 + 0.25 * shape.tokens * shape.rows : 0);
 }
 
 QmmShape select_qmm(const Problem& problem) {
@@ -127,7 +131,7 @@ QmmShape select_qmm(const Problem& problem) {
   double best_cycles = 1e300;
   for (const int tokens : {8, 16, 32, 64, 128, 256}) {
     const bool covers = tokens >= problem.m;
-    if (!covers && tokens < 32) continue;  // several tiles of so few tokens never paid
+    if (!covers && tokens < 64) continue;  // several tiles of so few tokens never paid
     for (const int rows : {64, 128}) {
       if (rows == 64 && tokens > 64) continue;
       for (const int splits : {1, 2, 4}) {
@@ -179,8 +183,7 @@ Choice select(const Problem& problem) {
   // starts sooner; qmm, 16 of them at once, lasts.
   const std::int64_t bytes = problem.geometry.tiles * problem.geometry.tile_bytes;
   const bool wide = kind_bits(kind) == 8;
-  const bool starts = problem.m <= 8 ? !wide || bytes < (std::int64_t{48} << 20)
-                                     : problem.m <= 16 && wide && bytes < (std::int64_t{24} << 20);
+  const bool starts = problem.m <= 8 && (!wide || bytes < (std::int64_t{48} << 20));
   if (small && (starts || !fused)) {
     choice.path = Path::kQmv;
     choice.qmv = select_qmv(problem);

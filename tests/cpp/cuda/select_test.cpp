@@ -26,8 +26,7 @@ TEST(Select, TokensAndBytesDecideTheKernel) {
     EXPECT_EQ(select(problem(info.format, 1, 4096, 4096)).path, Path::kQmv) << info.name;
     EXPECT_EQ(select(problem(info.format, 8, 28672, 8192)).path, wide ? Path::kQmm : Path::kQmv)
         << info.name;
-    EXPECT_EQ(select(problem(info.format, 16, 4096, 4096)).path, wide ? Path::kQmv : Path::kQmm)
-        << info.name;
+    EXPECT_EQ(select(problem(info.format, 16, 4096, 4096)).path, Path::kQmm) << info.name;
     EXPECT_EQ(select(problem(info.format, 16, 14336, 4096)).path, Path::kQmm) << info.name;
     EXPECT_EQ(select(problem(info.format, 64, 14336, 4096)).path, Path::kQmm) << info.name;
     EXPECT_EQ(select(problem(info.format, 100000, 4096, 4096)).path, Path::kScratch) << info.name;
