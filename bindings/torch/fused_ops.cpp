@@ -53,6 +53,12 @@ class Reader {
     return static_cast<float>(floats_[next_float_++]);
   }
   bool flag() { return integer() != 0; }
+  Activation activation() {
+    const std::int64_t number = integer();
+    LOWBIT_CHECK(number >= 0 && number < kActivationCount, ErrorCode::kValue,
+                 "fused_register: activation ", number);
+    return static_cast<Activation>(number);
+  }
   void finish() const {
     LOWBIT_CHECK(next_integer_ == integers_.size() && next_float_ == floats_.size(),
                  ErrorCode::kValue, "fused_register: the description is too long");
@@ -181,6 +187,13 @@ AttentionSpec read_attention(Reader& in) {
                ErrorCode::kValue, "fused_register: a rotation outside the head");
   a.cross = in.flag();
   a.sinks = in.vector(a.heads, &a.sinks_dtype);
+  a.gate_width = in.small();
+  a.gate = {in.integer(), in.integer(), in.integer()};
+  a.gate_activation = in.activation();
+  LOWBIT_CHECK(a.gate_width == 0 || a.gate_width == 1 || a.gate_width == a.head_dim,
+               ErrorCode::kValue, "fused_register: ", a.gate_width, " gates for a head of size ",
+               a.head_dim);
+  check_map(a.gate, a.kv_heads, group, a.gate_width, columns);
   a.mixed_norm = in.norm(std::int64_t{a.heads} * a.head_dim);
   a.out = in.matrix();
   a.out_norm = in.norm(a.out.layout.n);
@@ -207,10 +220,7 @@ MlpSpec read_mlp(Reader& in) {
   m.gate_offset = in.integer();
   m.up_offset = in.integer();
   m.gated = in.flag();
-  const std::int64_t activation = in.integer();
-  LOWBIT_CHECK(activation >= 0 && activation < kActivationCount, ErrorCode::kValue,
-               "fused_register: activation ", activation);
-  m.activation = static_cast<Activation>(activation);
+  m.activation = in.activation();
   LOWBIT_CHECK(!m.in.empty() && m.width > 0 && m.gate_offset >= 0 && m.up_offset >= 0 &&
                    m.gate_offset <= columns - m.width &&
                    (!m.gated || m.up_offset <= columns - m.width),
@@ -513,7 +523,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_project(const Tensor& x_given, std::int
   check_rope(op, block->spec, call, rope_width);
   const AttentionSpec& a = block->spec.attention;
   LOWBIT_CHECK(a.heads > 0, ErrorCode::kValue, op, ": this block has no attention half");
-  const std::int64_t q_sizes[4] = {call.batch, a.heads, call.tokens, a.head_dim};
+  const std::int64_t q_sizes[4] = {call.batch, a.heads, call.tokens, a.head_dim + a.gate_width};
   const std::int64_t kv_sizes[4] = {call.batch, a.kv_heads, call.tokens, a.head_dim};
   Tensor q = empty_cpu(q_sizes, 4, x.scalar_type());
   Tensor k = empty_cpu(kv_sizes, 4, x.scalar_type());
@@ -552,7 +562,7 @@ Tensor fused_attend(const Tensor& x_given, std::int64_t handle, const Tensor& q_
   const AttentionSpec& a = block->spec.attention;
   LOWBIT_CHECK(a.heads > 0, ErrorCode::kValue, op, ": this block has no attention half");
   LOWBIT_CHECK(q.dim() == 4 && q.size(0) == call.batch && q.size(1) == a.heads &&
-                   q.size(2) == call.tokens && q.size(3) == a.head_dim &&
+                   q.size(2) == call.tokens && q.size(3) == a.head_dim + a.gate_width &&
                    q.scalar_type() == x.scalar_type(),
                ErrorCode::kValue, op, ": q must be what fused_project made, got ", shape_text(q));
   LOWBIT_CHECK(keys.dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions");

@@ -4,10 +4,10 @@
 //   cache)))) MLP half         out = norm"(h + b * norm'(Wdown norm(act(Wgate norm(h)) * Wup
 //   norm(h))))
 //
-// Either half may be absent, every norm may be absent, a plain MLP has no gate, and in a parallel
-// block both halves read x. A cross attention takes keys and values that others made. All
-// arithmetic between the packed products is float32; the result does not depend on the number of
-// threads.
+// Either half may be absent, every norm may be absent, a plain MLP has no gate, attention may have
+// one, and in a parallel block both halves read x. A cross attention takes keys and values that
+// others made. All arithmetic between the packed products is float32; the result does not depend on
+// the number of threads.
 #pragma once
 
 #include <cstddef>
@@ -44,8 +44,9 @@ enum class Activation : std::uint8_t {
   kQuickGelu = 6,  // x * sigmoid(1.702 x)
   kSigmoid = 7,
   kTanh = 8,
+  kSoftplus = 9,
 };
-inline constexpr int kActivationCount = 9;
+inline constexpr int kActivationCount = 10;
 
 enum class RopeKind : std::uint8_t {
   kNone = 0,
@@ -100,6 +101,11 @@ struct AttentionSpec {
   // Keys and values are given and the same for every token: `in` makes queries only, nothing is
   // appended, and `k`, `v`, `k_norm` are unused.
   bool cross = false;
+  // > 0: what a head mixes is multiplied by gate_activation of its columns, one for each channel or
+  // one for all of them (1).
+  int gate_width = 0;
+  HeadMap gate;
+  Activation gate_activation = Activation::kSigmoid;
   NormSpec mixed_norm;  // of all heads together, before `out`
   PackedMatrix out;
   NormSpec out_norm;
@@ -207,7 +213,8 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
                 const BlockCall& call, const Threads& threads = serial_threads());
 
 // The first part of an attention half, for caches that others keep: queries, keys and values,
-// normed and rotated, [batch, heads, tokens, head_dim] each, in the dtype of the call.
+// normed and rotated, [batch, heads, tokens, head_dim] each, in the dtype of the call. Where there
+// are gates, a head of q is gate_width longer, and they follow.
 void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, void* v,
              const Threads& threads = serial_threads());
 

@@ -100,6 +100,11 @@ const float* head_of(const HeadMap& map, const float* row, int group, int index)
   return row + map.offset + group * map.group_stride + index * map.head_stride;
 }
 
+// Floats of a head of queries: the gates follow.
+std::int64_t query_width(const AttentionSpec& spec) {
+  return spec.head_dim + spec.gate_width;
+}
+
 // Where token t of head h goes.
 struct HeadTarget {
   char* data;
@@ -203,6 +208,14 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
     };
     const bool rotated = spec.rope.kind != RopeKind::kNone;
     emit(spec.q, spec.kv_heads * group, spec.q_norm, rotated, q_scale, q);
+    if (spec.gate_width > 0) {
+      HeadTarget gates = q;
+      gates.data += d * static_cast<std::int64_t>(dtype_bytes(q.dtype));
+      for (int h = 0; h < spec.heads; ++h) {
+        gates.store(kernels, head_of(spec.gate, row, h / group, h % group), spec.gate_width, b, h,
+                    s);
+      }
+    }
     if (spec.cross) return;
     emit(spec.k, spec.kv_heads, spec.k_norm, rotated, 1, k);
     emit(spec.v, spec.kv_heads, NormSpec{}, false, 1, v);
@@ -234,7 +247,7 @@ std::vector<Strip> strips_of(const BlockCall& call, std::int64_t begin, std::int
 }
 
 // The attention of one chunk of tokens: what its tasks, in float32 or in bfloat16, have in common.
-// q is float32, scaled, [batch, tokens, heads, head_dim]; out is [count, heads * d].
+// q is float32, scaled, [batch, tokens, heads, query_width]; out is [count, heads * d].
 struct Attention {
   const Work& work;
   const AttentionSpec& spec;
@@ -250,6 +263,9 @@ struct Attention {
   std::int64_t element =
       cache.format == CacheFormat::kFloat ? static_cast<std::int64_t>(dtype_bytes(cache.dtype)) : 1;
 
+  const float* query(std::int64_t token, std::int64_t head) const {
+    return q + (token * spec.heads + head) * query_width(spec);
+  }
   const void* keys(std::int64_t b, std::int64_t kv) const {
     return static_cast<const char*>(cache.keys) +
            (b * cache.key_batch_stride + kv * cache.key_head_stride) * element;
@@ -276,8 +292,7 @@ struct StripRows {
       const std::int64_t s = (strip.first + t) % a.call.tokens;
       for (int i = 0; i < a.group; ++i) {
         const std::int64_t r = t * a.group + i;
-        std::copy_n(a.q + ((strip.first + t) * a.spec.heads + kv * a.group + i) * a.d, a.d,
-                    packed + r * a.d);
+        std::copy_n(a.query(strip.first + t, kv * a.group + i), a.d, packed + r * a.d);
         limits[r] = a.limit(strip.first + t);
         last = std::max(last, limits[r]);
         if (a.mask.kind != MaskKind::kNone) {
@@ -324,6 +339,15 @@ void finish(const Attention& a, const Strip& strip, int kv, const float* acc, co
         factor = 1.0f / (sum[r] + std::exp(sink - max[r]));
       }
       for (int j = 0; j < a.d; ++j) to[j] = acc[r * a.d + j] * factor;
+      if (spec.gate_width == 0) continue;
+      const float* gate = a.query(strip.first + t, kv * a.group + i) + a.d;
+      if (spec.gate_width == a.d) {
+        a.work.kernels.activate(spec.gate_activation, gate, to, a.d, to);
+      } else {
+        float one;
+        a.work.kernels.activate(spec.gate_activation, gate, nullptr, 1, &one);
+        for (int j = 0; j < a.d; ++j) to[j] *= one;
+      }
     }
   }
 }
@@ -617,6 +641,8 @@ void check(const BlockSpec& block, const BlockCall& call) {
     require(!a.in.empty() && inputs(a.in, call.hidden), "x must have the projections' inputs");
     require(a.out.layout.k == std::int64_t{a.heads} * a.head_dim && a.out.layout.n == call.hidden,
             "the output projection must be [hidden, heads * head_dim]");
+    require(a.gate_width == 0 || a.gate_width == 1 || a.gate_width == a.head_dim,
+            "a head has one gate, or one for each channel");
     require(a.rope.kind == RopeKind::kNone ||
                 (a.rope.width % 2 == 0 && a.rope.begin + a.rope.width <= a.head_dim &&
                  call.cos != nullptr && call.sin != nullptr),
@@ -678,7 +704,7 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
   for (const BlockSpec* block : blocks) {
     check(*block, call);
     const AttentionSpec& a = block->attention;
-    q_floats = std::max(q_floats, rows * a.heads * a.head_dim);
+    q_floats = std::max(q_floats, rows * a.heads * query_width(a));
     memory_floats = std::max(
         {memory_floats, project_floats(a, chunk, hidden), finish_floats(*block, chunk, hidden)});
   }
@@ -694,9 +720,9 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
     if (a.heads > 0) {
       require(i < caches.size(), "every attention half needs a cache");
       cache = caches[i];
+      const std::int64_t width = query_width(a);
       const HeadTarget q_target{reinterpret_cast<char*>(q), DType::kFloat32,
-                                call.tokens * a.heads * a.head_dim, a.head_dim,
-                                std::int64_t{a.heads} * a.head_dim};
+                                call.tokens * a.heads * width, width, a.heads * width};
       for (std::int64_t begin = 0; begin < rows; begin += chunk) {
         project_chunk(work, a, x, begin, std::min(rows, begin + chunk), a.scale, q_target,
                       key_target(cache, call.past), value_target(cache, call.past), memory);
@@ -721,13 +747,14 @@ void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, vo
   const std::int64_t chunk = chunk_of(rows);
   float* x = floats(2, rows * hidden + project_floats(a, chunk, hidden));
   work.kernels.load(call.x, call.dtype, rows * hidden, x);
-  const auto target = [&](void* data, int heads) {
-    return HeadTarget{static_cast<char*>(data), call.dtype, heads * call.tokens * a.head_dim,
-                      call.tokens * a.head_dim, a.head_dim};
+  const auto target = [&](void* data, int heads, std::int64_t width) {
+    return HeadTarget{static_cast<char*>(data), call.dtype, heads * call.tokens * width,
+                      call.tokens * width, width};
   };
   for (std::int64_t begin = 0; begin < rows; begin += chunk) {
-    project_chunk(work, a, x, begin, std::min(rows, begin + chunk), 1, target(q, a.heads),
-                  target(k, a.kv_heads), target(v, a.kv_heads), x + rows * hidden);
+    project_chunk(work, a, x, begin, std::min(rows, begin + chunk), 1,
+                  target(q, a.heads, query_width(a)), target(k, a.kv_heads, a.head_dim),
+                  target(v, a.kv_heads, a.head_dim), x + rows * hidden);
   }
 }
 
@@ -764,19 +791,20 @@ void attend(const BlockSpec& block, const BlockCall& call, const void* q, const 
   const AttentionSpec& a = block.attention;
   require(a.heads > 0, "this block has no attention half");
   const std::int64_t chunk = chunk_of(rows), d = a.head_dim;
-  float* x = floats(2, rows * hidden + rows * a.heads * d + finish_floats(block, chunk, hidden));
+  const std::int64_t width = query_width(a);
+  float* x = floats(2, rows * (hidden + a.heads * width) + finish_floats(block, chunk, hidden));
   float* queries = x + rows * hidden;
-  float* memory = queries + rows * a.heads * d;
+  float* memory = queries + rows * a.heads * width;
   work.kernels.load(call.x, call.dtype, rows * hidden, x);
-  // [batch, heads, tokens, d] to float32 [batch, tokens, heads, d], scaled
+  // [batch, heads, tokens, width] to float32 [batch, tokens, heads, width], queries scaled
   const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(call.dtype));
   for (std::int64_t b = 0; b < call.batch; ++b) {
     for (std::int64_t h = 0; h < a.heads; ++h) {
       for (std::int64_t t = 0; t < call.tokens; ++t) {
-        float* to = queries + ((b * call.tokens + t) * a.heads + h) * d;
+        float* to = queries + ((b * call.tokens + t) * a.heads + h) * width;
         work.kernels.load(
-            static_cast<const char*>(q) + ((b * a.heads + h) * call.tokens + t) * d * element,
-            call.dtype, d, to);
+            static_cast<const char*>(q) + ((b * a.heads + h) * call.tokens + t) * width * element,
+            call.dtype, width, to);
         for (std::int64_t i = 0; i < d; ++i) to[i] *= a.scale;
       }
     }

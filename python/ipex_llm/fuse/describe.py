@@ -29,6 +29,7 @@ ACTIVATIONS = (
     "quick_gelu",
     "sigmoid",
     "tanh",
+    "softplus",
 )
 NORM_KINDS = ("none", "rms", "layer")  # lowbit::NormKind
 ROPE_KINDS = ("none", "halves", "interleaved")  # lowbit::RopeKind
@@ -76,6 +77,10 @@ class Attention:
     softcap: float = 0.0
     sinks: str = ""  # the parameter's name, "" for none
     cross: bool = False  # keys and values of something else, the same for every token
+    # What a head mixes is multiplied by gate_activation of as many columns: head_dim, or 1 for all.
+    gate_width: int = 0
+    gate: Heads = field(default_factory=Heads)
+    gate_activation: str = "sigmoid"
     mixed_norm: Norm = field(default_factory=Norm)  # of all heads together, before `output`
     out_norm: Norm = field(default_factory=Norm)
     post_norm: Norm = field(default_factory=Norm)  # of the sum with the residual
@@ -103,7 +108,7 @@ class Mlp:
 
 def _read(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a half, whose norms and heads have become dicts."""
-    kinds = {"q": Heads, "k": Heads, "v": Heads}
+    kinds = {"q": Heads, "k": Heads, "v": Heads, "gate": Heads}
     return {
         name: kinds.get(name, Norm)(**value) if isinstance(value, dict) else value
         for name, value in data.items()
@@ -346,6 +351,9 @@ class _Writer:
             ]
             self.integers.append(int(a.cross))
             self.sinks(a.sinks)
+            self.integers.append(a.gate_width)
+            self.heads(a.gate)
+            self.integers.append(ACTIVATIONS.index(a.gate_activation))
             self.norm(a.mixed_norm)
             self.matrix(a.output)
             self.norm(a.out_norm)

@@ -172,10 +172,18 @@ def find_attention(
         if (q.over_heads, q.norm_last) != (k.over_heads, k.norm_last):
             raise Unrecognised("norms of queries and keys at different places")
 
-    mixed_norm, last = _reader(record, call)
     per_group = heads // kv_heads
-    used = _used(groups, q.columns + k.columns + v_at, head_dim)
-    q_at, k_at, v_at = (_moved(groups, used, at) for at in (q.columns, k.columns, v_at))
+    try:
+        mixed_norm, last = _reader(record, call)
+        gate = _Gate()
+    except Unrecognised:
+        groups += [c for c in _readers(record, groups[0].input) if c not in groups]
+        mixed_norm = Norm()
+        gate, last = _gate_of(record, groups, call)
+    used = _used(groups, [(q.columns + k.columns + v_at, head_dim), (gate.columns, gate.width)])
+    q_at, k_at, v_at, gate_at = (
+        _moved(groups, used, at) for at in (q.columns, k.columns, v_at, gate.columns)
+    )
     return (
         Attention(
             inputs=[c.name for c in used],
@@ -190,6 +198,9 @@ def find_attention(
             softcap=call.softcap,
             sinks="" if call.sinks is None else owner_of(record.module, call.sinks),
             norm=norm,
+            gate_width=gate.width,
+            gate=_map(gate_at, per_group) if gate.width else Heads(),
+            gate_activation=gate.activation,
             mixed_norm=mixed_norm,
             q_norm=q.norm,
             k_norm=k.norm,
@@ -213,6 +224,52 @@ def _reader(record: Record, call: Attended) -> tuple[Norm, Seen]:
             if same(last.input, tensor):
                 return norm, last
     raise Unrecognised("nothing reads the attention's output as it is, or a known norm of it")
+
+
+@dataclass
+class _Gate:
+    """Which columns, through which function, multiply what the heads mix."""
+
+    columns: list[int] = field(default_factory=list)  # of every head
+    width: int = 0  # of a head: its size, or 1 where all channels share a gate
+    activation: str = "sigmoid"
+
+
+def _readers(record: Record, tensor: torch.Tensor) -> list[Seen]:
+    return [c for c in linears(record) if c.output.dim() == 3 and same(c.input, tensor)]
+
+
+def _gate_of(record: Record, groups: list[Seen], call: Attended) -> tuple[_Gate, Seen]:
+    """The gate between the attention's output and the linear that comes next."""
+    mixed = call.output[0].transpose(0, 1)  # [tokens, heads, size]
+    columns = torch.cat([c.output[0].reshape(mixed.shape[0], -1) for c in groups], dim=-1)
+    for last in linears(record):
+        if last in groups or last.input.numel() != mixed.numel():
+            continue
+        target = last.input.reshape(mixed.shape)
+        for name, function in GATE_FUNCTIONS.items():
+            active = function(columns)
+            for width in (mixed.shape[2], 1):
+                found = [
+                    _gate_column(active, mixed[:, h], target[:, h], width)
+                    for h in range(mixed.shape[1])
+                ]
+                if None not in found:
+                    return _Gate(found, width, name), last
+    raise Unrecognised(
+        "nothing reads the attention's output as it is, or a known norm or gate of it"
+    )
+
+
+def _gate_column(active, mixed, target, width: int) -> int | None:
+    """Where `width` of the columns times `mixed` [tokens, size] are `target`."""
+    limit = _TOLERANCE * max(float(target.abs().max()), 1e-6)
+    near = ((active * mixed[:, :1] - target[:, :1]).abs() <= limit).all(0)
+    for at in near.nonzero().flatten().tolist():
+        gate = active[:, at : at + width]
+        if gate.shape[1] == width and bool(((gate * mixed - target).abs() <= limit).all()):
+            return at
+    return None
 
 
 def find_cross(
@@ -239,7 +296,7 @@ def find_cross(
     outputs = torch.cat([c.output for c in groups], dim=-1)
     q = _heads_of(record, outputs, call.query, _Rope(None))
     mixed_norm, last = _reader(record, call)
-    used = _used(groups, q.columns, head_dim)
+    used = _used(groups, [(q.columns, head_dim)])
     attention = Attention(
         inputs=[c.name for c in used],
         output=last.name,
@@ -456,11 +513,12 @@ def _spans(groups: list[Seen]) -> list[tuple[int, int, Seen]]:
     return spans
 
 
-def _used(groups: list[Seen], columns: list[int], size: int) -> list[Seen]:
+def _used(groups: list[Seen], wanted: list[tuple[list[int], int]]) -> list[Seen]:
+    """The linears that make any of the columns: (where they start, how many)."""
     return [
         call
         for begin, end, call in _spans(groups)
-        if any(begin <= c and c + size <= end for c in columns)
+        if any(begin <= c and c + size <= end for columns, size in wanted for c in columns)
     ]
 
 
@@ -498,6 +556,9 @@ def _relu2(x):
     return F.relu(x).square()
 
 
+# Of gates of attentions; functions for MLPs follow.
+GATE_FUNCTIONS = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "silu": F.silu}
+
 ACTIVATION_FUNCTIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -507,6 +568,7 @@ ACTIVATION_FUNCTIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "softplus": F.softplus,
     "identity": lambda x: x,
 }
 

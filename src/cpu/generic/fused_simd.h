@@ -233,6 +233,22 @@ LOWBIT_INLINE vf verf(vf x) {
   return x < vf{} ? -value : value;
 }
 
+// log(1 + e^x)
+LOWBIT_INLINE vf vsoftplus(vf x) {
+  const vf zero = {};
+  const vf e = vexp(x < zero ? x : -x);
+  // log(1 + e) = 2 atanh(e / (2 + e)), whose argument is at most 1 / 3.
+  const vf z = e / (2.0f + e), z2 = z * z;
+  vf p = splat(1.0f / 13);
+  p = fma(p, z2, splat(1.0f / 11));
+  p = fma(p, z2, splat(1.0f / 9));
+  p = fma(p, z2, splat(1.0f / 7));
+  p = fma(p, z2, splat(1.0f / 5));
+  p = fma(p, z2, splat(1.0f / 3));
+  p = fma(p, z2, splat(1.0f));
+  return (x > zero ? x : x * 0.0f) + 2.0f * z * p;
+}
+
 template <Activation kKind>
 LOWBIT_INLINE vf act(vf x) {
   if constexpr (kKind == Activation::kSilu) return x * vsigmoid(x);
@@ -245,6 +261,7 @@ LOWBIT_INLINE vf act(vf x) {
   if constexpr (kKind == Activation::kQuickGelu) return x * vsigmoid(1.702f * x);
   if constexpr (kKind == Activation::kSigmoid) return vsigmoid(x);
   if constexpr (kKind == Activation::kTanh) return vtanh(x);
+  if constexpr (kKind == Activation::kSoftplus) return vsoftplus(x);
   return x;
 }
 
@@ -285,6 +302,8 @@ void activate(Activation kind, const float* gate, const float* up, std::int64_t 
       return activate_as<Activation::kSigmoid>(gate, up, n, out);
     case Activation::kTanh:
       return activate_as<Activation::kTanh>(gate, up, n, out);
+    case Activation::kSoftplus:
+      return activate_as<Activation::kSoftplus>(gate, up, n, out);
   }
 }
 

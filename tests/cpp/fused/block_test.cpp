@@ -29,6 +29,8 @@ struct Shape {
   MaskKind mask;
   // Sinks, norms of the mixed values, inside the MLP and after the sums, head norms that come last.
   bool dressed = false;
+  int gate_width = 0;
+  Activation gate_activation = Activation::kSigmoid;
 };
 
 std::string name_of(const testing::TestParamInfo<Shape>& info) {
@@ -51,6 +53,8 @@ class Block : public testing::TestWithParam<Shape> {
   Weight q{s.heads * s.head_dim, s.hidden, s.biases, random};
   Weight k{s.kv_heads * s.head_dim, s.hidden, s.biases, random};
   Weight v{s.kv_heads * s.head_dim, s.hidden, s.biases, random};
+  // At least one, so that there is a matrix.
+  Weight head_gate{std::max(1, s.heads* s.gate_width), s.hidden, s.biases, random};
   Weight o{s.hidden, s.heads* s.head_dim, s.biases, random};
   Weight gate{s.width, s.hidden, false, random};
   Weight up{s.width, s.hidden, false, random};
@@ -79,6 +83,13 @@ class Block : public testing::TestWithParam<Shape> {
     a.q = {0, s.heads / s.kv_heads * s.head_dim, s.head_dim};
     a.k = {s.heads * s.head_dim, s.head_dim, 0};
     a.v = {(s.heads + s.kv_heads) * s.head_dim, s.head_dim, 0};
+    if (s.gate_width > 0) {
+      a.in.push_back(head_gate.packed);
+      a.gate_width = s.gate_width;
+      a.gate = {(s.heads + 2 * s.kv_heads) * s.head_dim, s.heads / s.kv_heads * s.gate_width,
+                s.gate_width};
+      a.gate_activation = s.gate_activation;
+    }
     a.norm.kind = s.norm_kind;
     a.norm.weight = norm1.data();
     a.norm.bias = s.norm_kind == NormKind::kLayer ? bias1.data() : nullptr;
@@ -190,7 +201,7 @@ class Block : public testing::TestWithParam<Shape> {
              p * cache.key_stride;
     };
     const std::int64_t d = s.head_dim;
-    std::vector<Vector> queries;
+    std::vector<Vector> queries, gates;
     for (std::int64_t t = 0; t < s.batch * s.tokens; ++t) {
       const Vector row(x.begin() + t * s.hidden, x.begin() + (t + 1) * s.hidden);
       const Vector normed = norm(block.attention.norm, row);
@@ -203,6 +214,7 @@ class Block : public testing::TestWithParam<Shape> {
         all.insert(all.end(), head.begin(), head.end());
       }
       queries.push_back(all);
+      gates.push_back(head_gate.times(normed));
       for (int h = 0; h < s.kv_heads; ++h) {
         const Vector head =
             placed(block.attention.k_norm, Vector(pk.begin() + h * d, pk.begin() + (h + 1) * d),
@@ -245,6 +257,12 @@ class Block : public testing::TestWithParam<Shape> {
             mixed[static_cast<std::size_t>(h * d + i)] +=
                 weights[static_cast<std::size_t>(p)] / sum * at(values, b, kv, p)[i];
           }
+        }
+        for (std::int64_t i = 0; i < d && s.gate_width > 0; ++i) {
+          const std::int64_t column = s.gate_width == 1 ? h : h * d + i;
+          mixed[static_cast<std::size_t>(h * d + i)] *=
+              activation(s.gate_activation,
+                         gates[static_cast<std::size_t>(t)][static_cast<std::size_t>(column)]);
         }
       }
       Vector row(x.begin() + t * s.hidden, x.begin() + (t + 1) * s.hidden);
@@ -325,7 +343,7 @@ TEST_P(Block, TwoPartsMakeTheWhole) {
   std::vector<float> out(x.size());
   call.out = out.data();
   const std::int64_t d = s.head_dim, rows = s.batch * s.tokens;
-  std::vector<float> new_q(static_cast<std::size_t>(rows * s.heads * d));
+  std::vector<float> new_q(static_cast<std::size_t>(rows * s.heads * (d + s.gate_width)));
   std::vector<float> new_k(static_cast<std::size_t>(rows * s.kv_heads * d)), new_v(new_k.size());
   project(block, call, new_q.data(), new_k.data(), new_v.data());
   attend(block, call, new_q.data(), view(keys, values), positions);
@@ -345,7 +363,7 @@ TEST_P(Block, CachesInBFloat16AreReadAsTheyAre) {
     kernels.load(halves[i].data(), DType::kBFloat16, n, floats_of[i]->data());
   }
   const std::int64_t rows = s.batch * s.tokens, d = s.head_dim;
-  std::vector<float> new_q(static_cast<std::size_t>(rows * s.heads * d));
+  std::vector<float> new_q(static_cast<std::size_t>(rows * s.heads * (d + s.gate_width)));
   std::vector<float> new_k(static_cast<std::size_t>(rows * s.kv_heads * d)), new_v(new_k.size());
   project(block, call, new_q.data(), new_k.data(), new_v.data());
   std::vector<float> out(x.size()), want(x.size());
@@ -446,7 +464,7 @@ TEST_P(Block, QuantizedCachesHoldTheBoundAndAreReadAsTheyAre) {
     expect_quantized(v_read, part_of(values, positions + 3, positions), d, format);
 
     // The same attention over what was read.
-    std::vector<float> q_new(static_cast<std::size_t>(rows * s.heads * d));
+    std::vector<float> q_new(static_cast<std::size_t>(rows * s.heads * (d + s.gate_width)));
     std::vector<float> k_new(static_cast<std::size_t>(rows * s.kv_heads * d)), v_new(k_new.size());
     project(block, call, q_new.data(), k_new.data(), v_new.data());
     const std::int64_t head = positions * d, row = s.kv_heads * head;
@@ -487,6 +505,67 @@ INSTANTIATE_TEST_SUITE_P(
                           MaskKind::kFloat32},
                     Shape{"dressed_prompt", 6, 2, 48, 64, 32, 1, 150, 90, kHalf, NormKind::kLayer,
                           true, true, true, false, Activation::kSilu, 8, MaskKind::kNone, true},
+                    Shape{"gated_decode",
+                          6,
+                          2,
+                          16,
+                          64,
+                          96,
+                          1,
+                          1,
+                          600,
+                          kHalf,
+                          NormKind::kRms,
+                          true,
+                          true,
+                          true,
+                          false,
+                          Activation::kSilu,
+                          0,
+                          MaskKind::kNone,
+                          false,
+                          16},
+                    Shape{"gated_prompt",
+                          4,
+                          2,
+                          32,
+                          64,
+                          48,
+                          2,
+                          33,
+                          5,
+                          kHalf,
+                          NormKind::kRms,
+                          false,
+                          false,
+                          true,
+                          false,
+                          Activation::kSilu,
+                          0,
+                          MaskKind::kBool,
+                          true,
+                          32},
+                    Shape{"gated_by_heads",
+                          4,
+                          2,
+                          20,
+                          64,
+                          48,
+                          2,
+                          9,
+                          3,
+                          RopeSpec{},
+                          NormKind::kRms,
+                          false,
+                          false,
+                          true,
+                          true,
+                          Activation::kSoftplus,
+                          0,
+                          MaskKind::kNone,
+                          false,
+                          1,
+                          Activation::kSoftplus},
                     Shape{"dressed", 4, 2, 16, 64, 96, 2, 3, 5, kHalf, NormKind::kLayer, true, true,
                           true, false, Activation::kSilu, 0, MaskKind::kBool, true},
                     Shape{"dressed_long_cache", 4, 2, 16, 64, 96, 1, 1, 1100, kHalf, NormKind::kRms,
@@ -513,7 +592,8 @@ TEST_P(Block, CrossAttentionReadsWhatIsThere) {
 
 TEST_P(Block, ColumnsAreTheProjectionsOfTheNorm) {
   const std::int64_t rows = s.batch * s.tokens;
-  const std::int64_t width = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  const std::int64_t width =
+      (s.heads + 2 * s.kv_heads) * s.head_dim + std::int64_t{s.heads} * s.gate_width;
   std::vector<float> normed(x.size()), projected(static_cast<std::size_t>(rows * width));
   columns(block, call, normed.data(), projected.data());
   Vector want_normed, want;
@@ -521,7 +601,8 @@ TEST_P(Block, ColumnsAreTheProjectionsOfTheNorm) {
     const Vector row = norm(block.attention.norm,
                             Vector(x.begin() + t * s.hidden, x.begin() + (t + 1) * s.hidden));
     want_normed.insert(want_normed.end(), row.begin(), row.end());
-    for (const Weight* weight : {&q, &k, &v}) {
+    for (const Weight* weight : {&q, &k, &v, &head_gate}) {
+      if (weight == &head_gate && s.gate_width == 0) continue;
       const Vector part = weight->times(row);
       want.insert(want.end(), part.begin(), part.end());
     }

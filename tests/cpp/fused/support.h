@@ -102,6 +102,8 @@ inline double activation(Activation kind, double x) {
       return sigmoid(x);
     case Activation::kTanh:
       return std::tanh(x);
+    case Activation::kSoftplus:
+      return std::log1p(std::exp(x));
   }
   return NAN;
 }

@@ -483,6 +483,63 @@ def test_a_window_of_the_blocks_own_is_not_lost():
     assert close(have, want)
 
 
+class GatedAttention(nn.Module):
+    """What heads mix is multiplied by a function of other columns; `form` says how."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.qkv = nn.Linear(64, 3 * 64)
+        self.gate = nn.Linear(64, 4 if form == "softplus by heads" else 64)
+        self.out = nn.Linear(64, 64)
+        self.shift = nn.Parameter(torch.full((64,), 0.5))
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = (t.reshape(batch, tokens, 4, 16).transpose(1, 2) for t in self.qkv(x).chunk(3, 2))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1)
+        mixed = mixed.transpose(1, 2).reshape(batch, tokens, 64)
+        gate = self.gate(x)
+        if self.form == "softplus by heads":
+            gate = nn.functional.softplus(gate).repeat_interleave(16, 2)
+        elif self.form == "sigmoid":
+            gate = torch.sigmoid(gate)
+        else:  # of something that is no column
+            gate = torch.sigmoid(gate + self.shift)
+        return x + self.out(mixed * gate)
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softplus by heads", "shifted"])
+def test_gated_attention(form):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList([GatedAttention(form)])
+    plain = ipex_llm.optimize_model(copy.deepcopy(model).eval(), "sym_int8", optimize_llm=False)
+    fused = ipex_llm.optimize_model(model.eval(), "sym_int8")
+    x = torch.randn((2, 9, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert close(fused.layers[0](x), plain.layers[0](x))
+    report = ipex_llm.optimization_report(fused)
+    if form == "shifted":
+        assert "norm or gate of it" in report.entries[0]["reason"], str(report)
+    else:
+        assert report.entries[0]["fused"] == "attention", str(report)
+
+
+def test_gated_attention_over_windows_and_caches(monkeypatch):
+    """afmoe: gates travel with the queries where a cache stores in its own way."""
+    options = {"num_dense_layers": 4, "sliding_window": 6, "head_dim": 16, "layers": 4}
+    plain, fused = pair("afmoe", **options)
+    report = ipex_llm.optimization_report(fused)
+    assert sum("attention" in entry["fused"] for entry in report.fused) == 4, str(report)
+    calls = Calls(monkeypatch)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(
+        fused.generate(ids(tokens=9), **settings), plain.generate(ids(tokens=9), **settings)
+    )
+    assert calls.served > 0
+
+
 @pytest.mark.parametrize("original", [32, 64, 4096])
 def test_queries_that_are_scaled_from_some_position_on(original, monkeypatch):
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "llama_4_scaling_beta": 2.0}
