@@ -4,7 +4,8 @@ PYTHONPATH=python python bench/gpu.py OUT.json [--quick]
 
 Each result is verified against float64 first; times are those of CUDA graphs over a ring of weights
 larger than the L2, so neither launches nor caches flatter anyone. `floor` is the time in which the
-copy bandwidth measured in this run moves the packed bytes once.
+copy bandwidth measured in this run moves the packed bytes once. bench/gpu_record.py writes OUT.json
+into docs/.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from ipex_llm import ops
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gpu_record import tables
 from gpu_timing import copy_bandwidth, ring_length, time_calls
 
 lowbit = torch.ops.lowbit
@@ -102,32 +104,6 @@ def bench_format(fmt, weight, inputs, bandwidth, dense, rows):
         )
 
 
-def table(results) -> str:
-    """Microseconds and, in brackets, the speed-up over bf16 cuBLAS: one table per shape."""
-    lines = []
-    rows = results["rows"]
-    for n, k in dict.fromkeys((r["n"], r["k"]) for r in rows):
-        here = [r for r in rows if (r["n"], r["k"]) == (n, k)]
-        tokens = list(dict.fromkeys(r["m"] for r in here))
-        lines += [
-            f"\n{n} x {k}\n",
-            "| type | floor | " + " | ".join(f"M = {m}" for m in tokens) + " |",
-        ]
-        lines.append("|---" * (len(tokens) + 2) + "|")
-        dense = {r["m"]: r["cublas"] for r in here}
-        lines.append("| bf16 cuBLAS | | " + " | ".join(f"{dense[m]:.1f}" for m in tokens) + " |")
-        for name in dict.fromkeys(r["format"] for r in here):
-            cells = {r["m"]: r for r in here if r["format"] == name}
-            floor = next(iter(cells.values()))["floor"]
-            text = " | ".join(
-                f"{cells[m]['microseconds']:.1f} "
-                f"({cells[m]['cublas'] / cells[m]['microseconds']:.2f})"
-                for m in tokens
-            )
-            lines.append(f"| {name} | {floor:.1f} | {text} |")
-    return "\n".join(lines)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
@@ -156,7 +132,7 @@ def main():
         for name in args.formats:
             bench_format(ops.FORMATS[name], weight, inputs, bandwidth, dense, results["rows"])
             Path(args.out).write_text(json.dumps(results, indent=1))
-    print(table(results))
+    print(tables(results))
 
 
 main()

@@ -2,14 +2,14 @@
 // shared memory and the registers of the A operand, activations as B in shared memory.
 //
 // A thread block multiplies up to 128 outputs x kTokens tokens: two warpgroups of 64 outputs, a row
-// tile of 16 per warp. Up to 128 tokens two more take turns with them along K: what bounds a warp
-// is the latency of dequantizing, and four warps per scheduler hide it. One more warp keeps a ring
-// of stages full by the copy engine: three tensor maps, for codes, scales and activations, so that
-// a copy takes the row tiles of the whole thread block at once (one bulk copy per row tile took
-// twice as long, and cp.async by the multiplying warps half of their instructions). All of its
-// lanes run the loop and one starts the copies: with a single lane the compiler could not tell that
-// addresses are uniform, and each stage took 800 cycles. Inputs past K and rows past M read as
-// zeros.
+// tile of 16 per warp. Up to 128 tokens two more take turns with them along K (with one of 64
+// outputs three): what bounds a warp is the latency of dequantizing, and four warps per scheduler
+// hide it. One more warp keeps a ring of stages full by the copy engine: three tensor maps, for
+// codes, scales and activations, so that a copy takes the row tiles of the whole thread block at
+// once (one bulk copy per row tile took twice as long, and cp.async by the multiplying warps half
+// of their instructions). All of its lanes run the loop and one starts the copies: with a single
+// lane the compiler cannot tell that addresses are uniform, and a stage takes four times as many
+// instructions. Inputs past K and rows past M read as zeros.
 //
 // Scales. Up to 64 tokens (kScaleSums) codes enter as exact small numbers; the sums of a block of
 // 64 inputs are multiplied by their scale in fp32, minima (up to 16 tokens) by the sum of the
