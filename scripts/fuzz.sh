@@ -39,5 +39,6 @@ for target in "${targets[@]}"; do
     -artifact_prefix="build-fuzz/$target-" -print_final_stats=1 -verbosity=0 \
     "build-fuzz/corpus/$target" "tests/fuzz/corpus/$target" > "build-fuzz/$target.log" 2>&1 || status=$?
   grep -E "number_of_executed_units|average_exec_per_sec|ERROR|SUMMARY|Test unit written" "build-fuzz/$target.log" || true
+  [ "$status" -ne 72 ] || { echo "fuzz: $target was interrupted" >&2; exit 1; }
   [ "$status" -eq 0 ] || { echo "fuzz: a finding in $target, see build-fuzz/$target.log" >&2; exit 1; }
 done
