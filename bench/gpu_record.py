@@ -42,6 +42,8 @@ def tables(results: dict) -> str:
             text = " | ".join(
                 f"{cells[m]['microseconds']:.1f} "
                 f"({cells[m]['cublas'] / cells[m]['microseconds']:.2f})"
+                if m in cells
+                else ""
                 for m in tokens
             )
             lines.append(f"| {name} | {floor:.1f} | {text} |")

@@ -275,6 +275,18 @@ Tensor through_cublas(const Linear& call, cuda::Path path) {
   return to_dtype(torch_linear(to_dtype(call.x, compute), weight, bias), scalar_type(call.x_dtype));
 }
 
+// fp8 weights by fp8 tensor cores; x is quantized into scratch of torch's allocator.
+Tensor through_eight(const Linear& call, const char* op, const cuda::QmmShape& shape) {
+  Tensor out = empty_out(call);
+  const std::int64_t bytes[] = {call.rows.rows, call.layout.k};
+  const Tensor codes = empty_gpu(bytes, 2, ScalarType::Byte, call.device);
+  const Tensor scales = empty_gpu(bytes, 1, ScalarType::Float, call.device);
+  const cuda::EightArgs args{fused_args(call, out), codes.data_ptr(),
+                             static_cast<float*>(scales.data_ptr())};
+  check_launch(op, cuda::qmm_eight(args, shape, call.stream));
+  return out;
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
               std::int64_t exponent, std::int64_t precision) {
@@ -303,12 +315,13 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
                                : cuda::qmm(args, choice.qmm, call.stream));
     return out;
   }
+  if (choice.path == cuda::Path::kEight) return through_eight(call, "linear", choice.qmm);
   return through_cublas(call, choice.path);
 }
 
 // linear() by a named path and launch shape: what benchmarks sweep and tests force.
 // variant = {path, ...}: qmv tiles_per_warp, warps_n, warps_k, splits, early; qmm rows, tokens,
-// splits, early.
+// splits, early; eight tokens, splits, early.
 Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                       std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
                       std::int64_t exponent, const std::vector<std::int64_t>& variant) {
@@ -330,6 +343,11 @@ Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional
             ? cuda::qmv(args, {field(1), field(2), field(3), field(4), field(5) != 0}, call.stream)
             : cuda::qmm(args, {field(1), field(2), field(3), field(4) != 0}, call.stream));
     return out;
+  }
+  if (path == cuda::Path::kEight) {
+    LOWBIT_CHECK(variant.size() == 4u && call.x_dtype != DType::kFloat32, ErrorCode::kValue,
+                 "linear_variant: eight takes 4 numbers and 16-bit activations");
+    return through_eight(call, "linear_variant", {128, field(1), field(2), field(3) != 0});
   }
   return through_cublas(call, path);
 }

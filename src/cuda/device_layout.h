@@ -38,7 +38,23 @@
 namespace lowbit::cuda {
 
 // How a lane's bits are laid out and become numbers; several formats share one.
-enum class Kind : std::uint8_t { kInt4, kLut4, kInt5, kInt8, kLut3, kE4M3, kE5M2, kFull };
+// The last two, of kernels alone, are the fp8 types multiplied as they are by activations in e4m3.
+enum class Kind : std::uint8_t {
+  kInt4,
+  kLut4,
+  kInt5,
+  kInt8,
+  kLut3,
+  kE4M3,
+  kE5M2,
+  kFull,
+  kE4M3Raw,
+  kE5M2Raw
+};
+
+LOWBIT_HD constexpr bool is_raw(Kind kind) {
+  return kind == Kind::kE4M3Raw || kind == Kind::kE5M2Raw;
+}
 
 LOWBIT_HD constexpr int kind_bits(Kind kind) {
   switch (kind) {

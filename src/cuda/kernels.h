@@ -78,4 +78,15 @@ struct QmmShape {
 };
 int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream);
 
+// The fp8 types with activations in e4m3, by fp8 tensor cores: out = scale_x scale_w (x W^T).
+struct EightArgs {
+  FusedArgs fused;      // of x as it is; dtype bfloat16 or float16, K a multiple of 64
+  void* codes;          // scratch: [m, k] bytes, 16-byte aligned
+  float* token_scales;  // scratch: [m]
+};
+// Quantizes each row of x to e4m3 by its largest magnitude / 448 (to nearest, ties to even), in the
+// order along K in which the kernel's A operand holds the weights, and multiplies. shape.tokens 64,
+// 128 or 256, shape.rows above 64.
+int qmm_eight(const EightArgs& args, const QmmShape& shape, Stream stream);
+
 }  // namespace lowbit::cuda

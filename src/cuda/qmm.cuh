@@ -37,6 +37,7 @@ struct QmmParams {
   const std::uint8_t* w;  // for scales of rows
   std::uint8_t* out;
   const void* bias;
+  const float* token_scales;  // of activations in e4m3
   std::int64_t tile_bytes;
   std::int64_t out_stride;
   std::int32_t m, n;
@@ -62,20 +63,20 @@ struct QmmMaps {
   CUtensorMap x, codes, scales;
 };
 
-// Blocks of 64 inputs in a stage.
-LOWBIT_HD constexpr int qmm_stage_blocks(int tokens) {
-  return tokens <= 32 ? 2 : 1;
+// Blocks of 64 inputs in a stage; with activations of 8 bits two of them are 128 bytes.
+LOWBIT_HD constexpr int qmm_stage_blocks(Kind kind, int tokens) {
+  return tokens <= 32 || is_raw(kind) ? 2 : 1;
 }
 // Room for the scales of a row tile and stage.
 LOWBIT_HD constexpr int qmm_scale_room(Kind kind, Scales scales, int tokens) {
   if (has_row_scale(kind)) return 0;
   const int block = scales == Scales::kPlain ? 32 : scales == Scales::kMinima ? 64 : 128;
-  return block * qmm_stage_blocks(tokens);
+  return block * qmm_stage_blocks(kind, tokens);
 }
 // Warpgroups that share their outputs and take turns along K; `groups`, 1 or 2, is how many have
-// outputs of their own, 64 each.
-LOWBIT_HD constexpr int qmm_turns(int tokens, int groups) {
-  return groups == 1 ? 4 : tokens <= 128 ? 2 : 1;
+// outputs of their own, 64 each. Codes that need no dequantizing need no turns.
+LOWBIT_HD constexpr int qmm_turns(Kind kind, int tokens, int groups) {
+  return is_raw(kind) ? 1 : groups == 1 ? 4 : tokens <= 128 ? 2 : 1;
 }
 // A warpgroup transposes its results in shared memory, so many tokens at a time.
 constexpr int kQmmFlip = 32;
@@ -92,21 +93,21 @@ LOWBIT_HD constexpr int qmm_turn_tokens(int tokens) {
 
 LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens, int groups) {
   const int sums =
-      qmm_turns(tokens, groups) > 1 ? qmm_turn_tokens(tokens) * qmm_run(groups) * 4 : 0;
+      qmm_turns(kind, tokens, groups) > 1 ? qmm_turn_tokens(tokens) * qmm_run(groups) * 4 : 0;
   return 1024 + table_bytes(kind) +
          groups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
 }
 LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens, int groups) {
-  return qmm_stage_blocks(tokens) * tokens * 128 +
+  return (is_raw(kind) ? 1 : qmm_stage_blocks(kind, tokens)) * tokens * 128 +
          groups * 4 *
-             (qmm_stage_blocks(tokens) * 2 * kBlockInputs * kind_bits(kind) +
+             (qmm_stage_blocks(kind, tokens) * 2 * kBlockInputs * kind_bits(kind) +
               qmm_scale_room(kind, scales, tokens));
 }
 // Stages of the ring; a multiple of the turns, so that a slot always belongs to the same one.
 LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens, int groups) {
   const int stages = (227 * 1024 - qmm_fixed_bytes(kind, tokens, groups)) /
                      qmm_stage_bytes(kind, scales, tokens, groups);
-  const int turns = qmm_turns(tokens, groups);
+  const int turns = qmm_turns(kind, tokens, groups);
   const int most = turns == 1 ? 8 : 16;  // barriers for 16 have room
   return (stages > most ? most : stages) / turns * turns;
 }
@@ -153,8 +154,8 @@ struct PairScale {
 
 // Large tiles need more registers than an even share: the copying warps, a whole warpgroup then,
 // give theirs away.
-LOWBIT_HD constexpr int qmm_threads(int tokens, int groups) {
-  return groups * qmm_turns(tokens, groups) * 128 + 128;
+LOWBIT_HD constexpr int qmm_threads(Kind kind, int tokens, int groups) {
+  return groups * qmm_turns(kind, tokens, groups) * 128 + 128;
 }
 
 // Registers that wgmma wrote are read after the wait before, not earlier.
@@ -165,15 +166,16 @@ __device__ __forceinline__ void settle(float (&values)[kCount]) {
 }
 
 template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
-__global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
+__global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     qmm_kernel(const __grid_constant__ QmmParams p, const __grid_constant__ QmmMaps maps) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);
-  constexpr int kBlocks = qmm_stage_blocks(kTokens);
+  constexpr int kBlocks = qmm_stage_blocks(kKind, kTokens);
   constexpr int kRing = qmm_ring(kKind, kScales, kTokens, kGroups);
-  constexpr int kTurns = qmm_turns(kTokens, kGroups);
+  constexpr int kTurns = qmm_turns(kKind, kTokens, kGroups);
   constexpr int kTiles = kGroups * 4;                 // at most
   constexpr int kThreads = kTiles * kTurns * kLanes;  // that multiply
-  constexpr int kActBytes = kBlocks * kTokens * 128;
+  constexpr bool kRaw = is_raw(kKind);
+  constexpr int kActBytes = (kRaw ? 1 : kBlocks) * kTokens * 128;
   constexpr int kCodeBytes = kTiles * kBlocks * kBlockBytes;
   constexpr int kScaleBytes = kTiles * qmm_scale_room(kKind, kScales, kTokens);
   constexpr int kFlip = kTokens < kQmmFlip ? kTokens : kQmmFlip;
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
   if (threadIdx.x >= kThreads) {
     // ---- the warp that copies. All its lanes follow, so that the compiler sees uniform values;
     // one starts the copies. It need not wait for the others: they for its barriers.
-    give_registers<kTokens == 256 ? 40 : 32>();
+    give_registers<kTurns == 1 ? 40 : 32>();
     if (threadIdx.x / kLanes != kThreads / kLanes) return;
     if (threadIdx.x % kLanes < kRing) {
       barrier_init(full(threadIdx.x % kLanes), 1);
@@ -261,10 +263,12 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
       }
     };
     const auto copy_activations = [&](int step, int slot) {
+      constexpr int kBoxes = kRaw ? 1 : kBlocks;
+      constexpr int kBoxInputs = kRaw ? 2 * kBlockInputs : kBlockInputs;
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
+      for (int i = 0; i < kBoxes; ++i) {
         tensor_load(acts_at + slot * kActBytes + i * (kTokens * 128), &maps.x,
-                    ((job.begin + step) * kBlocks + i) * kBlockInputs, first_token, full(slot));
+                    ((job.begin + step) * kBoxes + i) * kBoxInputs, first_token, full(slot));
       }
     };
     // The ring is filled once without waiting: weights do not depend on the previous kernel,
@@ -308,7 +312,7 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
   // ---- the warps that multiply
   fill_table<kKind, kBf16>(table_base, p.format, kThreads);
   named_barrier(1, kThreads + kLanes);
-  take_registers<kTokens == 256 ? 232 : 112>();
+  take_registers<kTurns == 1 ? 232 : 112>();
   const int lane = threadIdx.x % kLanes;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kLanes, 0);  // uniform to the compiler
   const int tile = warp % kTiles;  // past p.tiles: nothing of use, and dropped
@@ -422,6 +426,41 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
           if (lane == 0) barrier_arrive(done);
         }
       }
+    } else if constexpr (kRaw) {
+      // Two k-steps of 32 inputs per block. A lane's words hold rows g and g + 8 by turns of bytes:
+      // one permutation per register.
+      std::uint32_t a[4][4];
+      int last_slot = 0;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        barrier_wait(full(slot), parity);
+        const std::uint64_t b = activations_of(0);
+#pragma unroll
+        for (int s = 0; s < kBlocks; ++s) {
+          LaneCodes<kKind> codes;
+          codes.load(my_codes + slot * kCodeBytes + s * kBlockBytes, lane);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int j = 2 * s + half;
+            wgmma_wait<3>();
+            if (j == 3 && step > 0 && lane == 0) barrier_arrive(empty(last_slot));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const std::uint32_t first = codes.words[4 * half + 2 * i];
+              const std::uint32_t second = codes.words[4 * half + 2 * i + 1];
+              a[j][2 * i] = __byte_perm(first, second, 0x6420);
+              a[j][2 * i + 1] = __byte_perm(first, second, 0x7531);
+            }
+            wgmma_fence();
+            WgmmaEight<kKind == Kind::kE4M3Raw, kTokens>::run(acc, a[j], b + 2 * j);
+            wgmma_commit();
+          }
+        }
+        last_slot = slot;
+        next_slot();
+      }
+      wgmma_wait<0>();
+      if (lane == 0 && steps > 0) barrier_arrive(empty(last_slot));
     } else {
       std::uint32_t a[4][4];
       // One block of 64 inputs; s is its place in the stage. When all of the block before is done,
@@ -490,6 +529,18 @@ __global__ void __launch_bounds__(qmm_threads(kTokens, kGroups), 1)
     const int first_token = job.work % p.token_groups * kTokens;
     const int first_row = job.work / p.token_groups * (p.tiles * 16);
     const int tokens = min(kTokens, p.m - first_token);
+    if constexpr (kRaw) {
+#pragma unroll
+      for (int t = 0; t < kTokens / 8; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = t * 8 + lane % 4 * 2 + i;
+          const float scale = token < tokens ? p.token_scales[first_token + token] : 0.0f;
+          acc[4 * t + i] *= scale;
+          acc[4 * t + 2 + i] *= scale;
+        }
+      }
+    }
     const int rows = min(p.tiles * 16, p.n - first_row);
     const auto row_factor = [&](int row) {
       float factor = p.factor;
@@ -657,7 +708,7 @@ template <Kind kKind, bool kBf16, int kTokens, int kGroups, Scales kScales>
 int launch_qmm_kernel(const QmmParams& p, const QmmMaps& maps, const QmmShape& shape,
                       unsigned thread_blocks, Stream stream) {
   return launch_cluster(qmm_kernel<kKind, kBf16, kTokens, kGroups, kScales>, dim3(thread_blocks),
-                        qmm_threads(kTokens, kGroups),
+                        qmm_threads(kKind, kTokens, kGroups),
                         qmm_shared_bytes(kKind, kScales, kTokens, kGroups), p.splits, shape.early,
                         stream, {&p, &maps});
 }
@@ -708,6 +759,23 @@ int launch_qmm_kernel(const QmmParams& p, const QmmMaps& maps, const QmmShape& s
       default:                                                                                    \
         return launch(integral_constant<int, 256>{}, integral_constant<int, 2>{});                \
     }                                                                                             \
+  }
+
+// With activations of 8 bits: from 64 tokens on, tiles of 128 outputs.
+#define LOWBIT_DEFINE_QMM_EIGHT(kind)                                                             \
+  template <>                                                                                     \
+  int launch_qmm<kind>(const QmmParams& p, const QmmMaps& maps, bool bf16, const QmmShape& shape, \
+                       unsigned thread_blocks, Stream stream) {                                   \
+    const auto launch = [&](auto tokens) {                                                        \
+      constexpr int kTokens = decltype(tokens)::value;                                            \
+      return bf16 ? launch_qmm_kernel<kind, true, kTokens, 2, Scales::kPlain>(                    \
+                        p, maps, shape, thread_blocks, stream)                                    \
+                  : launch_qmm_kernel<kind, false, kTokens, 2, Scales::kPlain>(                   \
+                        p, maps, shape, thread_blocks, stream);                                   \
+    };                                                                                            \
+    return shape.tokens == 64    ? launch(std::integral_constant<int, 64>{})                      \
+           : shape.tokens == 128 ? launch(std::integral_constant<int, 128>{})                     \
+                                 : launch(std::integral_constant<int, 256>{});                    \
   }
 
 }  // namespace lowbit::cuda

@@ -1,6 +1,7 @@
 // Parameters of the wgmma kernel; qmm.cuh has the kernel, qmm_sm90_<kind>.cu its instances.
 #include <cuda.h>
 #include <cudaTypedefs.h>
+#include <cuda_fp8.h>
 
 #include <algorithm>
 
@@ -54,20 +55,75 @@ int sm_count() {
   return count > 0 ? count : 1;
 }
 
-}  // namespace
+// One row of x to e4m3 per thread block: 16 inputs, half a k-step, per thread and turn. Position
+// 16h + 4t + b of 32 inputs holds input 16h + {2t, 2t+1, 2t+8, 2t+9}[b]: lane t's of the A operand.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    quantize_tokens_kernel(const T* x, std::int64_t x_stride, int k, std::uint8_t* codes,
+                           float* scales) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const T* const row = x + blockIdx.x * x_stride;
+  float most = 0;
+  for (int at = threadIdx.x * 16; at < k; at += blockDim.x * 16) {
+    const uint4 raw[2] = {reinterpret_cast<const uint4*>(row + at)[0],
+                          reinterpret_cast<const uint4*>(row + at)[1]};
+    const T* const values = reinterpret_cast<const T*>(raw);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float size = fabsf(static_cast<float>(values[i]));
+      most = size <= most ? most : size;  // a NaN stays
+    }
+  }
+  __shared__ float shared[8];
+  for (int step = 16; step > 0; step /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, most, step);
+    most = other <= most ? most : other;
+  }
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = most;
+  __syncthreads();
+  for (int i = 0; i < 8; ++i) most = shared[i] <= most ? most : shared[i];
+  const float scale = most == 0 ? 1.0f : most / 448.0f;
+  const float inverse = 1.0f / scale;
+  if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+  for (int at = threadIdx.x * 16; at < k; at += blockDim.x * 16) {
+    const uint4 raw[2] = {reinterpret_cast<const uint4*>(row + at)[0],
+                          reinterpret_cast<const uint4*>(row + at)[1]};
+    const T* const values = reinterpret_cast<const T*>(raw);
+    const auto pair = [&](int i) {
+      return static_cast<std::uint32_t>(
+          __nv_cvt_float2_to_fp8x2(make_float2(static_cast<float>(values[i]) * inverse,
+                                               static_cast<float>(values[i + 1]) * inverse),
+                                   __NV_SATFINITE, __NV_E4M3));
+    };
+    uint4 out;
+    out.x = pair(0) | pair(8) << 16;
+    out.y = pair(2) | pair(10) << 16;
+    out.z = pair(4) | pair(12) << 16;
+    out.w = pair(6) | pair(14) << 16;
+    *reinterpret_cast<uint4*>(codes + static_cast<std::int64_t>(blockIdx.x) * k + at) = out;
+  }
+}
 
-int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
+// `eight`: its codes and scales are x.
+int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight, Stream stream) {
   const Geometry& geometry = args.geometry;
+  const Kind kind = eight == nullptr               ? geometry.kind
+                    : geometry.kind == Kind::kE4M3 ? Kind::kE4M3Raw
+                    : geometry.kind == Kind::kE5M2 ? Kind::kE5M2Raw
+                                                   : Kind::kFull;
   const bool bf16 = args.dtype == DType::kBFloat16;
   const int blocks = geometry.k_padded / kBlockInputs;
-  const int stage_blocks = qmm_stage_blocks(shape.tokens);
+  const int stage_blocks = qmm_stage_blocks(kind, shape.tokens);
   const int stages = (blocks + stage_blocks - 1) / stage_blocks;
   const bool token_tile = shape.tokens == 8 || shape.tokens == 16 || shape.tokens == 32 ||
                           shape.tokens == 64 || shape.tokens == 128 || shape.tokens == 256;
+  if (eight != nullptr && (shape.tokens < 64 || shape.rows <= 64)) {
+    return static_cast<int>(cudaErrorInvalidValue);
+  }
   const bool valid =
-      geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
-      geometry.k % kBlockInputs == 0 && geometry.k > 0 && args.m >= 1 &&
-      args.m < (std::int64_t{1} << 22) &&
+      kind != Kind::kFull && geometry.k == geometry.k_padded && geometry.k % kBlockInputs == 0 &&
+      geometry.k > 0 && args.m >= 1 && args.m < (std::int64_t{1} << 22) &&
       // A tensor with an exponent has scales that fp16 products do not hold.
       (bf16 || (args.dtype == DType::kFloat16 && args.exponent == 0)) && token_tile &&
       shape.rows >= 16 && shape.rows % 16 == 0 && shape.rows <= 128 &&
@@ -80,6 +136,7 @@ int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
   p.w = static_cast<const std::uint8_t*>(args.packed);
   p.out = static_cast<std::uint8_t*>(args.out);
   p.bias = args.bias;
+  p.token_scales = eight != nullptr ? eight->token_scales : nullptr;
   p.tile_bytes = geometry.tile_bytes;
   p.out_stride = args.out_stride;
   p.m = static_cast<int>(args.m);
@@ -112,10 +169,26 @@ int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
 
   const int block_bytes = 2 * kBlockInputs * kind_bits(geometry.kind);
   QmmMaps maps{};
-  bool encoded =
-      encode_map(maps.x, {bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                          2, args.x, std::int64_t{geometry.k} * 2, args.m, args.x_stride * 2,
-                          kBlockInputs * 2, shape.tokens, CU_TENSOR_MAP_SWIZZLE_128B});
+  const Plane x_plane = eight != nullptr ? Plane{CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                                                 1,
+                                                 eight->codes,
+                                                 geometry.k,
+                                                 args.m,
+                                                 geometry.k,
+                                                 2 * kBlockInputs,
+                                                 shape.tokens,
+                                                 CU_TENSOR_MAP_SWIZZLE_128B}
+                                         : Plane{bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                      : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                                 2,
+                                                 args.x,
+                                                 std::int64_t{geometry.k} * 2,
+                                                 args.m,
+                                                 args.x_stride * 2,
+                                                 kBlockInputs * 2,
+                                                 shape.tokens,
+                                                 CU_TENSOR_MAP_SWIZZLE_128B};
+  bool encoded = encode_map(maps.x, x_plane);
   encoded = encoded &&
             encode_map(maps.codes,
                        {CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 8, p.w + geometry.device_codes,
@@ -140,7 +213,7 @@ int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
     thread_blocks = p.rounds > 0 ? at_once : thread_blocks;
   }
   while ((1 << p.split_shift) < p.splits) ++p.split_shift;
-  switch (geometry.kind) {
+  switch (kind) {
     case Kind::kInt4:
       return launch_qmm<Kind::kInt4>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
                                      stream);
@@ -162,10 +235,41 @@ int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
     case Kind::kE5M2:
       return launch_qmm<Kind::kE5M2>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
                                      stream);
+    case Kind::kE4M3Raw:
+      return launch_qmm<Kind::kE4M3Raw>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
+                                        stream);
+    case Kind::kE5M2Raw:
+      return launch_qmm<Kind::kE5M2Raw>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
+                                        stream);
     case Kind::kFull:
       break;
   }
   return static_cast<int>(cudaErrorInvalidValue);
+}
+
+}  // namespace
+
+int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream) {
+  return launch(args, shape, nullptr, stream);
+}
+
+int qmm_eight(const EightArgs& args, const QmmShape& shape, Stream stream) {
+  const FusedArgs& fused = args.fused;
+  if (fused.m < 1 || fused.geometry.k % kBlockInputs != 0 || fused.x_stride % 8 != 0 ||
+      reinterpret_cast<std::uintptr_t>(fused.x) % 16 != 0) {
+    return static_cast<int>(cudaErrorInvalidValue);
+  }
+  const auto blocks = static_cast<unsigned>(fused.m);
+  const int k = fused.geometry.k;
+  const auto quantize = [&](auto kernel) {
+    return launch_cluster(kernel, dim3(blocks), 256, 0, 1, shape.early, stream,
+                          {&fused.x, &fused.x_stride, &k, &args.codes, &args.token_scales});
+  };
+  const int error = fused.dtype == DType::kBFloat16
+                        ? quantize(quantize_tokens_kernel<__nv_bfloat16>)
+                        : quantize(quantize_tokens_kernel<__half>);
+  if (error != 0) return error;
+  return launch(fused, shape, &args, stream);
 }
 
 }  // namespace lowbit::cuda

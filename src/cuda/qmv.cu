@@ -71,6 +71,8 @@ int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
     case Kind::kE5M2:
       return launch_qmv<Kind::kE5M2>(p, bf16, shape, stream);
     case Kind::kFull:
+    case Kind::kE4M3Raw:
+    case Kind::kE5M2Raw:
       break;
   }
   return static_cast<int>(cudaErrorInvalidValue);

@@ -399,7 +399,7 @@ int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t share
     attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
     ++config.numAttrs;
   }
-  void* arguments[4] = {};
+  void* arguments[8] = {};
   int count = 0;
   for (const void* param : params) arguments[count++] = const_cast<void*>(param);
   error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);

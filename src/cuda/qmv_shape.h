@@ -11,7 +11,7 @@ LOWBIT_HD constexpr bool is_table(Kind kind) {
   return kind == Kind::kLut4 || kind == Kind::kLut3;
 }
 LOWBIT_HD constexpr bool has_row_scale(Kind kind) {
-  return kind == Kind::kE4M3 || kind == Kind::kE5M2;
+  return kind == Kind::kE4M3 || kind == Kind::kE5M2 || is_raw(kind);
 }
 // Tables of pairs: one 4-byte entry per pair of codes and lane.
 LOWBIT_HD constexpr int table_bytes(Kind kind) {

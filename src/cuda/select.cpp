@@ -77,6 +77,8 @@ QmvShape select_qmv(const Problem& problem) {
   return best;
 }
 
+namespace {
+
 // Cycles of an SM for 64 or 128 outputs x `tokens` and 64 inputs, measured on an H100: bound by
 // what the warps issue to dequantize, with 256 tokens by the tensor cores.
 double qmm_block_cycles(const Geometry& geometry, int rows, int tokens) {
@@ -101,7 +103,7 @@ double qmm_block_cycles(const Geometry& geometry, int rows, int tokens) {
 
 // What qmm() takes on an H100, in cycles: the busiest SM's share of the tiles, what a launch costs,
 // and the sum over a cluster. Fitted to sweeps (bench/gpu_sweep.py).
-double qmm_cycles(const Problem& problem, const QmmShape& shape) {
+double qmm_cycles(const Problem& problem, const QmmShape& shape, double block_cycles) {
   const std::int64_t rows = shape.rows / 16;
   const std::int64_t works =
       (problem.geometry.tiles + rows - 1) / rows * ((problem.m + shape.tokens - 1) / shape.tokens);
@@ -118,12 +120,20 @@ double qmm_cycles(const Problem& problem, const QmmShape& shape) {
   // A cluster lies in one GPC, so that clusters of four leave SMs alone: more would run in turns.
   if (shape.splits == 4 && works * 4 > problem.sm_count * 5 / 6) waves *= 2;
   const double blocks = problem.geometry.k_padded / static_cast<double>(kBlockInputs);
-  const double busy = waves * blocks * qmm_block_cycles(problem.geometry, shape.rows, shape.tokens);
+  const double busy = waves * blocks * block_cycles;
   // An SM's share of the memory's bandwidth is 13 bytes a cycle.
   const double stream = static_cast<double>(problem.geometry.tiles * problem.geometry.tile_bytes) /
                         (13.0 * problem.sm_count);
   return 5800 + std::max(busy, stream) + (sums ? 5000 + 0.25 * shape.tokens * shape.rows : 0);
 }
+
+// The same for the fp8 tensor cores: bound by the bytes of the weights up to 128 tokens.
+double eight_block_cycles(int tokens) {
+  return tokens == 256 ? 670 : 640;
+}
+constexpr double kQuantizeCycles = 9000;  // a kernel more, for the activations
+
+}  // namespace
 
 QmmShape select_qmm(const Problem& problem) {
   const std::int64_t blocks = problem.geometry.k_padded / kBlockInputs;
@@ -137,7 +147,8 @@ QmmShape select_qmm(const Problem& problem) {
       for (const int splits : {1, 2, 4}) {
         if (blocks < splits * 4) break;
         const QmmShape shape{rows, tokens, splits, true};
-        const double cycles = qmm_cycles(problem, shape);
+        const double cycles =
+            qmm_cycles(problem, shape, qmm_block_cycles(problem.geometry, rows, tokens));
         if (cycles < best_cycles) {
           best_cycles = cycles;
           best = shape;
@@ -148,6 +159,35 @@ QmmShape select_qmm(const Problem& problem) {
   }
   return best;
 }
+
+QmmShape select_eight(const Problem& problem) {
+  QmmShape best{128, 64, 1, true};
+  double best_cycles = 1e300;
+  for (const int tokens : {64, 128, 256}) {
+    for (const int splits : {1, 2}) {
+      const QmmShape shape{128, tokens, splits, true};
+      const double cycles = qmm_cycles(problem, shape, eight_block_cycles(tokens));
+      if (cycles < best_cycles && problem.geometry.k_padded >= splits * 4 * kBlockInputs) {
+        best_cycles = cycles;
+        best = shape;
+      }
+    }
+    if (tokens >= problem.m) break;
+  }
+  return best;
+}
+
+namespace {
+
+bool eight_pays(const Problem& problem) {
+  if (problem.m > kQmmTokens) return true;
+  const QmmShape eight = select_eight(problem);
+  const QmmShape plain = select_qmm(problem);
+  return qmm_cycles(problem, eight, eight_block_cycles(eight.tokens)) + kQuantizeCycles <
+         qmm_cycles(problem, plain, qmm_block_cycles(problem.geometry, plain.rows, plain.tokens));
+}
+
+}  // namespace
 
 Choice select(const Problem& problem) {
   const Kind kind = problem.geometry.kind;
@@ -184,7 +224,16 @@ Choice select(const Problem& problem) {
   const std::int64_t bytes = problem.geometry.tiles * problem.geometry.tile_bytes;
   const bool wide = kind_bits(kind) == 8;
   const bool starts = problem.m <= 8 && (!wide || bytes < (std::int64_t{48} << 20));
-  if (small && (starts || !fused)) {
+  // Up to 64 tokens the bytes of the weights decide, whatever multiplies.
+  const bool eight = (kind == Kind::kE4M3 || kind == Kind::kE5M2) && shape_fits &&
+                     problem.sm >= 90 && problem.sm < 100 && problem.exponent == 0 &&
+                     problem.precision == Precision::kInt8 && problem.m > 64 &&
+                     problem.m < (std::int64_t{1} << 22) && eight_pays(problem);
+  if (eight) {
+    choice.path = Path::kEight;
+    choice.qmm = select_eight(problem);
+    choice.reason = "8-bit activations: fp8 tensor cores";
+  } else if (small && (starts || !fused)) {
     choice.path = Path::kQmv;
     choice.qmv = select_qmv(problem);
     choice.reason = "few tokens: bound by the bytes of the weights";
@@ -215,6 +264,8 @@ const char* path_name(Path path) {
       return "scratch";
     case Path::kExact:
       return "exact";
+    case Path::kEight:
+      return "eight";
   }
   return "?";
 }

@@ -14,6 +14,7 @@ enum class Path : std::uint8_t {
   kDirect,   // 16-bit weights in the dtype of x: cuBLAS reads them where they are
   kScratch,  // dequantize to the dtype of x, then cuBLAS
   kExact,    // dequantize to fp32, then cuBLAS in fp32
+  kEight,  // fp8 weights and activations by fp8 tensor cores, when 8-bit activations are asked for
 };
 
 struct Problem {
@@ -39,6 +40,7 @@ Choice select(const Problem& problem);
 // The launch shapes alone, for problems their kernels support.
 QmvShape select_qmv(const Problem& problem);
 QmmShape select_qmm(const Problem& problem);
+QmmShape select_eight(const Problem& problem);
 
 const char* path_name(Path path);
 

@@ -12,7 +12,7 @@ NAMES = [f.name for f in FORMATS]
 BY_NAME = {f.name: f for f in FORMATS}
 ROW_SCALED = ("fp8_e4m3", "fp8_e5m2")
 FULL = ("fp16", "bf16")
-QMV, QMM, DIRECT, SCRATCH, EXACT = range(5)
+QMV, QMM, DIRECT, SCRATCH, EXACT, EIGHT = range(6)
 _lowbit = torch.ops.lowbit
 
 
@@ -193,6 +193,39 @@ def test_wgmma_kernel(name, dtype, group):
                 )
                 # Weights are rounded to the dtype of x, too.
                 assert_close(got, x, exact, name=name, rounded_weights=True)
+
+
+@pytest.mark.parametrize("name", ROW_SCALED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp8_tensor_cores(name, dtype):
+    """Against the product of the same e4m3 activations: 2^-11 of the sum of magnitudes for the
+    tensor cores' sums, which keep about 14 bits, and the rounding of the result."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma needs compute capability 9.0")
+    for (n, k), m in itertools.product([(16, 64), (130, 192), (257, 1024)], [1, 65, 300]):
+        _, gpu, number, group, exponent, exact = make(name, n, k)
+        x = activations(m, k, dtype) * torch.logspace(-2, 2, m)[:, None].to(dtype)
+        bias = activations(1, n, torch.float32)[0]
+        scale = x.float().abs().amax(-1, keepdim=True) / 448
+        eight = (x.float() * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()
+        expected = eight @ exact.T + bias.double()
+        magnitude = eight.abs() @ exact.abs().T + bias.double().abs()
+        u = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+        bound = 1.001 * u * expected.abs() + 2.0**-11 * magnitude + 1e-30
+        args = (x.cuda(), gpu, bias.cuda(), n, k, number, group, exponent)
+        for tokens, splits in itertools.product((64, 128, 256), (1, 2)):
+            if splits * 128 > k:
+                continue
+            got = _lowbit.linear_variant(*args, [EIGHT, tokens, splits, 1])
+            worst = ((got.double().cpu() - expected).abs() / bound).max()
+            assert worst <= 1, (n, k, m, tokens, splits, float(worst))
+    # Chosen where it pays: many tokens.
+    _, gpu, number, group, exponent, _ = make(name, 4096, 2048)
+    x = activations(1024, 2048, dtype).cuda()
+    args = (x, gpu, 4096, 2048, number, group, exponent, 3)
+    assert _lowbit.linear_choice(*args).startswith("eight")
+    once, twice = (_lowbit.linear(x, gpu, None, *args[2:]) for _ in range(2))
+    assert torch.equal(once, twice)
 
 
 @pytest.mark.parametrize("name", NAMES)

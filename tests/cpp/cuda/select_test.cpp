@@ -62,6 +62,21 @@ TEST(Select, SixteenBitWeightsGoToCublas) {
   EXPECT_EQ(select(p).path, Path::kExact);
 }
 
+TEST(Select, Fp8TensorCoresWhenEightBitActivationsAreAskedFor) {
+  for (const Format format : {Format::kFp8E4M3, Format::kFp8E5M2, Format::kSymInt8}) {
+    Problem p = problem(format, 512, 4096, 4096);
+    EXPECT_EQ(select(p).path, Path::kQmm);
+    p.precision = Precision::kInt8;
+    EXPECT_EQ(select(p).path, format == Format::kSymInt8 ? Path::kQmm : Path::kEight);
+    EXPECT_GE(select(p).qmm.tokens, 64);
+    p.m = 64;
+    EXPECT_EQ(select(p).path, Path::kQmm);
+    p.m = 512;
+    p.sm = 80;
+    EXPECT_EQ(select(p).path, Path::kScratch);
+  }
+}
+
 TEST(Select, WhatNoKernelTakesIsDequantized) {
   Problem p = problem(Format::kSymInt4, 1, 100, 100);  // K not a multiple of 64
   EXPECT_EQ(select(p).path, Path::kScratch);
