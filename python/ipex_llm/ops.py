@@ -218,8 +218,9 @@ class set_activation_precision:  # noqa: N801 (a verb, as torch.set_grad_enabled
 
     "fp32" computes with exact weights and at least 15 bits of each activation, "bf16" rounds
     both to bfloat16, "int8" rounds activations to 8 bits per group (fp8 types on Hopper GPUs: to
-    e4m3 per token); "auto" takes the fastest whose error bound (docs/numerics.md) holds. As `torch.set_grad_enabled`, it takes effect at once, and
-    a `with` block or a decorated function restores what was there before.
+    e4m3 per token); "auto" takes the fastest whose error bound (docs/numerics.md) holds. As
+    `torch.set_grad_enabled`, it takes effect at once, and a `with` block or a decorated function
+    restores what was there before.
     """
 
     def __init__(self, precision: str) -> None:
