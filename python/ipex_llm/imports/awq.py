@@ -57,16 +57,9 @@ class AwqWeight:
             codes = _in_order(unpack(self.qweight, 4, n)).t().contiguous()
             zeros = _in_order(unpack(self.qzeros, 4, n)).t().to(torch.int16)
             scales = self.scales.float().t()
-        size = grids.group_size_of(self.group_of_input)
-        if size:
-            groups = self.group_of_input[::size]
-            return grids.from_integers(
-                codes, zeros[:, groups], scales[:, groups], size, dtype, exact, bits=4
-            )
-        groups = self.group_of_input
-        weight = (codes.to(torch.int16) - zeros[:, groups]).float() * scales[:, groups]
-        why = "groups of other than a multiple of 32 inputs"
-        return grids.from_floats(weight, requantize, dtype, why)
+        return grids.from_groups(
+            codes, zeros, scales, self.group_of_input, dtype, requantize, exact
+        )
 
 
 @dataclasses.dataclass

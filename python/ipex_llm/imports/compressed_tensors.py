@@ -75,17 +75,9 @@ class IntegerWeight:
             zeros = self.zeros.to(torch.int16) + middle
         groups = int(self.group_of_input.max()) + 1
         zeros, scales = (part.expand(n, groups) for part in (zeros, self.scales.float()))
-        size = grids.group_size_of(self.group_of_input)
-        if size:
-            own = self.group_of_input[::size]
-            return grids.from_integers(
-                codes, zeros[:, own], scales[:, own], size, dtype, exact, self.bits
-            )
-        own = self.group_of_input
-        weight = (codes.to(torch.int16) - zeros[:, own]).float() * scales[:, own]
-        ordered = bool((own.diff() >= 0).all())
-        why = "groups of other than a multiple of 32 inputs" if ordered else "act-order groups"
-        return grids.from_floats(weight, requantize, dtype, why)
+        return grids.from_groups(
+            codes, zeros, scales, self.group_of_input, dtype, requantize, exact, self.bits
+        )
 
 
 @dataclasses.dataclass

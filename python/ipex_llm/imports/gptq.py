@@ -59,17 +59,9 @@ class GptqWeight:
         if self.layout == "gptq":
             zeros = (zeros + 1) & ((1 << self.bits) - 1)  # a stored -1 is all ones
         scales = self.scales.float().t()
-        size = grids.group_size_of(self.group_of_input)
-        if size:
-            groups = self.group_of_input[::size]
-            return grids.from_integers(
-                codes, zeros[:, groups], scales[:, groups], size, dtype, exact, self.bits
-            )
-        groups = self.group_of_input
-        weight = (codes.to(torch.int16) - zeros[:, groups]).float() * scales[:, groups]
-        ordered = bool((groups.diff() >= 0).all())
-        why = "groups of other than a multiple of 32 inputs" if ordered else "act-order groups"
-        return grids.from_floats(weight, requantize, dtype, why)
+        return grids.from_groups(
+            codes, zeros, scales, self.group_of_input, dtype, requantize, exact, self.bits
+        )
 
 
 @dataclasses.dataclass
@@ -88,14 +80,10 @@ class MarlinWeight:
     def take_over(self, dtype: torch.dtype, requantize: str, exact: bool) -> grids.Imported:
         codes = marlin.unpack_codes(self.words)
         scales = marlin.unpack_scales(self.scales.float())
-        size = grids.group_size_of(self.group_of_input)
-        if size:
-            scales = scales[:, self.group_of_input[::size]]
-            zeros = torch.full(scales.shape, 8, dtype=torch.int16)
-            return grids.from_integers(codes, zeros, scales, size, dtype, exact)
-        weight = (codes.to(torch.int16) - 8).float() * scales[:, self.group_of_input]
-        why = "groups of other than a multiple of 32 inputs"
-        return grids.from_floats(weight, requantize, dtype, why)
+        zeros = torch.full(scales.shape, 8, dtype=torch.int16)
+        return grids.from_groups(
+            codes, zeros, scales, self.group_of_input, dtype, requantize, exact
+        )
 
 
 def collect(checkpoint: Checkpoint, config: dict[str, Any]) -> dict[str, GptqWeight | MarlinWeight]:

@@ -23,6 +23,7 @@ __all__ = [
     "Imported",
     "from_codes",
     "from_floats",
+    "from_groups",
     "from_integers",
     "group_size_of",
     "to_half",
@@ -179,6 +180,32 @@ def _narrowed(centred, scales, group_size: int, dtype) -> Imported:
     weight = _packed(codes, halves, exponent, "sym_int8", group_size, dtype)
     share = float(over.double().mean())
     return Imported(weight, False, f"{share:.1%} of the groups leave -127 to 127: rounded again")
+
+
+def from_groups(
+    codes: torch.Tensor,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    group_of_input: torch.Tensor,
+    dtype: torch.dtype,
+    requantize: str,
+    exact: bool,
+    bits: int = 4,
+) -> Imported:
+    """The weight (code - zero) * scale, of a checkpoint's own groups.
+
+    codes uint8 [n, k]; zeros int16 and scales float [n, their groups]; group_of_input int64 [k].
+    `from_integers` where one of our group sizes fits theirs, else quantized anew to `requantize`.
+    """
+    size = group_size_of(group_of_input)
+    if size:
+        own = group_of_input[::size]
+        return from_integers(codes, zeros[:, own], scales[:, own], size, dtype, exact, bits)
+    own = group_of_input
+    weight = (codes.to(torch.int16) - zeros[:, own]).float() * scales[:, own]
+    ordered = bool((own.diff() >= 0).all())
+    why = "groups of other than a multiple of 32 inputs" if ordered else "act-order groups"
+    return from_floats(weight, requantize, dtype, why)
 
 
 def from_floats(
