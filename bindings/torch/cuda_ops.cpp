@@ -234,6 +234,7 @@ cuda::FusedArgs fused_args(const Linear& call, const Tensor& out) {
   args.out = out.data_ptr();
   args.out_stride = call.layout.n;
   args.m = call.rows.rows;
+  args.sm_count = device_facts(call.device).sm_count;
   return args;
 }
 

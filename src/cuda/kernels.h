@@ -56,6 +56,7 @@ struct FusedArgs {
   void* out;  // [m, n]
   std::int64_t out_stride;
   std::int64_t m;
+  int sm_count;  // of the current device
 };
 
 // Launch shapes, chosen by select() and overridden by the benchmark's sweeps.

@@ -48,13 +48,6 @@ bool encode_map(CUtensorMap& map, const Plane& plane) {
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-int sm_count() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count > 0 ? count : 1;
-}
-
 // One row of x to e4m3 per thread block: 16 inputs, half a k-step, per thread and turn. Position
 // 16h + 4t + b of 32 inputs holds input 16h + {2t, 2t+1, 2t+8, 2t+9}[b]: lane t's of the A operand.
 template <typename T>
@@ -128,7 +121,8 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
       (bf16 || (args.dtype == DType::kFloat16 && args.exponent == 0)) && token_tile &&
       shape.rows >= 16 && shape.rows % 16 == 0 && shape.rows <= 128 &&
       (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 || shape.splits == 8) &&
-      stages >= shape.splits && geometry.tiles < (std::int64_t{1} << 26) &&
+      stages >= shape.splits && args.sm_count >= shape.splits &&
+      geometry.tiles < (std::int64_t{1} << 26) &&
       reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;
   if (!valid) return static_cast<int>(cudaErrorInvalidValue);
 
@@ -205,42 +199,32 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
 
   // Tiles that all thread blocks have for themselves, and clusters for what remains.
   p.splits = shape.splits;
-  const int at_once = sm_count() / p.splits * p.splits;
-  std::int64_t thread_blocks = works * p.splits;
-  if (thread_blocks > at_once) {
+  const int at_once = args.sm_count / p.splits * p.splits;
+  if (works * p.splits > at_once) {
     p.rounds = static_cast<int>(works / at_once);
     if (works % at_once * p.splits > at_once) p.splits = 1;
-    thread_blocks = p.rounds > 0 ? at_once : thread_blocks;
   }
   while ((1 << p.split_shift) < p.splits) ++p.split_shift;
+  const auto thread_blocks = static_cast<unsigned>(p.rounds > 0 ? at_once : works * p.splits);
   switch (kind) {
     case Kind::kInt4:
-      return launch_qmm<Kind::kInt4>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                     stream);
+      return launch_qmm<Kind::kInt4>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kLut4:
-      return launch_qmm<Kind::kLut4>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                     stream);
+      return launch_qmm<Kind::kLut4>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kInt5:
-      return launch_qmm<Kind::kInt5>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                     stream);
+      return launch_qmm<Kind::kInt5>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kInt8:
-      return launch_qmm<Kind::kInt8>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                     stream);
+      return launch_qmm<Kind::kInt8>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kLut3:
-      return launch_qmm<Kind::kLut3>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                     stream);
+      return launch_qmm<Kind::kLut3>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kE4M3:
-      return launch_qmm<Kind::kE4M3>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                     stream);
+      return launch_qmm<Kind::kE4M3>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kE5M2:
-      return launch_qmm<Kind::kE5M2>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                     stream);
+      return launch_qmm<Kind::kE5M2>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kE4M3Raw:
-      return launch_qmm<Kind::kE4M3Raw>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                        stream);
+      return launch_qmm<Kind::kE4M3Raw>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kE5M2Raw:
-      return launch_qmm<Kind::kE5M2Raw>(p, maps, bf16, shape, static_cast<unsigned>(thread_blocks),
-                                        stream);
+      return launch_qmm<Kind::kE5M2Raw>(p, maps, bf16, shape, thread_blocks, stream);
     case Kind::kFull:
       break;
   }
