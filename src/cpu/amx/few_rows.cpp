@@ -205,16 +205,7 @@ void few_attend(const AttendRows& args) {
     float factors[64];
     for (int r = 0; r < args.rows; ++r) {
       float* row = work.scores + std::int64_t{r} * kFewSpan;
-      std::int64_t limit = args.end;
-      if (args.limits != nullptr && args.limits[r] < limit) limit = args.limits[r];
-      if (args.masks != nullptr || args.softcap > 0 || limit < first + end) {
-        adjust_scores<kFewSpan>(args, r, first, limit, row);
-      }
-      __m512 best = _mm512_load_ps(row);
-      for (int p = 16; p < end; p += 16) best = _mm512_max_ps(best, _mm512_load_ps(row + p));
-      const float before = args.max[r], here = _mm512_reduce_max_ps(best);
-      const float after = here > before ? here : before;
-      const __m512 most = _mm512_set1_ps(after == -INFINITY ? 0.0f : after);
+      const auto [before, after, most] = take_maximum<kFewSpan>(args, r, first, end, row);
       __m512 total = _mm512_setzero_ps();
       std::uint16_t* parts =
           work.weights + (std::int64_t{r / kGroupRows} * 16 + r % kGroupRows) * kFewSpan;

@@ -153,17 +153,7 @@ void many_attend(const AttendRows& args) {
     Products::scores(work, keys + block * block_bytes, blocks);
     for (int r = 0; r < args.rows; ++r) {
       float* row = work.scores + r * kSpan;
-      std::int64_t limit = args.end;
-      if (args.limits != nullptr && args.limits[r] < limit) limit = args.limits[r];
-      if (args.masks != nullptr || args.softcap > 0 || limit < first + kSpan) {
-        adjust_scores<kSpan>(args, r, first, limit, row);
-      }
-      __m512 best = _mm512_load_ps(row);
-      for (int p = 16; p < kSpan; p += 16) best = _mm512_max_ps(best, _mm512_load_ps(row + p));
-      const float before = args.max[r], here = _mm512_reduce_max_ps(best);
-      const float after = here > before ? here : before;
-      // Nothing seen so far: -inf - 0, not -inf - -inf.
-      const __m512 most = _mm512_set1_ps(after == -INFINITY ? 0.0f : after);
+      const auto [before, after, most] = take_maximum<kSpan>(args, r, first, kSpan, row);
       __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
       std::uint16_t* weights = work.weights + r * kSpan;
       unroll<kSpan / 32>([&](auto i) LOWBIT_LAMBDA {

@@ -106,5 +106,29 @@ void adjust_scores(const AttendRows& args, int r, std::int64_t first, std::int64
   }
 }
 
+// The maximum of row r before and after a span of scores, and what to subtract from them.
+struct RowMaximum {
+  float before, after;
+  __m512 most;
+};
+
+// Takes the first `end` scores of a span of kCount that begins at position `first`, made what they
+// should be.
+template <int kCount>
+LOWBIT_INLINE RowMaximum take_maximum(const AttendRows& args, int r, std::int64_t first, int end,
+                                      float* scores) {
+  std::int64_t limit = args.end;
+  if (args.limits != nullptr && args.limits[r] < limit) limit = args.limits[r];
+  if (args.masks != nullptr || args.softcap > 0 || limit < first + end) {
+    adjust_scores<kCount>(args, r, first, limit, scores);
+  }
+  __m512 best = _mm512_load_ps(scores);
+  for (int p = 16; p < end; p += 16) best = _mm512_max_ps(best, _mm512_load_ps(scores + p));
+  const float before = args.max[r], here = _mm512_reduce_max_ps(best);
+  const float after = here > before ? here : before;
+  // Nothing seen so far: -inf - 0, not -inf - -inf.
+  return {before, after, _mm512_set1_ps(after == -INFINITY ? 0.0f : after)};
+}
+
 }  // namespace
 }  // namespace lowbit::cpu
