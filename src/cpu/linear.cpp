@@ -36,6 +36,10 @@ SelectFn select_function(Isa isa) {
     case Isa::kAvx512Bf16:
       return select_linear_avx512bf16;
 #endif
+#if defined(LOWBIT_LINEAR_AMX)
+    case Isa::kAmx:
+      return select_linear_amx;
+#endif
 #if defined(LOWBIT_LINEAR_NEON)
     case Isa::kNeon:
       return select_linear_neon;

@@ -71,6 +71,7 @@ const Path* select_linear_avx2(const Layout& layout, Precision precision, std::i
 const Path* select_linear_avxvnni(const Layout& layout, Precision precision, std::int64_t m);
 const Path* select_linear_avx512vnni(const Layout& layout, Precision precision, std::int64_t m);
 const Path* select_linear_avx512bf16(const Layout& layout, Precision precision, std::int64_t m);
+const Path* select_linear_amx(const Layout& layout, Precision precision, std::int64_t m);
 const Path* select_linear_neon(const Layout& layout, Precision precision, std::int64_t m);
 const Path* select_linear_neondot(const Layout& layout, Precision precision, std::int64_t m);
 
