@@ -1,6 +1,7 @@
 #include "limits.h"
 
 #include "cpu/features.h"
+#include "cpu/select.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -58,6 +59,31 @@ namespace {
             "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
 }
 
+// Six accumulators of one pair of tiles: a product takes 16 cycles, and waiting for its result 52.
+#define LOWBIT_TILE_PRODUCTS(op)                                                        \
+  for (std::int64_t i = 0; i < iterations; ++i) {                                       \
+    __asm__ volatile(op " %%tmm7, %%tmm6, %%tmm0\n" op " %%tmm7, %%tmm6, %%tmm1\n" op   \
+                        " %%tmm7, %%tmm6, %%tmm2\n" op " %%tmm7, %%tmm6, %%tmm3\n" op   \
+                        " %%tmm7, %%tmm6, %%tmm4\n" op " %%tmm7, %%tmm6, %%tmm5\n" ::); \
+  }
+
+// Multiplications and additions of tiles of 16 rows x 64 bytes.
+double burn_tiles(bool int8, std::int64_t iterations) {
+  struct {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } const config;
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));  // zeroes the tiles
+  if (int8) {
+    LOWBIT_TILE_PRODUCTS("tdpbusd")
+  } else {
+    LOWBIT_TILE_PRODUCTS("tdpbf16ps")
+  }
+  __asm__ volatile("tilerelease");
+  return static_cast<double>(iterations) * 6 * 16 * 16 * (int8 ? 128 : 64);
+}
+
 #endif
 
 }  // namespace
@@ -78,6 +104,9 @@ double burn(Rate rate, std::int64_t iterations) {
 #if defined(__x86_64__)
   const cpu::Features& f = cpu::features();
   if (!f.avx2) return 0;
+  if (rate != Rate::kF32 && cpu::active_level() == cpu::Isa::kAmx) {
+    return burn_tiles(rate == Rate::kInt8, iterations / 16);
+  }
   clear();
   if (rate == Rate::kInt8 && f.avx512vnni) {
     LOWBIT_CHAINS("vpdpbusd %%zmm14, %%zmm15, %%zmm")
