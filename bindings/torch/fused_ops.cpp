@@ -91,6 +91,20 @@ class Reader {
     return spec;
   }
 
+  GateSpec gate() {
+    GateSpec spec;
+    spec.step = integer();
+    LOWBIT_CHECK(spec.step == 1 || spec.step == 2, ErrorCode::kValue,
+                 "fused_register: every column of a gate, or every second, not step ", spec.step);
+    spec.positive = vector(1, &spec.positive_dtype);
+    spec.negative = vector(1, &spec.negative_dtype);
+    for (float* value : {&spec.low, &spec.high, &spec.up_low, &spec.up_high, &spec.up_plus,
+                         &spec.alpha, &spec.beta}) {
+      *value = real();
+    }
+    return spec;
+  }
+
   // One matrix, or the first of `count` that lie one after the other.
   PackedMatrix matrix(std::int64_t count = 1) {
     PackedMatrix matrix;
@@ -211,6 +225,9 @@ MlpSpec read_mlp(Reader& in) {
   if (m.width == 0) {
     return m;
   }
+  constexpr std::int64_t kLimit = std::int64_t{1} << 40;
+  LOWBIT_CHECK(m.width > 0 && m.width < kLimit, ErrorCode::kValue,
+               "fused_register: an MLP of width ", m.width);
   m.experts = in.integer();
   const std::int64_t each = m.experts == 0 ? 1 : m.experts;
   LOWBIT_CHECK(each > 0 && each < (1 << 20), ErrorCode::kValue, "fused_register: ", m.experts,
@@ -221,9 +238,12 @@ MlpSpec read_mlp(Reader& in) {
   m.up_offset = in.integer();
   m.gated = in.flag();
   m.activation = in.activation();
-  LOWBIT_CHECK(!m.in.empty() && m.width > 0 && m.gate_offset >= 0 && m.up_offset >= 0 &&
-                   m.gate_offset <= columns - m.width &&
-                   (!m.gated || m.up_offset <= columns - m.width),
+  m.gate = in.gate();
+  LOWBIT_CHECK(m.activation != Activation::kXielu || (m.gate.positive && m.gate.negative),
+               ErrorCode::kValue, "fused_register: xielu has two parameters");
+  const std::int64_t span = (m.width - 1) * m.gate.step + 1;  // of the columns that are read
+  LOWBIT_CHECK(!m.in.empty() && m.gate_offset >= 0 && m.up_offset >= 0 &&
+                   m.gate_offset <= columns - span && (!m.gated || m.up_offset <= columns - span),
                ErrorCode::kValue, "fused_register: the MLP's columns lie outside its projections");
   m.norm = in.norm(m.in[0].layout.k);
   m.inner_norm = in.norm(m.width);

@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -45,8 +46,17 @@ enum class Activation : std::uint8_t {
   kSigmoid = 7,
   kTanh = 8,
   kSoftplus = 9,
+  kSwish = 10,  // x * sigmoid(alpha x)
+  // positive x^2 + beta x, and below zero negative (e^x - 1 - x) + beta x
+  kXielu = 11,
 };
-inline constexpr int kActivationCount = 10;
+inline constexpr int kActivationCount = 12;
+
+// What kSwish and kXielu take besides x.
+struct ActivationNumbers {
+  float alpha = 1;
+  float positive = 0, negative = 0, beta = 0;
+};
 
 enum class RopeKind : std::uint8_t {
   kNone = 0,
@@ -114,6 +124,22 @@ struct AttentionSpec {
   bool residual = true;
 };
 
+// How columns become inputs of `down`: act(gate clamped) * (up clamped + up_plus), or act(gate).
+struct GateSpec {
+  std::int64_t step = 1;  // from a column of the gate, or of up, to the next
+  float low = -std::numeric_limits<float>::infinity();
+  float high = std::numeric_limits<float>::infinity();
+  float up_low = -std::numeric_limits<float>::infinity();
+  float up_high = std::numeric_limits<float>::infinity();
+  float up_plus = 0;
+  float alpha = 1;  // of kSwish
+  // Of kXielu: parameters whose softplus it takes (and beta is added to that of `negative`).
+  const void* positive = nullptr;
+  const void* negative = nullptr;
+  DType positive_dtype = DType::kFloat32, negative_dtype = DType::kFloat32;
+  float beta = 0;
+};
+
 struct MlpSpec {
   NormSpec norm;
   std::vector<PackedMatrix> in;
@@ -122,6 +148,7 @@ struct MlpSpec {
   std::int64_t experts = 0;                     // > 0: `in` (one) and `down` are that many in a row
   bool gated = true;
   Activation activation = Activation::kSilu;
+  GateSpec gate;
   NormSpec inner_norm;  // before `down`
   PackedMatrix down;
   NormSpec out_norm;

@@ -71,7 +71,8 @@ struct FusedKernels {
   // to += factor * from
   void (*add)(const float* from, float factor, std::int64_t n, float* to);
   // out = act(gate) * up; up == nullptr: out = act(gate). May work in place.
-  void (*activate)(Activation kind, const float* gate, const float* up, std::int64_t n, float* out);
+  void (*activate)(Activation kind, const ActivationNumbers& numbers, const float* gate,
+                   const float* up, std::int64_t n, float* out);
   // Rotates the width values of one head from `begin` on, in place.
   void (*rotate)(const RopeSpec& rope, const float* cos, const float* sin, float* head);
   std::int64_t (*attend_scratch)(int rows, int d);

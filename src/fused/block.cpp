@@ -342,10 +342,10 @@ void finish(const Attention& a, const Strip& strip, int kv, const float* acc, co
       if (spec.gate_width == 0) continue;
       const float* gate = a.query(strip.first + t, kv * a.group + i) + a.d;
       if (spec.gate_width == a.d) {
-        a.work.kernels.activate(spec.gate_activation, gate, to, a.d, to);
+        a.work.kernels.activate(spec.gate_activation, {}, gate, to, a.d, to);
       } else {
         float one;
-        a.work.kernels.activate(spec.gate_activation, gate, nullptr, 1, &one);
+        a.work.kernels.activate(spec.gate_activation, {}, gate, nullptr, 1, &one);
         for (int j = 0; j < a.d; ++j) to[j] *= one;
       }
     }
@@ -563,6 +563,49 @@ void merge(const Work& work, const Half& half, float* update, std::int64_t count
   });
 }
 
+double softplus_of(const Work& work, const void* parameter, DType dtype) {
+  if (parameter == nullptr) return 0;
+  float value;
+  work.kernels.load(parameter, dtype, 1, &value);
+  return value > 20 ? value : std::log1p(std::exp(double{value}));
+}
+
+// Read at every call, as norms are: parameters may change in place.
+ActivationNumbers numbers_of(const Work& work, const GateSpec& gate) {
+  const double positive = softplus_of(work, gate.positive, gate.positive_dtype);
+  const double negative = softplus_of(work, gate.negative, gate.negative_dtype) + double{gate.beta};
+  return {gate.alpha, static_cast<float>(positive), static_cast<float>(negative), gate.beta};
+}
+
+// NaN stays NaN.
+float clamped(float value, float low, float high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// The inputs of `down` from one row of columns.
+void gate_row(const Work& work, const MlpSpec& spec, const ActivationNumbers& numbers,
+              const float* row, float* inner) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const GateSpec& gate = spec.gate;
+  const float* gates = row + spec.gate_offset;
+  const float* up = spec.gated ? row + spec.up_offset : nullptr;
+  const bool plain_gate = gate.step == 1 && gate.low == -kInfinity && gate.high == kInfinity;
+  const bool plain_up =
+      gate.step == 1 && gate.up_low == -kInfinity && gate.up_high == kInfinity && gate.up_plus == 0;
+  if (!plain_gate) {
+    for (std::int64_t i = 0; i < spec.width; ++i) {
+      inner[i] = clamped(gates[i * gate.step], gate.low, gate.high);
+    }
+    gates = inner;
+  }
+  work.kernels.activate(spec.activation, numbers, gates, plain_up ? up : nullptr, spec.width,
+                        inner);
+  if (plain_up || up == nullptr) return;
+  for (std::int64_t i = 0; i < spec.width; ++i) {
+    inner[i] *= clamped(up[i * gate.step], gate.up_low, gate.up_high) + gate.up_plus;
+  }
+}
+
 std::int64_t mlp_floats(const MlpSpec& spec, std::int64_t tokens, std::int64_t hidden) {
   return tokens * (2 * hidden + columns_of(spec.in) + spec.width);
 }
@@ -580,11 +623,9 @@ void mlp_chunk(const Work& work, const MlpSpec& spec, const float* from, std::in
     work.kernels.norm(spec.norm, from + t * hidden, hidden, normed + t * hidden);
   });
   multiply(spec.in, normed, count, hidden, wide, columns, work.call.precision, work.threads);
+  const ActivationNumbers numbers = numbers_of(work, spec.gate);
   for_tokens(count, work.threads, [&](std::int64_t t) {
-    const float* row = wide + t * columns;
-    work.kernels.activate(spec.activation, row + spec.gate_offset,
-                          spec.gated ? row + spec.up_offset : nullptr, spec.width,
-                          inner + t * spec.width);
+    gate_row(work, spec, numbers, wide + t * columns, inner + t * spec.width);
     normalize(work, spec.inner_norm, inner + t * spec.width, spec.width);
   });
   multiply({spec.down}, inner, count, spec.width, update, hidden, work.call.precision,
@@ -676,11 +717,9 @@ struct Choice {
 // The last part of an expert for `count` rows of projected columns, into `update`.
 void expert_rows(const Work& work, const MlpSpec& spec, std::int64_t expert, const float* wide,
                  std::int64_t stride, std::int64_t count, float* inner, float* update) {
+  const ActivationNumbers numbers = numbers_of(work, spec.gate);
   for_tokens(count, work.threads, [&](std::int64_t t) {
-    const float* row = wide + t * stride;
-    work.kernels.activate(spec.activation, row + spec.gate_offset,
-                          spec.gated ? row + spec.up_offset : nullptr, spec.width,
-                          inner + t * spec.width);
+    gate_row(work, spec, numbers, wide + t * stride, inner + t * spec.width);
   });
   multiply({expert_of(spec.down, expert)}, inner, count, spec.width, update, work.call.hidden,
            work.call.precision, work.threads);

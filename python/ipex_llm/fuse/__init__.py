@@ -273,7 +273,7 @@ def _recognise(module, scenarios, config) -> Description:
                 if call.output.dim() == 2:
                     call.output = call.output[None]
         if expert_parameters(copied):
-            return find_experts(copied, arguments, x, seen.result)
+            return find_experts(seen, arguments, x)
         seen.attention = seen.attention or written_out(seen, arguments)
         if len(linears(seen)) < 2:
             raise Unrecognised("fewer than two low-bit products")

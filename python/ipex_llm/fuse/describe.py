@@ -8,6 +8,7 @@ tensors of one module.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -30,6 +31,8 @@ ACTIVATIONS = (
     "sigmoid",
     "tanh",
     "softplus",
+    "swish",
+    "xielu",
 )
 NORM_KINDS = ("none", "rms", "layer")  # lowbit::NormKind
 ROPE_KINDS = ("none", "halves", "interleaved")  # lowbit::RopeKind
@@ -90,6 +93,22 @@ class Attention:
 
 
 @dataclass
+class Gating:
+    """act(gate clamped) * (up clamped + up_plus), or act(gate); lowbit::GateSpec."""
+
+    step: int = 1  # from a column of the gate, or of up, to the next
+    low: float = -math.inf
+    high: float = math.inf
+    up_low: float = -math.inf
+    up_high: float = math.inf
+    up_plus: float = 0.0
+    alpha: float = 1.0  # of swish
+    positive: str = ""  # parameters of xielu, by name
+    negative: str = ""
+    beta: float = 0.0
+
+
+@dataclass
 class Mlp:
     inputs: list[str]
     output: str
@@ -97,6 +116,7 @@ class Mlp:
     gate: int  # column
     up: int  # column; -1: no gate, act(x) alone
     activation: str
+    gating: Gating = field(default_factory=Gating)
     norm: Norm = field(default_factory=Norm)
     inner_norm: Norm = field(default_factory=Norm)  # before `output`
     out_norm: Norm = field(default_factory=Norm)
@@ -104,11 +124,13 @@ class Mlp:
     multiplier: float = 1.0
     residual: bool = True
     experts: int = 0  # > 0: `inputs` and `output` are 3-D parameters, not modules
+    input_bias: str = ""  # of experts: 2-D parameters
+    output_bias: str = ""
 
 
 def _read(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a half, whose norms and heads have become dicts."""
-    kinds = {"q": Heads, "k": Heads, "v": Heads, "gate": Heads}
+    kinds = {"q": Heads, "k": Heads, "v": Heads, "gate": Heads, "gating": Gating}
     return {
         name: kinds.get(name, Norm)(**value) if isinstance(value, dict) else value
         for name, value in data.items()
@@ -299,14 +321,14 @@ class _Writer:
             self.vector(self.parameter(module, "bias"))
         self.floats += [norm.eps, norm.offset]
 
-    def sinks(self, path: str) -> None:
+    def named_vector(self, path: str) -> None:
         if not path:
             self.vector(None)
             return
         owner, _, name = path.rpartition(".")
         self.vector(self.parameter(self.submodule(owner), name))
 
-    def matrix(self, name: str, experts: int = 0) -> None:
+    def matrix(self, name: str, experts: int = 0, bias: str = "") -> None:
         owner, _, attribute = name.rpartition(".") if experts else (name, "", "weight")
         module = self.submodule(owner)
         weight = self.parameter(module, attribute)
@@ -320,12 +342,27 @@ class _Writer:
         self.watched.append((weight.__dict__, "packed", weight.packed))
         self.integers += [len(self.tensors), n, k, format, group_size, exponent]
         self.tensors.append(weight.packed)
-        self.vector(None if experts else self.parameter(module, "bias"))
+        if not experts:
+            self.vector(self.parameter(module, "bias"))
+        elif not bias:
+            self.vector(None)
+        else:
+            rows = self.parameter(module, bias)
+            if rows is None or tuple(rows.shape) != (experts, n):
+                raise Unfit(f"the bias {bias!r} is not one vector for each expert")
+            self.vector(rows)
+            self.tensors[-1] = self.tensors[-1].reshape(-1)
 
-    def matrices(self, names: list[str], experts: int = 0) -> None:
+    def matrices(self, names: list[str], experts: int = 0, bias: str = "") -> None:
         self.integers.append(len(names))
         for name in names:
-            self.matrix(name, experts)
+            self.matrix(name, experts, bias)
+
+    def gating(self, g: Gating) -> None:
+        self.integers.append(g.step)
+        self.named_vector(g.positive)
+        self.named_vector(g.negative)
+        self.floats += [g.low, g.high, g.up_low, g.up_high, g.up_plus, g.alpha, g.beta]
 
     def heads(self, heads: Heads) -> None:
         self.integers += [heads.offset, heads.group_stride, heads.head_stride]
@@ -350,7 +387,7 @@ class _Writer:
                 a.rope_step,
             ]
             self.integers.append(int(a.cross))
-            self.sinks(a.sinks)
+            self.named_vector(a.sinks)
             self.integers.append(a.gate_width)
             self.heads(a.gate)
             self.integers.append(ACTIVATIONS.index(a.gate_activation))
@@ -364,12 +401,13 @@ class _Writer:
             self.integers.append(0)
         else:
             self.integers += [m.width, m.experts]
-            self.matrices(m.inputs, m.experts)
+            self.matrices(m.inputs, m.experts, m.input_bias)
             gated = m.up >= 0
             self.integers += [m.gate, max(m.up, 0), int(gated), ACTIVATIONS.index(m.activation)]
+            self.gating(m.gating)
             self.norm(m.norm)
             self.norm(m.inner_norm)
-            self.matrix(m.output, m.experts)
+            self.matrix(m.output, m.experts, m.output_bias)
             self.norm(m.out_norm)
             self.norm(m.post_norm)
             self.integers.append(int(m.residual))

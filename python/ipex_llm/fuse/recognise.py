@@ -7,8 +7,9 @@ nothing needs to be complete.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ipex_llm.fuse.attention import owner_of
-from ipex_llm.fuse.describe import Attention, Description, Heads, Memory, Mlp, Norm
+from ipex_llm.fuse.describe import Attention, Description, Gating, Heads, Memory, Mlp, Norm
 from ipex_llm.fuse.trace import Attended, Record, Seen
 from ipex_llm.tensor import LowBitTensor
 
@@ -591,15 +592,15 @@ def find_mlp(record: Record, source: torch.Tensor, others: Iterable[str] = ()) -
         for last in calls:
             if last in first:
                 continue
-            inner_norm, found = Norm(), _gate_and_up(first, last.input)
+            inner_norm, found = Norm(), _gate_and_up(record, first, last.input)
             if found is None:
                 through = find_norm(record, last.input)
                 if through is not None:
-                    inner_norm, found = through[0], _gate_and_up(first, through[1])
+                    inner_norm, found = through[0], _gate_and_up(record, first, through[1])
             if found is None:
                 reason = "an MLP with an unknown activation or gate"
                 continue
-            used, gate, up, activation = found
+            used, gate, up, activation, gating = found
             return (
                 Mlp(
                     inputs=[c.name for c in used],
@@ -608,6 +609,7 @@ def find_mlp(record: Record, source: torch.Tensor, others: Iterable[str] = ()) -
                     gate=gate,
                     up=up,
                     activation=activation,
+                    gating=gating,
                     norm=norm,
                     inner_norm=inner_norm,
                 ),
@@ -616,30 +618,127 @@ def find_mlp(record: Record, source: torch.Tensor, others: Iterable[str] = ()) -
     raise Unrecognised(reason)
 
 
-def _gate_and_up(first: list[Seen], target: torch.Tensor):
-    """Which of the linears `first` give `target` as act(gate) * up or act(gate)."""
+@dataclass
+class _Part:
+    """Columns of a linear that may be a gate or its counterpart."""
+
+    call: Seen
+    column: int
+    step: int
+    values: torch.Tensor  # [rows, width], clamped where the module does so
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def _gate_and_up(record: Record, first: list[Seen], target: torch.Tensor):
+    """Which of the linears `first` give `target`: (linears, gate, up, activation, Gating)."""
     inner = target.reshape(-1, target.shape[-1])
     width = inner.shape[-1]
-    wide = [c for c in first if c.output.numel() // c.output.shape[-1] == inner.shape[0]]
-    parts = []  # (calls, column, [rows, width])
-    for call in wide:
-        out = call.output.reshape(inner.shape[0], -1)
-        for column in dict.fromkeys((0, out.shape[1] - width)):
-            if 0 <= column <= out.shape[1] - width:
-                parts.append((call, column, out[:, column : column + width]))
+    parts = _parts(record, first, *inner.shape)
+    if parts is None:
+        return None
+    for name, alpha, function in _activations(_numbers(record)):
+        for gate in parts:
+            active = function(gate.values)
+            gating = Gating(gate.step, gate.low, gate.high, alpha=alpha)
+            if gate.call.output.shape[-1] == width and equal(active, inner):
+                return [gate.call], 0, -1, name, gating
+            found = _up(parts, gate, active, inner)
+            if found is not None:
+                return (*found[:-1], name, replace(gating, **found[-1]))
+    for call in record.calls if len(record.clamps) == 0 else ():
+        for part in parts:
+            if call.input.numel() == inner.numel() and same(call.input, part.values):
+                found = _xielu(record, call)
+                active = call.output.reshape(inner.shape)
+                if found is None or part.step != 1:
+                    continue
+                if part.call.output.shape[-1] == width and equal(active, inner):
+                    return [part.call], 0, -1, "xielu", found
+                pair = _up(parts, part, active, inner)
+                if pair is not None:
+                    return (*pair[:-1], "xielu", replace(found, **pair[-1]))
+    return None
+
+
+def _parts(record: Record, first: list[Seen], rows: int, width: int) -> list[_Part] | None:
+    """Columns of as many as `width`; None where a clamp of as many values is not understood."""
+    parts = []
+    for call in first:
+        if call.output.numel() // call.output.shape[-1] != rows:
+            continue
+        out = call.output.reshape(rows, -1)
+        columns = out.shape[1]
+        places = [(c, 1) for c in dict.fromkeys((0, columns - width)) if 0 <= c <= columns - width]
+        if columns == 2 * width:
+            places += [(0, 2), (1, 2)]
+        for column, step in places:
+            part = out[:, column : column + (width - 1) * step + 1 : step]
+            parts.append(_Part(call, column, step, part))
+    for clamp in record.clamps:
+        if clamp.input.numel() != rows * width or clamp.input.shape[-1] != width:
+            continue
+        known = [p for p in parts if torch.equal(clamp.input.reshape(rows, width), p.values)]
+        if not known or clamp.bounds is None:
+            return None
+        for part in known:
+            part.low, part.high = clamp.bounds
+            part.values = clamp.output.reshape(rows, width)
+    return parts
+
+
+def _up(parts: list[_Part], gate: _Part, active: torch.Tensor, inner: torch.Tensor):
+    """(linears, gate column, up column, settings) where `inner` is `active` times another part."""
+    width = inner.shape[-1]
+    for up in parts:
+        if up.step != gate.step or (up.call is gate.call and up.column == gate.column):
+            continue
+        for plus in (0.0, 1.0):
+            if not equal(active * (up.values + plus), inner):
+                continue
+            settings = {"up_low": up.low, "up_high": up.high, "up_plus": plus}
+            if up.call is gate.call:
+                return [up.call], gate.column, up.column, settings
+            if gate.step == 1 and {width} == {c.output.shape[-1] for c in (gate.call, up.call)}:
+                return [gate.call, up.call], 0, width, settings
+    return None
+
+
+def _numbers(record: Record) -> list[float]:
+    """Settings of the modules that may be a factor inside an activation, or bounds."""
+    modules = {id(c.module): c.module for c in record.calls}
+    if record.module is not None:
+        modules[id(record.module)] = record.module
+    return _numbers_of(modules.values())
+
+
+def _numbers_of(modules: Iterable[nn.Module]) -> list[float]:
+    values = (v for module in modules for v in module.__dict__.values())
+    return [*dict.fromkeys(v for v in values if type(v) is float and 0.1 <= v <= 1000)]
+
+
+def _activations(numbers: Iterable[float]):
+    """(name, alpha, function)"""
     for name, function in ACTIVATION_FUNCTIONS.items():
-        for call, column, gate in parts:
-            active = function(gate)
-            if call.output.shape[-1] == width and equal(active, inner):
-                return [call], 0, -1, name
-            for other, other_column, up in parts:
-                if (other is call and other_column == column) or not equal(active * up, inner):
-                    continue
-                if other is call:
-                    return [call], column, other_column, name
-                if call.output.shape[-1] != width or other.output.shape[-1] != width:
-                    continue
-                return [call, other], 0, width, name
+        yield name, 1.0, function
+    for alpha in numbers:
+        yield "swish", alpha, lambda x, alpha=alpha: x * torch.sigmoid(alpha * x)
+
+
+def _xielu(record: Record, call: Seen) -> Gating | None:
+    """An activation with two parameters: a parabola above zero, an exponential below."""
+    owned = [n for n, p in call.module._parameters.items() if p is not None]
+    if len(owned) != 2 or any(call.module._parameters[n].numel() != 1 for n in owned):
+        return None
+    settings = [b for b in call.module._buffers.values() if b is not None and b.numel() == 1]
+    prefix = f"{call.name}." if call.name else ""
+    x = call.input
+    for beta in dict.fromkeys(float(b) for b in settings):
+        for names in (owned, owned[::-1]):
+            a, b = (F.softplus(call.module._parameters[n].float()) for n in names)
+            below = (torch.expm1(x.clamp(max=0)) - x) * (b + beta)
+            if equal(torch.where(x > 0, a * x * x, below) + beta * x, call.output):
+                return Gating(positive=prefix + names[0], negative=prefix + names[1], beta=beta)
     return None
 
 
@@ -821,8 +920,9 @@ def expert_parameters(module: nn.Module) -> dict[str, LowBitTensor]:
     }
 
 
-def find_experts(module: nn.Module, arguments: dict, x: torch.Tensor, result) -> Description:
+def find_experts(record: Record, arguments: dict, x: torch.Tensor) -> Description:
     """Experts in two 3-D tensors, chosen by two of the arguments: which, and how much of each."""
+    module, result = record.module, record.result
     matrices = expert_parameters(module)
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.dim() == 2}
     ids = [k for k, v in tensors.items() if v.dtype == torch.int64]
@@ -836,26 +936,94 @@ def find_experts(module: nn.Module, arguments: dict, x: torch.Tensor, result) ->
     ]
     if len(shares) != 1 or not isinstance(result, torch.Tensor) or result.shape != x.shape:
         raise Unrecognised("experts that are not chosen by an index and a weight")
+    # Once more so loud that every clamp is reached.
+    name = next(k for k, v in arguments.items() if v is x)
+    loud = 300 * x
+    rows = [(x[0], result[0].float()), (loud[0], module(**{**arguments, name: loud})[0].float())]
     hidden = x.shape[1]
     for first, last in (tuple(matrices), tuple(matrices)[::-1]):
         count, columns, inputs = matrices[first].stored_shape
         outputs, width = matrices[last].stored_shape[1:]
         if inputs != hidden or outputs != hidden or columns not in (width, 2 * width):
             continue
-        weights = [[matrices[n][int(e)].float() for e in chosen[0]] for n in (first, last)]
-        wide = [F.linear(x[0], w) for w in weights[0]]
-        want = result[0].float()
-        gates = ((0, -1),) if columns == width else ((0, width), (width, 0))
-        for (gate, up), (name, function) in product(gates, ACTIVATION_FUNCTIONS.items()):
-            inner = [function(c[gate : gate + width]) for c in wide]
-            if up >= 0:
-                inner = [i * c[up : up + width] for i, c in zip(inner, wide, strict=True)]
-            each = [F.linear(i, w) for i, w in zip(inner, weights[1], strict=True)]
-            total = sum(s * t for s, t in zip(tensors[shares[0]][0].float(), each, strict=True))
-            if equal(total, want, 2e-3):
-                mlp = Mlp([first], last, width, gate, up, name, residual=False, experts=count)
-                return Description(mlp=mlp, choice=(ids[0], shares[0]))
+        biases = [_expert_bias(module, count, n) for n in (columns, outputs)]
+        tried = _ChosenExperts(
+            module, first, last, biases, chosen[0].tolist(), tensors[shares[0]][0].float()
+        )
+        found = tried.search(rows, width, columns == 2 * width, _limits(record, width))
+        if found is None:
+            continue
+        gate, up, activation, gating = found
+        mlp = Mlp([first], last, width, gate, up, activation, gating, residual=False)
+        mlp.experts = count
+        mlp.input_bias, mlp.output_bias = biases
+        return Description(mlp=mlp, choice=(ids[0], shares[0]))
     raise Unrecognised("experts with an unknown activation, gate or bias")
+
+
+def _limits(record: Record, width: int) -> list[tuple]:
+    """Bounds that gate and counterpart may have: all that the module has, or none."""
+    unlimited = (-math.inf, math.inf)
+    found = {c.bounds for c in record.clamps if c.input.shape[-1] == width}
+    if None in found:
+        return []
+    choices = {*found, unlimited}
+    return [pair for pair in product(choices, choices) if found <= {*pair}]
+
+
+def _expert_bias(module: nn.Module, count: int, columns: int) -> str:
+    """The parameter with `columns` values for every expert; "" for none."""
+    found = [
+        name
+        for name, p in module._parameters.items()
+        if p is not None and not isinstance(p, LowBitTensor) and tuple(p.shape) == (count, columns)
+    ]
+    return found[0] if len(found) == 1 else ""
+
+
+class _ChosenExperts:
+    """The experts of one token: what they would give with this or that gate."""
+
+    def __init__(self, module, first: str, last: str, biases, experts, shares) -> None:
+        self.module, self.experts, self.shares = module, experts, shares
+        self.first = [self._expert(first, biases[0], e) for e in experts]
+        self.last = [self._expert(last, biases[1], e) for e in experts]
+
+    def _expert(self, name: str, bias: str, expert: int):
+        all_experts = self.module._parameters[name]
+        weight = all_experts[expert].float()
+        weight = weight.mT if all_experts.transposed else weight
+        return weight, self.module._parameters[bias][expert].float() if bias else None
+
+    def search(self, rows, width: int, gated: bool, limits):
+        """(gate, up, activation, Gating) that explains all rows: (input, result)."""
+        wide = [[F.linear(x, *expert) for expert in self.first] for x, _ in rows]
+        layouts = ((0, width, 1), (width, 0, 1), (0, 1, 2), (1, 0, 2)) if gated else ((0, -1, 1),)
+        numbers = _numbers_of((self.module,))
+        activations = [*_activations(numbers)]
+        for (bounds, up_bounds), (gate, up, step), plus in product(limits, layouts, (0.0, 1.0)):
+            for name, alpha, function in activations if up >= 0 or plus == 0 else ():
+                gating = Gating(step, *bounds, *up_bounds, plus, alpha)
+                # A few outputs first.
+                if all(
+                    self._fits(w, want[:some], function, gate, up, width, gating, some)
+                    for some in (8, rows[0][1].numel())
+                    for w, (_, want) in zip(wide, rows, strict=True)
+                ):
+                    return gate, up, name, gating
+        return None
+
+    def _fits(self, wide, want, function, gate, up, width, g: Gating, outputs: int) -> bool:
+        total = torch.zeros_like(want)
+        span = (width - 1) * g.step + 1
+        for columns, share, (weight, bias) in zip(wide, self.shares, self.last, strict=True):
+            inner = function(columns[gate : gate + span : g.step].clamp(g.low, g.high))
+            if up >= 0:
+                others = columns[up : up + span : g.step].clamp(g.up_low, g.up_high)
+                inner = inner * (others + g.up_plus)
+            bias = None if bias is None else bias[:outputs]
+            total += share * F.linear(inner, weight[:outputs], bias)
+        return equal(total, want, 2e-3)
 
 
 def first_result(record: Record) -> torch.Tensor:

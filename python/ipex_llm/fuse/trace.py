@@ -8,6 +8,7 @@ by one position hides in the rounding.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,11 +194,21 @@ class Softmax:
 
 
 @dataclass
+class Clamped:
+    """One call of clamp, or of what may be one: None for bounds that are no numbers."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+    bounds: tuple[float, float] | None
+
+
+@dataclass
 class Record:
     calls: list[Seen] = field(default_factory=list)
     attention: list[Attended] = field(default_factory=list)
     # Products and softmaxes in their order, for attention written out.
     steps: list[Product | Softmax] = field(default_factory=list)
+    clamps: list[Clamped] = field(default_factory=list)
     module: nn.Module | None = None
     result: Any = None
 
@@ -212,6 +223,21 @@ _SUMS_OF_PRODUCTS = frozenset((torch.baddbmm, torch.Tensor.baddbmm))
 _SOFTMAXES = frozenset((F.softmax, torch.softmax, torch.Tensor.softmax))
 
 
+_CLAMPS = frozenset((torch.clamp, torch.Tensor.clamp, torch.clip, torch.Tensor.clip))
+_LOWER = frozenset((torch.clamp_min, torch.Tensor.clamp_min))
+_UPPER = frozenset((torch.clamp_max, torch.Tensor.clamp_max))
+_OTHER_CLAMPS = frozenset((F.hardtanh, F.relu6))
+
+
+def _bounds(func, low=None, high=None, **named) -> tuple[float, float] | None:
+    if func in _UPPER:
+        low, high = None, low
+    low, high = named.get("min", low), named.get("max", high)
+    if func in _OTHER_CLAMPS or any(type(v) not in (int, float, type(None)) for v in (low, high)):
+        return None
+    return (-math.inf if low is None else low, math.inf if high is None else high)
+
+
 class _AttentionMode(TorchFunctionMode):
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -222,6 +248,8 @@ class _AttentionMode(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._note(result, *args, **kwargs)
+        elif func in _CLAMPS or func in _LOWER or func in _UPPER or func in _OTHER_CLAMPS:
+            self._note_clamp(func, result, *args, **kwargs)
         elif func in _SOFTMAXES:
             self.record.steps.append(Softmax(args[0] if args else kwargs["input"], result))
         elif func in _PRODUCTS and len(args) == 2:
@@ -230,6 +258,10 @@ class _AttentionMode(TorchFunctionMode):
             factors = args[1:] if len(args) == 3 else (kwargs["batch1"], kwargs["batch2"])
             self._note_product(*factors, result)
         return result
+
+    def _note_clamp(self, func, output, input=None, *bounds, **named) -> None:
+        if isinstance(input, torch.Tensor) and input.is_floating_point():
+            self.record.clamps.append(Clamped(input, output, _bounds(func, *bounds, **named)))
 
     def _note_product(self, a, b, output) -> None:
         if a.dim() >= 3 and b.dim() >= 3 and type(b) is torch.Tensor:

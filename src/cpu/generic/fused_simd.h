@@ -249,8 +249,19 @@ LOWBIT_INLINE vf vsoftplus(vf x) {
   return (x > zero ? x : x * 0.0f) + 2.0f * z * p;
 }
 
+// e^x - 1 - x for x <= 0
+LOWBIT_INLINE vf vexpm1_minus(vf x) {
+  vf p = splat(1.0f / 5040);
+  p = fma(p, x, splat(1.0f / 720));
+  p = fma(p, x, splat(1.0f / 120));
+  p = fma(p, x, splat(1.0f / 24));
+  p = fma(p, x, splat(1.0f / 6));
+  p = fma(p, x, splat(0.5f));
+  return x > splat(-0.5f) ? p * x * x : vexp(x) - 1.0f - x;
+}
+
 template <Activation kKind>
-LOWBIT_INLINE vf act(vf x) {
+LOWBIT_INLINE vf act(vf x, const ActivationNumbers& numbers) {
   if constexpr (kKind == Activation::kSilu) return x * vsigmoid(x);
   if constexpr (kKind == Activation::kGelu) return 0.5f * x * (1.0f + verf(x * 0.707106781f));
   if constexpr (kKind == Activation::kGeluTanh) {
@@ -262,14 +273,20 @@ LOWBIT_INLINE vf act(vf x) {
   if constexpr (kKind == Activation::kSigmoid) return vsigmoid(x);
   if constexpr (kKind == Activation::kTanh) return vtanh(x);
   if constexpr (kKind == Activation::kSoftplus) return vsoftplus(x);
+  if constexpr (kKind == Activation::kSwish) return x * vsigmoid(numbers.alpha * x);
+  if constexpr (kKind == Activation::kXielu) {
+    const vf below = vexpm1_minus(x < vf{} ? x : x * 0.0f) * numbers.negative;
+    return (x > vf{} ? numbers.positive * x * x : below) + numbers.beta * x;
+  }
   return x;
 }
 
 template <Activation kKind>
-void activate_as(const float* gate, const float* up, std::int64_t n, float* out) {
+void activate_as(const ActivationNumbers& numbers, const float* gate, const float* up,
+                 std::int64_t n, float* out) {
   std::int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const vf value = act<kKind>(load(gate + i));
+    const vf value = act<kKind>(load(gate + i), numbers);
     store(out + i, up == nullptr ? value : value * load(up + i));
   }
   if (i == n) return;
@@ -278,32 +295,37 @@ void activate_as(const float* gate, const float* up, std::int64_t n, float* out)
     g[j - i] = gate[j];
     u[j - i] = up == nullptr ? 1.0f : up[j];
   }
-  store(g, act<kKind>(load(g)) * load(u));
+  store(g, act<kKind>(load(g), numbers) * load(u));
   for (std::int64_t j = i; j < n; ++j) out[j] = g[j - i];
 }
 
-void activate(Activation kind, const float* gate, const float* up, std::int64_t n, float* out) {
+void activate(Activation kind, const ActivationNumbers& numbers, const float* gate, const float* up,
+              std::int64_t n, float* out) {
   switch (kind) {
     case Activation::kIdentity:
-      return activate_as<Activation::kIdentity>(gate, up, n, out);
+      return activate_as<Activation::kIdentity>(numbers, gate, up, n, out);
     case Activation::kSilu:
-      return activate_as<Activation::kSilu>(gate, up, n, out);
+      return activate_as<Activation::kSilu>(numbers, gate, up, n, out);
     case Activation::kGelu:
-      return activate_as<Activation::kGelu>(gate, up, n, out);
+      return activate_as<Activation::kGelu>(numbers, gate, up, n, out);
     case Activation::kGeluTanh:
-      return activate_as<Activation::kGeluTanh>(gate, up, n, out);
+      return activate_as<Activation::kGeluTanh>(numbers, gate, up, n, out);
     case Activation::kRelu:
-      return activate_as<Activation::kRelu>(gate, up, n, out);
+      return activate_as<Activation::kRelu>(numbers, gate, up, n, out);
     case Activation::kRelu2:
-      return activate_as<Activation::kRelu2>(gate, up, n, out);
+      return activate_as<Activation::kRelu2>(numbers, gate, up, n, out);
     case Activation::kQuickGelu:
-      return activate_as<Activation::kQuickGelu>(gate, up, n, out);
+      return activate_as<Activation::kQuickGelu>(numbers, gate, up, n, out);
     case Activation::kSigmoid:
-      return activate_as<Activation::kSigmoid>(gate, up, n, out);
+      return activate_as<Activation::kSigmoid>(numbers, gate, up, n, out);
     case Activation::kTanh:
-      return activate_as<Activation::kTanh>(gate, up, n, out);
+      return activate_as<Activation::kTanh>(numbers, gate, up, n, out);
     case Activation::kSoftplus:
-      return activate_as<Activation::kSoftplus>(gate, up, n, out);
+      return activate_as<Activation::kSoftplus>(numbers, gate, up, n, out);
+    case Activation::kSwish:
+      return activate_as<Activation::kSwish>(numbers, gate, up, n, out);
+    case Activation::kXielu:
+      return activate_as<Activation::kXielu>(numbers, gate, up, n, out);
   }
 }
 

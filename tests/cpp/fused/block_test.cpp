@@ -70,6 +70,7 @@ class Block : public testing::TestWithParam<Shape> {
   std::vector<float> values = floats(s.batch * s.kv_heads * (positions + 3) * s.head_dim);
   std::vector<float> cos = floats(s.tokens * s.head_dim), sin = floats(s.tokens * s.head_dim);
   std::vector<float> float_mask;
+  float positive = 0.2f, negative = -0.4f;  // of xielu
   std::vector<std::uint8_t> bool_mask;
   BlockSpec block;
   BlockCall call;
@@ -114,6 +115,10 @@ class Block : public testing::TestWithParam<Shape> {
       m.in = {gate.packed};
     }
     m.activation = s.activation;
+    m.gate.alpha = 1.3f;
+    m.gate.positive = &positive;
+    m.gate.negative = &negative;
+    m.gate.beta = 0.5f;
     m.norm = a.norm;
     m.norm.weight = norm2.data();
     m.down = down.packed;
@@ -274,7 +279,7 @@ class Block : public testing::TestWithParam<Shape> {
       Vector inner = gate.times(normed);
       const Vector other = up.times(normed);
       for (std::size_t i = 0; i < inner.size(); ++i) {
-        inner[i] = activation(s.activation, inner[i]) * (s.gated ? other[i] : 1);
+        inner[i] = activation(s.activation, inner[i], block.mlp.gate) * (s.gated ? other[i] : 1);
       }
       const Vector last = down.times(norm(block.mlp.inner_norm, inner));
       for (std::size_t i = 0; i < row.size(); ++i) row[i] += last[i];
@@ -566,6 +571,10 @@ INSTANTIATE_TEST_SUITE_P(
                           false,
                           1,
                           Activation::kSoftplus},
+                    Shape{"xielu", 4, 2, 16, 64, 90, 1, 5, 0, kHalf, NormKind::kRms, false, false,
+                          false, false, Activation::kXielu, 0, MaskKind::kNone},
+                    Shape{"swish", 4, 2, 16, 64, 90, 1, 5, 0, kHalf, NormKind::kRms, false, false,
+                          true, false, Activation::kSwish, 0, MaskKind::kNone},
                     Shape{"dressed", 4, 2, 16, 64, 96, 2, 3, 5, kHalf, NormKind::kLayer, true, true,
                           true, false, Activation::kSilu, 0, MaskKind::kBool, true},
                     Shape{"dressed_long_cache", 4, 2, 16, 64, 96, 1, 1, 1100, kHalf, NormKind::kRms,

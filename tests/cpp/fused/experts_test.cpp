@@ -47,6 +47,7 @@ struct Shape {
   std::int64_t experts, hidden, width, tokens, chosen;
   bool gated, gate_last, biased;
   Activation activation;
+  bool clamped = false;  // and gate and up in turn
 };
 
 std::string name_of(const testing::TestParamInfo<Shape>& info) {
@@ -86,6 +87,11 @@ class ChosenExperts : public testing::TestWithParam<Shape> {
     m.gate_offset = s.gate_last ? s.width : 0;
     m.up_offset = s.gate_last ? 0 : s.width;
     m.activation = s.activation;
+    if (s.clamped) {
+      m.gate = {2, -INFINITY, 0.7f, -0.6f, 0.6f, 1, 1.7f};
+      m.gate_offset = s.gate_last ? 1 : 0;
+      m.up_offset = s.gate_last ? 0 : 1;
+    }
     m.multiplier = 0.6f;
     m.residual = false;
     call.x = x.data();
@@ -106,9 +112,7 @@ class ChosenExperts : public testing::TestWithParam<Shape> {
         const Vector wide = in.each[expert]->times(row);
         Vector inner(static_cast<std::size_t>(s.width));
         for (std::size_t j = 0; j < inner.size(); ++j) {
-          inner[j] =
-              activation(s.activation, wide[j + static_cast<std::size_t>(block.mlp.gate_offset)]);
-          if (s.gated) inner[j] *= wide[j + static_cast<std::size_t>(block.mlp.up_offset)];
+          inner[j] = gated(block.mlp, wide, j);
         }
         const Vector out = down.each[expert]->times(inner);
         for (std::size_t j = 0; j < sum.size(); ++j) {
@@ -155,15 +159,17 @@ TEST_P(ChosenExperts, RefuseAnExpertThatDoesNotExist) {
 
 INSTANTIATE_TEST_SUITE_P(
     Shapes, ChosenExperts,
-    testing::Values(Shape{"one_token", 6, 64, 48, 1, 2, true, false, false, Activation::kSilu},
-                    // More than are multiplied together.
-                    Shape{"one_token_of_many", 24, 64, 32, 1, 19, true, true, false,
-                          Activation::kSilu},
-                    Shape{"prompt", 5, 96, 40, 37, 3, true, false, false, Activation::kGeluTanh},
-                    Shape{"biased", 4, 64, 64, 9, 2, true, false, true, Activation::kSilu},
-                    Shape{"plain", 4, 32, 80, 3, 1, false, false, true, Activation::kRelu2},
-                    // Longer than a chunk for one expert.
-                    Shape{"one_expert", 1, 16, 16, 1100, 1, true, false, false, Activation::kSilu}),
+    testing::Values(
+        Shape{"one_token", 6, 64, 48, 1, 2, true, false, false, Activation::kSilu},
+        // More than are multiplied together.
+        Shape{"one_token_of_many", 24, 64, 32, 1, 19, true, true, false, Activation::kSilu},
+        Shape{"prompt", 5, 96, 40, 37, 3, true, false, false, Activation::kGeluTanh},
+        Shape{"biased", 4, 64, 64, 9, 2, true, false, true, Activation::kSilu},
+        Shape{"clamped_token", 6, 64, 48, 1, 3, true, false, true, Activation::kSwish, true},
+        Shape{"clamped", 4, 64, 40, 11, 2, true, true, true, Activation::kSwish, true},
+        Shape{"plain", 4, 32, 80, 3, 1, false, false, true, Activation::kRelu2},
+        // Longer than a chunk for one expert.
+        Shape{"one_expert", 1, 16, 16, 1100, 1, true, false, false, Activation::kSilu}),
     name_of);
 
 }  // namespace

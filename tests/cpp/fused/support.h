@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -81,7 +82,7 @@ inline Vector norm(const NormSpec& spec, Vector x) {
   return x;
 }
 
-inline double activation(Activation kind, double x) {
+inline double activation(Activation kind, double x, const GateSpec& spec = {}) {
   const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
   switch (kind) {
     case Activation::kIdentity:
@@ -104,8 +105,33 @@ inline double activation(Activation kind, double x) {
       return std::tanh(x);
     case Activation::kSoftplus:
       return std::log1p(std::exp(x));
+    case Activation::kSwish:
+      return x * sigmoid(double{spec.alpha} * x);
+    case Activation::kXielu: {
+      const auto softplus = [](const void* p) {
+        return std::log1p(std::exp(double{*static_cast<const float*>(p)}));
+      };
+      const double beta = double{spec.beta};
+      return beta * x + (x > 0 ? softplus(spec.positive) * x * x
+                               : (softplus(spec.negative) + beta) * (std::expm1(x) - x));
+    }
   }
   return NAN;
+}
+
+// Input j of `down` from a row of columns.
+inline double gated(const MlpSpec& m, const Vector& wide, std::size_t j) {
+  const auto at = [&](std::int64_t offset) {
+    return wide[static_cast<std::size_t>(offset + static_cast<std::int64_t>(j) * m.gate.step)];
+  };
+  const auto clamp = [](double x, float low, float high) {
+    return std::min(std::max(x, double{low}), double{high});
+  };
+  const double gate =
+      activation(m.activation, clamp(at(m.gate_offset), m.gate.low, m.gate.high), m.gate);
+  if (!m.gated) return gate;
+  const double up = clamp(at(m.up_offset), m.gate.up_low, m.gate.up_high);
+  return gate * (up + double{m.gate.up_plus});
 }
 
 class Threaded final : public Threads {

@@ -22,7 +22,9 @@ SAMPLE = {
     "bert": BOTH,  # norms after the sums
     "cohere": BOTH,  # halves side by side
     "gemma2": BOTH,  # softcap, norms before and after each half
-    "gpt_oss": "attention",  # sinks
+    "gpt_oss": "attention and experts",  # sinks; biased experts, clamped gates in turn
+    "apertus": BOTH,  # an activation with parameters
+    "minimax_m3_vl_text": "MLP and attention and experts",  # clamped gates side by side
     "hunyuan_v1_dense": BOTH,  # norms of queries and keys after the rotation
     "olmo2": BOTH,  # norms over all heads
     "bitnet": BOTH,  # norms inside the halves

@@ -597,6 +597,87 @@ def test_experts_in_one_tensor(tokens, dtype):
             experts[1](x, chosen + 1, weights)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize(
+    ("kind", "place"), [("gpt_oss", "mlp.experts"), ("minimax_m3_vl_text", "mlp.experts")]
+)
+def test_experts_with_clamped_gates(kind, place, tokens, dtype):
+    """Also beyond the clamps, which no probe of the model itself may reach."""
+    more = {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2}
+    if kind != "gpt_oss":
+        more |= {"mlp_layer_types": ["sparse"] * 2, "dense_intermediate_size": 96}
+    plain, fused = pair(kind, dtype, **more)
+    name = f"model.layers.1.{place}"
+    assert forward.STATE in fused.get_submodule(name).__dict__, str(
+        ipex_llm.optimization_report(fused)
+    )
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(tokens)])
+    weights = torch.rand((tokens, 2), generator=generator).to(dtype)
+    for scale in (1, 20, 400):
+        x = (scale * torch.randn((tokens, 64), generator=generator)).to(dtype)
+        with torch.no_grad():
+            want, have = (m.get_submodule(name)(x, chosen, weights).float() for m in (plain, fused))
+        assert close(have, want, 2e-3 if dtype == torch.float32 else 2e-2)
+
+
+class Clipped(nn.Module):
+    def __init__(self, where):
+        super().__init__()
+        self.gate, self.up = nn.Linear(64, 96), nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64)
+        self.where = where
+
+    def forward(self, x):
+        gate, up = self.gate(x), self.up(x)
+        if self.where == "before":
+            gate, up = gate.clamp(max=50.0), torch.clamp(up, -40.0, 40.0)
+        inner = nn.functional.silu(gate)
+        if self.where == "after":
+            inner = inner.clamp(max=50.0)
+        if self.where == "by a tensor":
+            inner = nn.functional.silu(gate.clamp(max=torch.tensor(50.0)))
+        return self.down(inner * up)
+
+
+@pytest.mark.parametrize("where", ["before", "after", "by a tensor"])
+def test_clamps_that_no_probe_reaches(where):
+    """They are served where they are understood, and left where they are not."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Clipped(where), Clipped(where)])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    plain = Model().eval()
+    fused = copy.deepcopy(plain)
+    ipex_llm.optimize_model(plain, optimize_llm=False)
+    ipex_llm.optimize_model(fused)
+    x = torch.randn(1, 5, 64)
+    with torch.no_grad():
+        fused(x)  # recognised at its first call
+        assert bool(fused_modules(fused)) == (where == "before")
+        assert close(fused(x), plain(x))
+        assert close(fused(500 * x), plain(500 * x))
+
+
+def test_parameters_of_an_activation_are_read_at_every_call():
+    plain, fused = pair("apertus")
+    assert len(fused_modules(fused)) == 2
+    with torch.no_grad():
+        for scale in (1.0, 3.0):
+            for model in (plain, fused):
+                model.model.layers[0].mlp.act_fn.alpha_p.mul_(scale).add_(scale - 1)
+            assert close(fused(ids()).logits, plain(ids()).logits)
+
+
 def test_models_inside_something_else():
     """As sentence-transformers holds them: found, fused, and named by their place."""
 
