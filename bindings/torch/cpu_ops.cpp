@@ -109,22 +109,6 @@ Tensor linear(const Tensor& x_given, const Tensor& packed, const std::optional<T
 
 // ---- quantize, dequantize, embedding ------------------------------------------------------------
 
-// A tensor [..., n, k] as a stack of matrices.
-struct Stack {
-  std::int64_t matrices, n, k;
-};
-
-Stack stack_of(const char* op, const char* argument, const std::int64_t* sizes, std::int64_t dim) {
-  LOWBIT_CHECK(dim >= 2, ErrorCode::kValue, op, ": ", argument,
-               " must have at least two dimensions, got ", dim);
-  Stack stack{1, sizes[dim - 2], sizes[dim - 1]};
-  for (std::int64_t d = 0; d < dim - 2; ++d) {
-    LOWBIT_CHECK(!__builtin_mul_overflow(stack.matrices, sizes[d], &stack.matrices),
-                 ErrorCode::kValue, op, ": ", argument, " has too many elements");
-  }
-  return stack;
-}
-
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight_given, std::int64_t format,
                                     std::int64_t group_size) {
   const DType dtype =

@@ -8,7 +8,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -18,6 +20,8 @@
 #include "check.h"
 #include "cuda/kernels.h"
 #include "cuda/select.h"
+#include "format/checks.h"
+#include "reference/reference.h"
 
 namespace lowbit::binding {
 namespace {
@@ -174,11 +178,11 @@ bool aligned_rows(const Linear& call) {
 Linear checked_linear(const Tensor& x_given, const Tensor& packed,
                       const std::optional<Tensor>& bias, std::int64_t n, std::int64_t k,
                       std::int64_t format, std::int64_t group_size, std::int64_t exponent,
-                      std::int64_t precision) {
+                      std::int64_t precision, std::int64_t matrices = 1) {
   const DType x_dtype = float_dtype("linear", "x", x_given.scalar_type(), /*allow_double=*/false);
   const Layout layout = make_layout(checked_format("linear", format), n, k,
                                     checked_int("linear", "group_size", group_size));
-  const void* weight = packed_on_gpu("linear", packed, layout);
+  const void* weight = packed_on_gpu("linear", packed, layout, matrices);
   const int device = packed.get_device_index();
   check_same_device("linear", "x", x_given, device);
   const std::int64_t dim = x_given.dim();
@@ -288,6 +292,12 @@ Tensor through_eight(const Linear& call, const char* op, const cuda::QmmShape& s
   return out;
 }
 
+cuda::Problem problem_of(const Linear& call) {
+  const Device& facts = device_facts(call.device);
+  return {call.rows.rows, call.layout.n,  call.layout.k,      call.geometry, call.exponent,
+          call.x_dtype,   call.precision, aligned_rows(call), facts.sm,      facts.sm_count};
+}
+
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
               std::int64_t exponent, std::int64_t precision) {
@@ -295,19 +305,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   const DeviceGuard guard(call.device);
   call.stream = current_stream(call.device);
   settle_rows(call);
-  const Device& facts = device_facts(call.device);
-  const cuda::Problem problem{call.rows.rows,
-                              n,
-                              k,
-                              call.geometry,
-                              call.exponent,
-                              call.x_dtype,
-                              call.precision,
-                              aligned_rows(call),
-                              facts.sm,
-                              facts.sm_count};
   if (call.rows.rows == 0 || n == 0) return empty_out(call);
-  const cuda::Choice choice = cuda::select(problem);
+  const cuda::Choice choice = cuda::select(problem_of(call));
   if (choice.path == cuda::Path::kQmv || choice.path == cuda::Path::kQmm) {
     Tensor out = empty_out(call);
     const cuda::FusedArgs args = fused_args(call, out);
@@ -318,6 +317,104 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   }
   if (choice.path == cuda::Path::kEight) return through_eight(call, "linear", choice.qmm);
   return through_cublas(call, choice.path);
+}
+
+// ---- experts --------------------------------------------------------------------------------
+
+// Expert by expert, for what no grouped kernel takes. Waits for the device: the rows of each are
+// known there.
+Tensor expert_by_expert(const Linear& call, const Tensor& ends_on_gpu, std::int64_t format,
+                        std::int64_t group_size, std::int64_t precision) {
+  Tensor out = empty_out(call);
+  const Tensor ends =
+      torch::stable::to(ends_on_gpu, torch::stable::Device(torch::headeronly::DeviceType::CPU, 0));
+  std::int64_t begin = 0;
+  for (std::int64_t expert = 0; expert < ends.size(0); ++expert) {
+    const std::int64_t end = std::min<std::int64_t>(
+        static_cast<const std::int32_t*>(ends.data_ptr())[expert], call.rows.rows);
+    if (end <= begin) continue;
+    Tensor x = call.x, packed = call.packed, part = out;
+    x = torch::stable::narrow(x, 0, begin, end - begin);
+    packed = torch::stable::narrow(packed, 0, expert * call.layout.tiles, call.layout.tiles);
+    part = torch::stable::narrow(part, 0, begin, end - begin);
+    torch::stable::copy_(part, linear(x, packed, std::nullopt, call.layout.n, call.layout.k, format,
+                                      group_size, call.exponent, precision));
+    begin = end;
+  }
+  return out;
+}
+
+Linear checked_grouped(const Tensor& x, const Tensor& packed, const Tensor& ends, std::int64_t n,
+                       std::int64_t k, std::int64_t format, std::int64_t group_size,
+                       std::int64_t exponent, std::int64_t precision) {
+  const char* op = "linear_grouped";
+  LOWBIT_CHECK(ends.scalar_type() == ScalarType::Int && ends.dim() == 1 &&
+                   (ends.size(0) <= 1 || ends.stride(0) == 1),
+               ErrorCode::kValue, op,
+               ": ends must be a contiguous int32 vector, where the rows of each expert end, got ",
+               torch::headeronly::toString(ends.scalar_type()), " ", shape_text(ends));
+  LOWBIT_CHECK(x.dim() == 2 && x.size(0) < (std::int64_t{1} << 22), ErrorCode::kValue, op,
+               ": x must be [rows, ", k, "] with fewer than 2^22 rows, got ", shape_text(x));
+  Linear call = checked_linear(x, packed, std::nullopt, n, k, format, group_size, exponent,
+                               precision, ends.size(0));
+  check_same_device(op, "ends", ends, call.device);
+  return call;
+}
+
+cuda::FusedArgs grouped_args(const Linear& call, const Tensor& ends, const Tensor& out) {
+  cuda::FusedArgs args = fused_args(call, out);
+  args.ends = static_cast<const std::int32_t*>(ends.data_ptr());
+  args.experts = static_cast<int>(ends.size(0));
+  return args;
+}
+
+// x [rows, k] sorted by expert times packed [experts * tiles, tile_bytes]; ends int32 [experts]
+// ascends: rows ends[e - 1] to ends[e] belong to expert e. Rows past the last end are undefined.
+Tensor linear_grouped(const Tensor& x, const Tensor& packed, const Tensor& ends, std::int64_t n,
+                      std::int64_t k, std::int64_t format, std::int64_t group_size,
+                      std::int64_t exponent, std::int64_t precision) {
+  Linear call = checked_grouped(x, packed, ends, n, k, format, group_size, exponent, precision);
+  const DeviceGuard guard(call.device);
+  call.stream = current_stream(call.device);
+  settle_rows(call);
+  if (call.rows.rows == 0 || n == 0 || ends.size(0) == 0) return empty_out(call);
+  const cuda::GroupedChoice choice =
+      cuda::select_grouped(problem_of(call), static_cast<int>(ends.size(0)));
+  if (choice.path == cuda::Path::kScratch) {
+    return expert_by_expert(call, ends, format, group_size, precision);
+  }
+  Tensor out = empty_out(call);
+  const cuda::FusedArgs args = grouped_args(call, ends, out);
+  check_launch("linear_grouped", choice.path == cuda::Path::kQmv
+                                     ? cuda::qmv_grouped(args, choice.run, choice.qmv, call.stream)
+                                     : cuda::qmm(args, choice.qmm, call.stream));
+  return out;
+}
+
+// linear_grouped() in a named way. variant = {qmv, run, tiles_per_warp, warps_n, warps_k, splits,
+// early} or {qmm, rows, tokens, early}.
+Tensor linear_grouped_variant(const Tensor& x, const Tensor& packed, const Tensor& ends,
+                              std::int64_t n, std::int64_t k, std::int64_t format,
+                              std::int64_t group_size, std::int64_t exponent,
+                              const std::vector<std::int64_t>& variant) {
+  Linear call = checked_grouped(x, packed, ends, n, k, format, group_size, exponent, 0);
+  const DeviceGuard guard(call.device);
+  call.stream = current_stream(call.device);
+  settle_rows(call);
+  const bool qmv = variant.size() == 7 && variant[0] == static_cast<int>(cuda::Path::kQmv);
+  LOWBIT_CHECK(qmv || (variant.size() == 4 && variant[0] == static_cast<int>(cuda::Path::kQmm)),
+               ErrorCode::kValue,
+               "linear_grouped_variant: expected 7 numbers for qmv (0) or 4 for qmm (1), got ",
+               variant.size());
+  const auto field = [&](std::size_t i) { return static_cast<int>(variant.at(i)); };
+  Tensor out = empty_out(call);
+  const cuda::FusedArgs args = grouped_args(call, ends, out);
+  check_launch(
+      "linear_grouped_variant",
+      qmv ? cuda::qmv_grouped(args, field(1),
+                              {field(2), field(3), field(4), field(5), field(6) != 0}, call.stream)
+          : cuda::qmm(args, {field(1), field(2), 1, field(3) != 0}, call.stream));
+  return out;
 }
 
 // linear() by a named path and launch shape: what benchmarks sweep and tests force.
@@ -361,10 +458,7 @@ std::string linear_choice(const Tensor& x, const Tensor& packed, std::int64_t n,
       checked_linear(x, packed, std::nullopt, n, k, format, group_size, exponent, precision);
   const DeviceGuard guard(call.device);
   settle_rows(call);
-  const Device& facts = device_facts(call.device);
-  const cuda::Choice choice =
-      cuda::select({call.rows.rows, n, k, call.geometry, call.exponent, call.x_dtype,
-                    call.precision, aligned_rows(call), facts.sm, facts.sm_count});
+  const cuda::Choice choice = cuda::select(problem_of(call));
   std::ostringstream text;
   text << cuda::path_name(choice.path);
   if (choice.path == cuda::Path::kQmv) {
@@ -409,31 +503,73 @@ Tensor repack_from_device(const Tensor& packed, std::int64_t k, std::int64_t for
   return repack("repack_from_device", packed, k, format, group_size, false);
 }
 
-Tensor to_device(const Tensor& tensor, torch::headeronly::DeviceType type, int index) {
-  return torch::stable::to(tensor, torch::stable::Device(type, index));
-}
-
-// By the CPU's quantizer: the bytes are the same wherever the weight was.
-std::tuple<Tensor, Tensor> quantize(const Tensor& weight, std::int64_t format,
+// The same bytes as the CPU's quantizer gives. Waits for the device once, for the exponent.
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight_given, std::int64_t format,
                                     std::int64_t group_size) {
-  float_dtype("quantize", "weight", weight.scalar_type(), /*allow_double=*/true);
-  const int device = check_cuda("quantize", "weight", weight);
-  LOWBIT_CHECK(weight.dim() >= 2, ErrorCode::kValue,
-               "quantize: weight must have at least two dimensions, got ", weight.dim());
+  const char* op = "quantize";
+  DType dtype = float_dtype(op, "weight", weight_given.scalar_type(), /*allow_double=*/true);
+  const int device = check_cuda(op, "weight", weight_given);
+  const Stack stack = stack_of(op, "weight", weight_given.sizes().data(), weight_given.dim());
+  const int group = checked_int(op, "group_size", group_size);
+  const Layout layout = make_layout(checked_format(op, format), stack.n, stack.k, group);
   const DeviceGuard guard(device);
-  const Tensor on_cpu = to_device(weight, torch::headeronly::DeviceType::CPU, 0);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(on_cpu),
-                                    torch::stable::detail::from(format),
-                                    torch::stable::detail::from(group_size)};
-  if (torch_call_dispatcher("lowbit::quantize", "", stack.data(), TORCH_ABI_VERSION) != 0) {
-    // The C shim has printed the reason but does not hand it over.
-    fail(ErrorCode::kValue, "quantize: the weight could not be quantized (are all values finite?)");
+  Tensor weight = weight_given;
+  if (dtype == DType::kFloat64) {  // rounded to float32 first, as on the CPU
+    weight = to_dtype(weight, ScalarType::Float);
+    dtype = DType::kFloat32;
   }
-  const Tensor packed_cpu = torch::stable::detail::to<Tensor>(stack[0]);
-  const Tensor exponent = torch::stable::detail::to<Tensor>(stack[1]);
-  const Tensor canonical = to_device(packed_cpu, torch::headeronly::DeviceType::CUDA, device);
-  return {repack("quantize", canonical, weight.size(weight.dim() - 1), format, group_size, true),
-          exponent};
+  if (weight.dim() > 2) weight = torch::stable::contiguous(weight);
+  const std::int64_t sizes[] = {stack.matrices * layout.tiles, layout.tile_bytes};
+  Tensor canonical = empty_gpu(sizes, 2, ScalarType::Byte, device);
+  int exponent = 0;
+  if (stack.matrices * layout.bytes() > 0) {
+    const std::int64_t range_bytes = sizeof(cuda::QuantizeRange);
+    const Tensor range_on_gpu = empty_gpu(&range_bytes, 1, ScalarType::Byte, device);
+    const FormatInfo& info = format_info(layout.format);
+    cuda::QuantizeArgs args{};
+    args.weight = weight.data_ptr();
+    args.dtype = dtype;
+    args.geometry = cuda::make_geometry(layout);
+    args.matrices = stack.matrices;
+    args.row_stride = weight.dim() == 2 ? weight.stride(0) : stack.k;
+    args.col_stride = weight.dim() == 2 ? weight.stride(1) : 1;
+    args.value_max = info.value_max;
+    args.code_low = static_cast<float>(info.code_min - info.zero_point);
+    args.code_high = static_cast<float>(info.code_max - info.zero_point);
+    args.far_negative = info.code_kind == CodeKind::kInteger && info.code_min == 0;
+    args.padding_code = info.padding_code;
+    args.canonical = canonical.data_ptr();
+    args.range = static_cast<cuda::QuantizeRange*>(range_on_gpu.data_ptr());
+    const cuda::Stream stream = current_stream(device);
+    const auto copy_back = [&](void* to, const void* from, std::size_t bytes) {
+      check_launch(op, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
+      check_launch(op, cudaStreamSynchronize(stream));
+    };
+    check_launch(op, cuda::quantize_scales(args, stream));
+    cuda::QuantizeRange found;
+    copy_back(&found, args.range, sizeof found);
+    if (found.nonfinite != INT64_MAX) {
+      const std::int64_t row = found.nonfinite / stack.k, col = found.nonfinite % stack.k;
+      double value = 0;  // room for any dtype
+      const auto size = static_cast<std::int64_t>(dtype_bytes(dtype));
+      copy_back(&value,
+                static_cast<const std::byte*>(args.weight) +
+                    (row * args.row_stride + col * args.col_stride) * size,
+                static_cast<std::size_t>(size));
+      throw_nonfinite({&value, dtype, stack.matrices * stack.n, stack.k, 0, 0}, found.nonfinite);
+    }
+    const reference::ScaleRange range{found.largest, found.smallest, found.largest_minimum,
+                                      found.smallest_minimum, true};
+    exponent = reference::exponent_for(info, range);
+    if (exponent != 0) {
+      args.exponent = exponent;
+      check_launch(op, cuda::quantize_scales(args, stream));
+    }
+    check_launch(op, cuda::quantize_codes(args, stream));
+  }
+  Tensor exponent_tensor = empty_cpu(nullptr, 0, ScalarType::Long);
+  *static_cast<std::int64_t*>(exponent_tensor.data_ptr()) = exponent;
+  return {repack(op, canonical, stack.k, format, group_size, true), exponent_tensor};
 }
 
 Tensor dequantize(const Tensor& packed, const std::vector<std::int64_t>& shape, std::int64_t format,
@@ -516,6 +652,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lowbit, m) {
       "linear_variant(Tensor x, Tensor packed, Tensor? bias, int n, int k, int format, "
       "int group_size, int exponent, int[] variant) -> Tensor");
   m.def(
+      "linear_grouped(Tensor x, Tensor packed, Tensor ends, int n, int k, int format, "
+      "int group_size, int exponent, int precision) -> Tensor");
+  m.def(
+      "linear_grouped_variant(Tensor x, Tensor packed, Tensor ends, int n, int k, int format, "
+      "int group_size, int exponent, int[] variant) -> Tensor");
+  m.def(
       "linear_choice(Tensor x, Tensor packed, int n, int k, int format, int group_size, "
       "int exponent, int precision) -> str");
 }
@@ -526,6 +668,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CUDA, m) {
   m.impl("linear_forward", LOWBIT_BOX(linear));
   m.impl("linear_variant", LOWBIT_BOX(linear_variant));
   m.impl("linear_choice", LOWBIT_BOX(linear_choice));
+  m.impl("linear_grouped", LOWBIT_BOX(linear_grouped));
+  m.impl("linear_grouped_variant", LOWBIT_BOX(linear_grouped_variant));
   m.impl("quantize", LOWBIT_BOX(quantize));
   m.impl("dequantize", LOWBIT_BOX(dequantize));
   m.impl("embedding", LOWBIT_BOX(embedding));

@@ -384,13 +384,19 @@ def _grouped_mm_arguments(func, mat_a, mat_b, offs=None, bias=None, out_dtype=No
         and offs is not None
         and bias is None
         and not kwargs
-        and offs.device.type == "cpu"  # elsewhere reading it would stall the device
         and not _is_compiling()
     )
+    if usable and mat_b.packed.device.type == "cuda":
+        usable = ops.has_grouped_linear() and not (torch.is_grad_enabled() and mat_a.requires_grad)
+    elif usable:
+        usable = offs.device.type == "cpu"  # elsewhere reading it would stall the device
     if not usable:
         return _fallback(
             func, (mat_a, mat_b), {"offs": offs, "bias": bias, "out_dtype": out_dtype, **kwargs}
         )
+    if mat_b.packed.device.type == "cuda":
+        out = ops.linear_grouped(mat_a, mat_b.packed, offs, *mat_b.numbers)
+        return out if out_dtype is None else out.to(out_dtype)
     tiles = mat_b.packed.shape[0] // mat_b.stored_shape[0]
     parts, start = [], 0
     for expert, end in enumerate(offs.tolist()):

@@ -11,6 +11,7 @@ import copyreg
 import dataclasses
 import inspect
 import math
+import sys
 import weakref
 
 import torch
@@ -190,14 +191,30 @@ class ExpertsForward(Mixin):
     """Mixture-of-experts layers of transformers: the loop over the experts that were hit.
 
     The grouped and batched implementations read every expert as one float tensor; this one unpacks
-    nothing but what the router chose.
+    nothing but what the router chose. On a GPU the loop would wait for the router: there the
+    grouped implementation runs, whose products (grouped_mm) read all packed experts in one launch.
     """
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():  # the loop depends on data: one graph needs torch's own
             return super().forward(*args, **kwargs)
+        if self._reads_packed_groups():
+            # The module's class came from there: it is imported.
+            moe = sys.modules["transformers.integrations.moe"]
+            return moe.grouped_mm_experts_forward(self, *args, **kwargs)
         loop = inspect.unwrap(_original_forward(type(self)))
         return loop(self, *args, **kwargs)
+
+    def _reads_packed_groups(self) -> bool:
+        weights = [w for w in self.parameters(recurse=False) if w.dim() == 3]
+        moe = sys.modules.get("transformers.integrations.moe")
+        return (
+            ops.has_grouped_linear()
+            and hasattr(moe, "grouped_mm_experts_forward")
+            and not torch.is_grad_enabled()
+            and len(weights) == 2
+            and all(isinstance(w, LowBitTensor) and w.packed.is_cuda for w in weights)
+        )
 
 
 def _original_forward(cls: type):

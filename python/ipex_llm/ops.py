@@ -295,6 +295,38 @@ def linear(
         raise translate(error) from None
 
 
+def has_grouped_linear() -> bool:
+    """Whether linear_grouped() exists: with the CUDA kernels."""
+    return _CUDA_KERNELS
+
+
+def linear_grouped(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    ends: torch.Tensor,
+    n: int,
+    k: int,
+    format: int,
+    group_size: int,
+    exponent: int,
+    precision: int | None = None,
+) -> torch.Tensor:
+    """Rows of x [rows, k], sorted by expert, times the transposes of packed experts [e, n, k].
+
+    ends: int32 [e], ascending, where the rows of each expert end; rows past the last end get
+    undefined results. CUDA only, and without derivatives. It waits for the device only where no
+    kernel takes all experts at once (fp32 activations, 16-bit weights, K not a multiple of 64).
+    """
+    if precision is None:
+        precision = _state.precision
+    try:
+        return _ops.linear_grouped.default(
+            x, packed, ends.to(torch.int32), n, k, format, group_size, exponent, precision
+        )
+    except RuntimeError as error:
+        raise translate(error) from None
+
+
 def select_linear(x: torch.Tensor, bias: torch.Tensor | None) -> Callable:
     """The cheapest callable that computes linear() and its derivatives where they are wanted.
 

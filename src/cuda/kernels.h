@@ -20,6 +20,32 @@ int pack_for_device(const Geometry& geometry, std::int64_t tiles, const void* ca
 int unpack_from_device(const Geometry& geometry, std::int64_t tiles, const void* device,
                        void* canonical, Stream stream);
 
+// What the exponent rule (src/reference/exponent.cpp) needs to know of all groups, and the
+// row-major index of the first weight that is not finite (INT64_MAX: none).
+struct QuantizeRange {
+  float largest, smallest;
+  float largest_minimum, smallest_minimum;
+  std::int64_t nonfinite;
+};
+
+// Plain rounding of a stack of matrices [matrices, geometry.n, geometry.k].
+struct QuantizeArgs {
+  const void* weight;
+  DType dtype;  // float32, float16, bfloat16
+  Geometry geometry;
+  std::int64_t matrices;
+  std::int64_t row_stride, col_stride;  // elements; rows of all matrices are equally far apart
+  int exponent;
+  float value_max, code_low, code_high;  // of the format; codes less their zero point
+  bool far_negative;                     // the scale's sign puts the largest magnitude below zero
+  std::uint32_t padding_code;
+  void* canonical;       // packed, in the canonical order
+  QuantizeRange* range;  // on the device
+};
+// Scales (and minima) of all groups, and their range. Then, with the same exponent, the codes.
+int quantize_scales(const QuantizeArgs& args, Stream stream);
+int quantize_codes(const QuantizeArgs& args, Stream stream);
+
 struct DequantizeArgs {
   const void* packed;  // device order
   Geometry geometry;
@@ -57,7 +83,16 @@ struct FusedArgs {
   std::int64_t out_stride;
   std::int64_t m;
   int sm_count;  // of the current device
+  // Experts: matrices of one geometry, one behind the other, which have the rows of x that end at
+  // ends[e] (int32 on the device, ascending); no bias. Rows past the last end get no result.
+  const std::int32_t* ends;  // nullptr: one matrix for all rows
+  int experts;
 };
+
+// Runs of up to `run` rows of one expert that `rows` rows fall into at most.
+inline std::int64_t most_runs(std::int64_t rows, std::int64_t experts, std::int64_t run) {
+  return (rows < experts ? rows : experts) + rows / run;
+}
 
 // Launch shapes, chosen by select() and overridden by the benchmark's sweeps.
 struct QmvShape {
@@ -69,6 +104,8 @@ struct QmvShape {
 };
 inline constexpr int kQmvTokens = 32;
 int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream);
+// The same for experts: thread blocks of `run` (8, 16, 32) tokens of one.
+int qmv_grouped(const FusedArgs& args, int run, const QmvShape& shape, Stream stream);
 
 struct QmmShape {
   int rows;    // outputs of a thread block: a multiple of 16, up to 128
@@ -77,7 +114,7 @@ struct QmmShape {
                // every SM has had the same number of them; summed in order
   bool early;
 };
-int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream);
+int qmm(const FusedArgs& args, const QmmShape& shape, Stream stream);  // also for experts
 
 // The fp8 types with activations in e4m3, by fp8 tensor cores: out = scale_x scale_w (x W^T).
 struct EightArgs {

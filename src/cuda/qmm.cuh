@@ -38,6 +38,7 @@ struct QmmParams {
   std::uint8_t* out;
   const void* bias;
   const float* token_scales;  // of activations in e4m3
+  const std::int32_t* ends;   // of the tokens of each expert; nullptr: one matrix for all tokens
   std::int64_t tile_bytes;
   std::int64_t out_stride;
   std::int32_t m, n;
@@ -47,6 +48,7 @@ struct QmmParams {
   std::int32_t works;                // tiles of outputs x tokens
   std::int32_t rounds;               // tiles that every thread block has for itself
   std::int32_t splits, split_shift;  // 2^shift thread blocks of a cluster share a tile after that
+  std::int32_t experts, row_groups;  // with experts; tiles of outputs of each
   std::int32_t group_shift, group_bytes;
   std::int32_t scale_bytes;       // of a stage and row tile
   std::int32_t block_scale_step;  // from a block's scales to the next block's, in a stage
@@ -199,22 +201,54 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   const auto full = [&](int slot) { return barriers + slot * 8; };
   const auto empty = [&](int slot) { return barriers + (kRing + slot) * 8; };
 
-  // What this thread block does: tiles of its own, then its part of a shared one.
+  // What this thread block does: tiles of its own, then its part of a shared one. Experts have
+  // tiles of outputs x a run of their tokens, one run after the other.
   struct Job {
-    int work, split, begin, steps;
+    int first_row, first_token, tokens;
+    int first_tile;  // of the expert's matrix
+    int split, begin, steps;
+  };
+  const auto dense_job = [&](int work, int split, int begin, int end) {
+    const int row_group = work / p.token_groups;
+    const int first_token = (work - row_group * p.token_groups) * kTokens;
+    return Job{row_group * (p.tiles * 16),
+               first_token,
+               min(kTokens, p.m - first_token),
+               0,
+               split,
+               begin,
+               end - begin};
   };
   const auto job_at = [&](int round, Job& job) {
+    const int own = round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    if (p.ends != nullptr) {
+      const int run = own / p.row_groups;
+      constexpr int kShift = kTokens == 8     ? 3
+                             : kTokens == 16  ? 4
+                             : kTokens == 32  ? 5
+                             : kTokens == 64  ? 6
+                             : kTokens == 128 ? 7
+                                              : 8;
+      const GroupItem item = group_item(p.ends, p.experts, p.m, kShift, run);
+      job = {(own - run * p.row_groups) * (p.tiles * 16),
+             item.first,
+             item.tokens,
+             item.expert * ((p.n + 15) / 16),
+             -1,
+             0,
+             p.stages};
+      return item.expert >= 0;
+    }
     if (round < p.rounds) {
-      job = {round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x), -1, 0, p.stages};
+      job = dense_job(own, -1, 0, p.stages);
       return true;
     }
     const int cluster = static_cast<int>(blockIdx.x) >> p.split_shift;
     const int split = static_cast<int>(blockIdx.x) & (p.splits - 1);
     const int work = p.rounds * static_cast<int>(gridDim.x) + cluster;
     if (round > p.rounds || work >= p.works) return false;
-    const int begin = p.stages * split >> p.split_shift;
-    const int end = p.stages * (split + 1) >> p.split_shift;
-    job = {work, p.splits == 1 ? -1 : split, begin, end - begin};
+    job = dense_job(work, p.splits == 1 ? -1 : split, p.stages * split >> p.split_shift,
+                    p.stages * (split + 1) >> p.split_shift);
     return true;
   };
 
@@ -242,17 +276,10 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     const std::uint32_t acts_at = shared_address(acts);
     const std::uint32_t codes_at = shared_address(codes_ring);
     const std::uint32_t scales_at = shared_address(scales_ring);
-    int tile = 0, first_token = 0;  // of the job
-    Job job;
-    const auto start_job = [&](int round) {
-      if (!job_at(round, job)) return false;
-      const int row_group = job.work / p.token_groups;
-      tile = row_group * p.tiles;
-      first_token = (job.work - row_group * p.token_groups) * kTokens;
-      return true;
-    };
+    Job job{};
     const auto copy_weights = [&](int step, int slot) {
       const int stage = job.begin + step;
+      const int tile = job.first_tile + job.first_row / 16;
       barrier_expect(full(slot), bytes);
       tensor_load(codes_at + slot * kCodeBytes, &maps.codes, stage * (kBlocks * kBlockBytes / 8),
                   tile, full(slot), policy);
@@ -268,7 +295,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
 #pragma unroll
       for (int i = 0; i < kBoxes; ++i) {
         tensor_load(acts_at + slot * kActBytes + i * (kTokens * 128), &maps.x,
-                    ((job.begin + step) * kBoxes + i) * kBoxInputs, first_token, full(slot));
+                    ((job.begin + step) * kBoxes + i) * kBoxInputs, job.first_token, full(slot));
       }
     };
     // The ring is filled once without waiting: weights do not depend on the previous kernel,
@@ -277,7 +304,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     const auto fill = [&](auto copy) {
       int slot = 0;
 #pragma unroll 1
-      for (int round = 0; slot < kRing && start_job(round); ++round) {
+      for (int round = 0; slot < kRing && job_at(round, job); ++round) {
 #pragma unroll 1
         for (int step = 0; slot < kRing && step < job.steps; ++step, ++slot) {
           if (leader) copy(step, slot);
@@ -285,13 +312,14 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       }
       ahead = slot;
     };
+    if (p.ends != nullptr) wait_for_previous_kernel();
     fill(copy_weights);
     wait_for_previous_kernel();
     fill(copy_activations);
     int slot = 0;
     std::uint32_t parity = 0;  // of the release to wait for
 #pragma unroll 1
-    for (int round = 0, skip = ahead; start_job(round); ++round) {
+    for (int round = 0, skip = ahead; job_at(round, job); ++round) {
 #pragma unroll 1
       for (int step = min(skip, job.steps); step < job.steps; ++step) {
         barrier_wait(empty(slot), parity);
@@ -337,7 +365,8 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     return wgmma_descriptor(acts_at + slot * kActBytes + s * (kTokens * 128));
   };
 
-  Job job;
+  if (p.ends != nullptr) wait_for_previous_kernel();
+  Job job{};
   for (int round = 0; job_at(round, job); ++round) {
     // Stages of this job and turn.
     const int first_stage = (turn - stage_count) & (kTurns - 1);
@@ -526,9 +555,9 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     settle(acc);
 
     // ---- out
-    const int first_token = job.work % p.token_groups * kTokens;
-    const int first_row = job.work / p.token_groups * (p.tiles * 16);
-    const int tokens = min(kTokens, p.m - first_token);
+    const int first_token = job.first_token;
+    const int first_row = job.first_row;
+    const int tokens = job.tokens;
     if constexpr (kRaw) {
 #pragma unroll
       for (int t = 0; t < kTokens / 8; ++t) {
@@ -547,7 +576,8 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       if constexpr (!kGrouped) {
         const int n = first_row + row;
         if (row < rows) {
-          factor *= reinterpret_cast<const float*>(p.w + n / 16 * p.tile_bytes)[n % 16];
+          const std::uint8_t* const at = p.w + (job.first_tile + n / 16) * p.tile_bytes;
+          factor *= reinterpret_cast<const float*>(at)[n % 16];
         }
       }
       return factor;

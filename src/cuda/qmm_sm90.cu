@@ -122,7 +122,7 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
       shape.rows >= 16 && shape.rows % 16 == 0 && shape.rows <= 128 &&
       (shape.splits == 1 || shape.splits == 2 || shape.splits == 4 || shape.splits == 8) &&
       stages >= shape.splits && args.sm_count >= shape.splits &&
-      geometry.tiles < (std::int64_t{1} << 26) &&
+      geometry.tiles * std::max(args.experts, 1) < (std::int64_t{1} << 26) &&
       reinterpret_cast<std::uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0;
   if (!valid) return static_cast<int>(cudaErrorInvalidValue);
 
@@ -140,7 +140,18 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   p.tiles = row_tiles;
   const std::int64_t row_groups = (geometry.tiles + row_tiles - 1) / row_tiles;
   p.token_groups = static_cast<int>((args.m + shape.tokens - 1) / shape.tokens);
-  const std::int64_t works = row_groups * p.token_groups;
+  std::int64_t works = row_groups * p.token_groups;
+  std::int64_t all_tiles = geometry.tiles;
+  if (args.ends != nullptr) {
+    if (args.bias != nullptr || args.experts < 1 || shape.splits != 1 || eight != nullptr) {
+      return static_cast<int>(cudaErrorInvalidValue);
+    }
+    p.ends = args.ends;
+    p.experts = args.experts;
+    p.row_groups = static_cast<int>(row_groups);
+    works = row_groups * most_runs(args.m, args.experts, shape.tokens);
+    all_tiles *= args.experts;
+  }
   if (works > (std::int64_t{1} << 30)) return static_cast<int>(cudaErrorInvalidValue);
   p.works = static_cast<int>(works);
   if (geometry.group_size) {
@@ -158,7 +169,8 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   for (int i = 0; i > args.exponent; --i) p.factor /= 2;
   p.bias_dtype = args.bias_dtype;
   p.format = geometry.format;
-  p.weights_once = p.token_groups == 1;
+  p.weights_once = args.ends != nullptr ? args.m <= std::int64_t{args.experts} * shape.tokens
+                                        : p.token_groups == 1;
   p.vector_out = reinterpret_cast<std::uintptr_t>(args.out) % 16 == 0 && args.out_stride % 8 == 0;
 
   const int block_bytes = 2 * kBlockInputs * kind_bits(geometry.kind);
@@ -183,15 +195,15 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
                                                  shape.tokens,
                                                  CU_TENSOR_MAP_SWIZZLE_128B};
   bool encoded = encode_map(maps.x, x_plane);
-  encoded = encoded &&
-            encode_map(maps.codes,
-                       {CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 8, p.w + geometry.device_codes,
-                        std::int64_t{blocks} * block_bytes, geometry.tiles, geometry.tile_bytes,
-                        stage_blocks * block_bytes, row_tiles, CU_TENSOR_MAP_SWIZZLE_NONE});
+  encoded =
+      encoded &&
+      encode_map(maps.codes, {CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 8, p.w + geometry.device_codes,
+                              std::int64_t{blocks} * block_bytes, all_tiles, geometry.tile_bytes,
+                              stage_blocks * block_bytes, row_tiles, CU_TENSOR_MAP_SWIZZLE_NONE});
   if (p.scale_bytes > 0) {
     encoded = encoded && encode_map(maps.scales,
                                     {CU_TENSOR_MAP_DATA_TYPE_INT32, 4, p.w + geometry.device_scales,
-                                     std::int64_t{geometry.groups} * p.group_bytes, geometry.tiles,
+                                     std::int64_t{geometry.groups} * p.group_bytes, all_tiles,
                                      geometry.tile_bytes, p.scale_bytes, row_tiles,
                                      CU_TENSOR_MAP_SWIZZLE_NONE});
   }
@@ -200,7 +212,9 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   // Tiles that all thread blocks have for themselves, and clusters for what remains.
   p.splits = shape.splits;
   const int at_once = args.sm_count / p.splits * p.splits;
-  if (works * p.splits > at_once) {
+  if (args.ends != nullptr) {
+    p.rounds = works > at_once ? 1 : 0;  // thread blocks go on while there is work
+  } else if (works * p.splits > at_once) {
     p.rounds = static_cast<int>(works / at_once);
     if (works % at_once * p.splits > at_once) p.splits = 1;
   }

@@ -3,14 +3,18 @@
 
 namespace lowbit::cuda {
 
-int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
+namespace {
+
+// `run`: tokens of a thread block.
+int launch(const FusedArgs& args, std::int64_t run, const QmvShape& shape, Stream stream) {
   const Geometry& geometry = args.geometry;
   const bool bf16 = args.dtype == DType::kBFloat16;
   const int warps = shape.warps_n * shape.warps_k;
-  const int token_tiles = qmv_token_tiles(args.m);
+  // With experts the tokens of a thread block are what qmv_grouped() was asked for.
+  const int token_tiles = qmv_token_tiles(run);
   const bool valid =
       geometry.kind != Kind::kFull && geometry.k == geometry.k_padded &&
-      geometry.k % kBlockInputs == 0 && args.m >= 1 && args.m <= kQmvTokens &&
+      geometry.k % kBlockInputs == 0 && args.m >= 1 && run <= kQmvTokens &&
       (bf16 || args.dtype == DType::kFloat16) && shape.tiles_per_warp >= 1 &&
       shape.tiles_per_warp <= qmv_tiles(token_tiles) && warps >= 1 &&
       warps * kLanes <= qmv_threads(token_tiles) &&
@@ -26,7 +30,18 @@ int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
   p.tile_bytes = geometry.tile_bytes;
   p.x_stride_bytes = args.x_stride * 2;
   p.out_stride = args.out_stride;
-  p.m = static_cast<int>(args.m);
+  p.m = static_cast<int>(run);
+  p.items = 1;
+  if (args.ends != nullptr) {
+    const std::int64_t items = most_runs(args.m, args.experts, run);
+    if (items > 65535 || args.bias != nullptr || args.experts < 1) {
+      return static_cast<int>(cudaErrorInvalidValue);
+    }
+    p.ends = args.ends;
+    p.experts = args.experts;
+    p.rows = static_cast<int>(args.m);
+    p.items = static_cast<int>(items);
+  }
   p.n = static_cast<int>(geometry.n);
   p.tiles = static_cast<int>(geometry.tiles);
   p.blocks = geometry.k_padded / kBlockInputs;
@@ -76,6 +91,19 @@ int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
       break;
   }
   return static_cast<int>(cudaErrorInvalidValue);
+}
+
+}  // namespace
+
+int qmv(const FusedArgs& args, const QmvShape& shape, Stream stream) {
+  return launch(args, args.m, shape, stream);
+}
+
+int qmv_grouped(const FusedArgs& args, int run, const QmvShape& shape, Stream stream) {
+  if (args.ends == nullptr || (run != 8 && run != 16 && run != 32)) {
+    return static_cast<int>(cudaErrorInvalidValue);
+  }
+  return launch(args, run, shape, stream);
 }
 
 }  // namespace lowbit::cuda

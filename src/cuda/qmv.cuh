@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "cuda/dequant.cuh"
+#include "cuda/grouped.cuh"
 #include "cuda/kernels.h"
 
 namespace lowbit::cuda {
@@ -32,10 +33,13 @@ struct QmvParams {
   const std::uint8_t* x;
   std::uint8_t* out;
   const void* bias;
+  const std::int32_t* ends;  // of the tokens of each expert; nullptr: one matrix for all tokens
   std::int64_t tile_bytes;
   std::int64_t x_stride_bytes;
-  std::int64_t out_stride;  // elements
-  std::int32_t m, n, tiles, blocks;
+  std::int64_t out_stride;           // elements
+  std::int32_t m, n, tiles, blocks;  // m with experts: at most, of one thread block
+  std::int32_t experts, rows;        // with experts: rows of x
+  std::int32_t items;                // thread blocks along y: runs of tokens of one expert
   std::int32_t codes_at, scales_at, group_shift, group_bytes;
   std::int32_t scale_bytes;  // of a unit
   std::int32_t tiles_per_warp, warps_n, warps_k, splits, act_slots;
@@ -97,6 +101,25 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
   const int slot_bytes = kChunk * kBlockBytes + p.scale_bytes;
   // 64 inputs of each token per block, 16-byte pieces xor-ed with the token.
   const int act_block_bytes = p.m * 128;
+
+  // With experts the thread block's tokens are those of one of them.
+  int m = p.m;
+  const std::uint8_t* w = p.w;
+  const std::uint8_t* x = p.x;
+  int first_token = 0;
+  if (p.ends != nullptr) {
+    wait_for_previous_kernel();
+    const GroupItem item = group_item(p.ends, p.experts, p.rows,
+                                      kT == 1   ? 3
+                                      : kT == 2 ? 4
+                                                : 5,
+                                      static_cast<int>(blockIdx.y));
+    if (item.expert < 0) return;
+    m = item.tokens;
+    w += static_cast<std::int64_t>(item.expert) * p.tiles * p.tile_bytes;
+    first_token = item.first;
+    x += first_token * p.x_stride_bytes;
+  }
   std::uint8_t* const ring = rings + warp * (kSlots * slot_bytes);
   const std::uint32_t ring_at = shared_address(ring);
   const std::uint32_t acts_at = shared_address(rings + warps * (kSlots * slot_bytes)) +
@@ -106,8 +129,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
 
   // ---- what is issued next: tile issue_tile of chunk issue_chunk into slot issue_slot
   const std::uint64_t policy = evict_first_policy();
-  const std::uint8_t* const tile_base =
-      p.w + min(first_tile, p.tiles - 1) * p.tile_bytes + lane * 16;
+  const std::uint8_t* const tile_base = w + min(first_tile, p.tiles - 1) * p.tile_bytes + lane * 16;
   const std::uint8_t* issue_base = tile_base;
   int issue_tile = 0;
   int issue_chunk = chunk_begin;
@@ -156,11 +178,11 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     if (chunk < chunk_end) {
       const std::uint32_t to = acts_at + issue_act * (kChunk * act_block_bytes);
       const int pieces = min(kChunk, p.blocks - chunk * kChunk) * 8;  // of 16 bytes, per token
-      const std::uint8_t* from = p.x + chunk * (kChunk * 128) + lane * 16;
+      const std::uint8_t* from = x + chunk * (kChunk * 128) + lane * 16;
       if (lane < pieces) {
         const std::uint32_t at = to + lane / 8 * act_block_bytes;
 #pragma unroll 1
-        for (int row = 0; row < p.m; ++row) {
+        for (int row = 0; row < m; ++row) {
           cp_async_shared_use(at + row * 128 + ((lane % 8 ^ (row & 7)) << 4), from);
           from += p.x_stride_bytes;
         }
@@ -192,7 +214,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
 #pragma unroll
   for (int t = 0; t < kT; ++t) {
     const int row = t * 8 + lane % 8;
-    act_valid[t] = row < p.m;
+    act_valid[t] = row < m;
     act_row[t] = row * 128;
   }
 
@@ -309,7 +331,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
   const int warp_rows = p.tiles_per_warp * 16;
   const int run = warp_rows + 4;  // lanes of one store fall into different banks
   auto* const partial = reinterpret_cast<float*>(rings);
-  float* const mine = partial + warp * p.m * run;
+  float* const mine = partial + warp * m * run;
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {
     if (r >= p.tiles_per_warp) break;
@@ -319,18 +341,18 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
       for (int i = 0; i < 4; ++i) {
         const int token = t * 8 + lane % 4 * 2 + i % 2;
         const int row = r * 16 + lane / 4 + i / 2 * 8;
-        if (token < p.m) mine[token * run + row] = acc[r][t][i];
+        if (token < m) mine[token * run + row] = acc[r][t][i];
       }
     }
   }
   __syncthreads();
   const int rows = p.warps_n * warp_rows;
-  const int outputs = p.m * rows;
+  const int outputs = m * rows;
   const std::int64_t first_row = static_cast<std::int64_t>(row_group) * rows;
   const auto sum_of_warps = [&](int token, int row) {
-    const float* at = partial + (row / warp_rows) * p.m * run + token * run + row % warp_rows;
+    const float* at = partial + (row / warp_rows) * m * run + token * run + row % warp_rows;
     float sum = 0;
-    for (int i = 0; i < p.warps_k; ++i) sum += at[i * p.warps_n * p.m * run];
+    for (int i = 0; i < p.warps_k; ++i) sum += at[i * p.warps_n * m * run];
     return sum;
   };
   const auto finish = [&](int token, int row, float value) {
@@ -338,9 +360,10 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     if (n >= p.n) return;
     value *= p.factor;
     if constexpr (has_row_scale(kKind)) {
-      value *= reinterpret_cast<const float*>(p.w + n / 16 * p.tile_bytes)[n % 16];
+      value *= reinterpret_cast<const float*>(w + n / 16 * p.tile_bytes)[n % 16];
     }
-    store_out<kBf16>(p.out, token * p.out_stride + n, value + bias_at(p.bias, p.bias_dtype, n));
+    store_out<kBf16>(p.out, (first_token + token) * p.out_stride + n,
+                     value + bias_at(p.bias, p.bias_dtype, n));
   };
   if (p.splits == 1) {
     for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
@@ -348,7 +371,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     }
     return;
   }
-  float* const block_sum = partial + warps * p.m * run;
+  float* const block_sum = partial + warps * m * run;
   for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
     block_sum[i] = sum_of_warps(i / rows, i % rows);
   }
@@ -411,7 +434,8 @@ int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t share
   template <>                                                                                      \
   int launch_qmv<kind>(const QmvParams& params, bool bf16, const QmvShape& shape, Stream stream) { \
     const int rows = params.warps_n * params.tiles_per_warp;                                       \
-    const auto grid = static_cast<unsigned>((params.tiles + rows - 1) / rows * params.splits);     \
+    const dim3 grid(static_cast<unsigned>((params.tiles + rows - 1) / rows * params.splits),       \
+                    static_cast<unsigned>(params.items));                                          \
     const auto threads = static_cast<unsigned>(params.warps_n * params.warps_k * kLanes);          \
     const std::size_t bytes = params.shared_bytes;                                                 \
     const auto launch = [&](auto kernel) {                                                         \

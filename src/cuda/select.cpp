@@ -252,6 +252,46 @@ Choice select(const Problem& problem) {
   return choice;
 }
 
+GroupedChoice select_grouped(const Problem& problem, int experts) {
+  GroupedChoice choice{};
+  choice.path = Path::kScratch;
+  // What select() asks of K, alignment and dtype for a few rows holds for any number of them.
+  Problem few = problem;
+  few.m = 8;
+  const Path path = select(few).path;
+  if (path != Path::kQmv && path != Path::kQmm) return choice;
+  Problem many = problem;
+  many.m = 64;
+  const bool tensor_cores = select(many).path == Path::kQmm;
+  // How many rows each expert has is not known here: as if all that can have some had equally many.
+  const std::int64_t active =
+      std::clamp<std::int64_t>(experts, 1, std::max<std::int64_t>(1, problem.m));
+  const double each = static_cast<double>(problem.m) / static_cast<double>(active);
+  const Geometry& geometry = problem.geometry;
+  // Measured on an H100 (bench/gpu_experts.py --sweep), as everything below.
+  constexpr std::int64_t kStartsBytes = std::int64_t{48} << 20;
+  if (!tensor_cores) {
+    choice.path = Path::kQmv;
+    choice.run = each <= 8 ? 8 : each <= 16 ? 16 : 32;
+    // As one matrix of all outputs.
+    Problem stack = problem;
+    stack.m = choice.run;
+    stack.geometry.tiles *= active;
+    choice.qmv = select_qmv(stack);
+  } else if (each <= 8 && active * geometry.tiles * geometry.tile_bytes < kStartsBytes) {
+    choice.path = Path::kQmv;
+    choice.run = 8;
+    choice.qmv = {4, 1, problem.m <= 16 ? 8 : 4, 1, true};
+  } else {
+    // Runs that most experts' rows fit into once: some have more than the average.
+    int tokens = 8;
+    while (tokens < 256 && tokens < 1.5 * each) tokens *= 2;
+    choice.path = Path::kQmm;
+    choice.qmm = {128, tokens, 1, true};
+  }
+  return choice;
+}
+
 const char* path_name(Path path) {
   switch (path) {
     case Path::kQmv:

@@ -42,6 +42,16 @@ QmvShape select_qmv(const Problem& problem);
 QmmShape select_qmm(const Problem& problem);
 QmmShape select_eight(const Problem& problem);
 
+// For experts (FusedArgs::ends): problem.m counts the rows of all. kQmv with `run` tokens to a
+// thread block, kQmm, or kScratch where no kernel takes the problem: expert by expert then.
+struct GroupedChoice {
+  Path path;
+  int run;
+  QmvShape qmv;
+  QmmShape qmm;
+};
+GroupedChoice select_grouped(const Problem& problem, int experts);
+
 const char* path_name(Path path);
 
 }  // namespace lowbit::cuda

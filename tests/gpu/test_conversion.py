@@ -132,6 +132,35 @@ def test_layers(layer, shape):
     close(first(got), first(expected))
 
 
+@pytest.mark.parametrize("low_bit", ["sym_int4", "nf3", "fp8_e4m3", "bf16"])
+def test_experts_run_grouped_and_without_waiting(low_bit):
+    moe = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    config = moe.Qwen3MoeConfig(
+        hidden_size=128, moe_intermediate_size=192, num_experts=16, num_experts_per_tok=4
+    )
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    experts = moe.Qwen3MoeExperts(config).eval()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model = optimize_model(nn.ModuleList([experts]), low_bit).cuda().bfloat16()
+    on_cpu = copy.deepcopy(model).cpu().float()
+    for tokens in (1, 9, 300):
+        x = torch.randn(tokens, 128, dtype=torch.bfloat16)
+        weights, chosen = torch.rand(tokens, 16).topk(4)
+        with torch.no_grad():
+            expected = on_cpu[0](x.float(), chosen, weights)
+            arguments = (x.cuda(), chosen.cuda(), weights.bfloat16().cuda())
+            close(model[0](*arguments), expected)
+            if low_bit != "bf16":
+                graph = torch.cuda.CUDAGraph()  # nothing that waits can be captured
+                with torch.cuda.graph(graph):
+                    out = model[0](*arguments)
+                arguments[0].copy_(x.flip(0))
+                graph.replay()
+                close(out, on_cpu[0](x.float().flip(0), chosen, weights))
+
+
 def test_non_finite_weights_on_the_gpu_are_found():
     model = nn.Sequential(nn.Linear(64, 64)).cuda()
     with torch.no_grad():

@@ -240,14 +240,157 @@ def test_scratch_path_and_exact_precision(name):
     assert_close(got, x, exact, name=name)
 
 
+def make_experts(name: str, experts: int, n: int, k: int, group: int = 0):
+    """As make(), for a stack of matrices [experts, n, k]."""
+    generator = torch.Generator().manual_seed(n + k)
+    weight = torch.randn(experts, n, k, generator=generator)
+    number = BY_NAME[name].number
+    group = group if grouped(name) else 0
+    packed, exponent = _lowbit.quantize(weight, number, group)
+    shape = [experts, n, k]
+    exact = _lowbit.dequantize(packed, shape, number, group, int(exponent), torch.float64)
+    return ops.move_packed(packed, "cuda", k, number, group), number, group, int(exponent), exact
+
+
+def assert_experts_close(got, x, ends, exact, **options):
+    begin = 0
+    for expert, end in enumerate(ends):
+        if end > begin:
+            assert_close(got[begin:end], x[begin:end], exact[expert], **options)
+            begin = end
+
+
+COUNTS = [
+    [1, 0, 0, 1, 1, 0, 2],
+    [0, 0, 0, 0, 0, 0, 1],
+    [3, 17, 0, 8, 9, 1, 0],
+    [40, 0, 70, 5, 0, 33, 64],
+    [0, 300, 0, 0, 1, 257, 0],
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_grouped_linear(name, dtype):
+    experts, n, k = 7, 200, 192
+    packed, number, group, exponent, exact = make_experts(name, experts, n, k)
+    for counts in COUNTS:
+        ends = torch.tensor(counts).cumsum(0)
+        x = activations(int(ends[-1]) + 3, k, dtype)  # three rows of nobody
+        args = (n, k, number, group, exponent)
+        got = _lowbit.linear_grouped(
+            x.cuda(), packed, ends.int().cuda(), *args, 1 if dtype == torch.float32 else 0
+        )
+        rounded = dtype != torch.float32 and sum(counts) > 32
+        options = {"name": name, "rounded_weights": rounded or name in FULL}
+        assert_experts_close(got, x, ends.tolist(), exact, **options)
+
+
+@pytest.mark.parametrize("name", ["sym_int4", "asym_int5", "nf3", "nf4", "sym_int8", "fp8_e5m2"])
+def test_grouped_linear_in_every_shape(name):
+    experts, n, k = 40, 144, 320
+    for group in (0, 32):
+        packed, number, group, exponent, exact = make_experts(name, experts, n, k, group)
+        variants = [
+            [QMV, run, tiles, warps_n, warps_k, splits, early]
+            for run in (8, 16, 32)
+            for tiles, warps_n, warps_k, splits in [(1, 1, 4, 1), (2, 2, 2, 2), (4, 1, 8, 1)]
+            for early in (0, 1)
+        ] + [[QMM, rows, t, 1] for t in (8, 16, 32, 64, 128, 256) for rows in (64, 128)]
+        variants = [v for v in variants if v[0] == QMV or v[2] <= 64 or v[1] == 128]
+        for seed, most in enumerate((2, 30, 200)):
+            generator = torch.Generator().manual_seed(seed)
+            counts = torch.randint(0, most, (experts,), generator=generator)
+            counts[torch.randint(0, experts, (15,), generator=generator)] = 0
+            ends = counts.cumsum(0)
+            x = activations(int(ends[-1]), k, torch.bfloat16)
+            for variant in variants:
+                args = (x.cuda(), packed, ends.int().cuda(), n, k, number, group, exponent, variant)
+                got = _lowbit.linear_grouped_variant(*args)
+                assert_experts_close(
+                    got, x, ends.tolist(), exact, name=name, rounded_weights=variant[0] == QMM
+                )
+                assert torch.equal(got, _lowbit.linear_grouped_variant(*args))
+
+
+def test_grouped_linear_never_leaves_its_tensors():
+    packed, number, group, exponent, _ = make_experts("sym_int4", 5, 64, 128)
+    args = (64, 128, number, group, exponent)
+    x = activations(50, 128, torch.bfloat16).cuda()
+    for ends in ([-7, 3, 2, 1000, 2**31 - 1], [60, 60, 60, 60, 60], [0] * 5, [9, 8, 7, 6, 5]):
+        ends = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        assert _lowbit.linear_grouped(x, packed, ends, *args, 0).shape == (50, 64)
+        for variant in ([QMV, 8, 1, 1, 4, 1, 1], [QMM, 64, 64, 1]):
+            _lowbit.linear_grouped_variant(x, packed, ends, *args, variant)
+    torch.cuda.synchronize()
+    empty = _lowbit.linear_grouped(x[:0], packed, ends, *args, 0)
+    assert empty.shape == (0, 64)
+    for bad in (ends.long(), ends[None], ends[:4], ends.cpu()):
+        with pytest.raises(RuntimeError, match=r"linear(_grouped)?: "):
+            _lowbit.linear_grouped(x, packed, bad, *args, 0)
+
+
+def assert_same_bytes(name, weight, on_gpu=None, group=0):
+    """Quantizes on both sides; `on_gpu`: the same numbers there, laid out as the caller wants."""
+    number = BY_NAME[name].number
+    packed, exponent = _lowbit.quantize(weight, number, group)
+    gpu, gpu_exponent = _lowbit.quantize(weight.cuda() if on_gpu is None else on_gpu, number, group)
+    assert gpu.is_cuda and int(gpu_exponent) == int(exponent)
+    assert torch.equal(ops.move_packed(gpu, "cpu", weight.shape[-1], number, group), packed)
+    return int(exponent)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_quantize_gives_the_bytes_of_the_cpu(name):
-    weight = activations(70, 200, torch.float32)
-    number = BY_NAME[name].number
-    packed, exponent = _lowbit.quantize(weight, number, 0)
-    gpu, gpu_exponent = _lowbit.quantize(weight.cuda(), number, 0)
-    assert gpu.is_cuda and int(gpu_exponent) == int(exponent)
-    assert torch.equal(ops.move_packed(gpu, "cpu", 200, number, 0), packed)
+    for n, k in [(1, 1), (16, 32), (70, 200), (33, 97), (48, 576), (5, 1040)]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            weight = activations(n, k, dtype)
+            assert_same_bytes(name, weight)
+            wide = torch.zeros(n + 1, 2 * k + 3, dtype=dtype, device="cuda")
+            for view in (wide[1:, 3 : k + 3], wide[:n, 1 : 2 * k + 1 : 2]):
+                view.copy_(weight)
+                assert_same_bytes(name, weight, view)
+            turned = torch.empty(k, n, dtype=dtype, device="cuda").T.copy_(weight)
+            assert_same_bytes(name, weight, turned)
+        if grouped(name):
+            for group in (32, 128, 256):
+                assert_same_bytes(name, activations(n, k, torch.float32), group=group)
+    for shape in ((3, 20, 100), (2, 2, 32, 64)):
+        assert_same_bytes(name, torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantize_of_unusual_numbers_gives_the_bytes_of_the_cpu(name):
+    ties = torch.arange(-128.0, 128.0).repeat(3, 1) / 16
+    zeros = torch.zeros(20, 96)
+    zeros[3, 7] = -0.0
+    zeros[4, 9] = 1e-45
+    exponents = []
+    for weight in (
+        ties,
+        zeros,
+        -ties.abs(),
+        torch.full((17, 65), -3.0),
+        activations(18, 128, torch.float32) * 1e30,
+        activations(18, 128, torch.float32) * 1e-30,
+        activations(18, 128, torch.float32) * 1e-43,
+        activations(18, 128, torch.float32) * torch.logspace(-40, 38, 18)[:, None],
+        torch.tensor([[3.4e38, -3.4e38] * 40]),
+        torch.tensor([[65504.0, -65504.0] * 40]),
+    ):
+        exponents.append(assert_same_bytes(name, weight))
+    assert name == "bf16" or any(exponents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_quantize_names_the_first_weight_that_is_not_finite(dtype):
+    weight = torch.randn(40, 96).to(dtype).cuda()
+    weight[7, 5], weight[7, 4], weight[30, 0] = float("nan"), float("-inf"), float("nan")
+    number = BY_NAME["sym_int4"].number
+    with pytest.raises(RuntimeError, match=r"\[7, 4\] is -inf"):
+        _lowbit.quantize(weight, number, 0)
+    with pytest.raises(RuntimeError, match=r"\[0, 30\] is nan"):
+        _lowbit.quantize(weight.T, number, 0)
 
 
 def test_exponents_three_dimensions_and_strides():

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "cuda/qmv_shape.h"
+
 namespace lowbit::cuda {
 namespace {
 
@@ -109,6 +111,46 @@ TEST(Select, ExactPrecisionNeverRoundsWeights) {
 }
 
 // Every shape that select_qmv() returns is one that the kernel takes.
+TEST(Select, ExpertsRunInOneLaunch) {
+  for (const FormatInfo& info : formats()) {
+    for (const std::int64_t n : {1, 1536, 28672}) {
+      for (const int experts : {1, 8, 128}) {
+        for (const std::int64_t rows : {1, 8, 100, 1000, 100000}) {
+          Problem p = problem(info.format, rows, n, 2048);
+          GroupedChoice choice = select_grouped(p, experts);
+          if (info.scale_kind == ScaleKind::kNone) {
+            EXPECT_EQ(choice.path, Path::kScratch) << info.name;
+            continue;
+          }
+          ASSERT_TRUE(choice.path == Path::kQmv || choice.path == Path::kQmm) << info.name;
+          if (choice.path == Path::kQmv) {
+            EXPECT_EQ(choice.run, 8);
+            EXPECT_LE(qmv_shared_bytes(p.geometry, choice.run, choice.qmv.tiles_per_warp,
+                                       choice.qmv.warps_n, choice.qmv.warps_k, choice.qmv.splits),
+                      kMostSharedBytes);
+          } else {
+            EXPECT_EQ(choice.qmm.rows, 128);
+            EXPECT_EQ(choice.qmm.splits, 1);
+            EXPECT_EQ(choice.qmm.tokens & (choice.qmm.tokens - 1), 0);
+          }
+          p.sm = 80;
+          choice = select_grouped(p, experts);
+          EXPECT_EQ(choice.path, Path::kQmv);
+          EXPECT_LE(qmv_shared_bytes(p.geometry, choice.run, choice.qmv.tiles_per_warp,
+                                     choice.qmv.warps_n, choice.qmv.warps_k, choice.qmv.splits),
+                    std::size_t{99} * 1024);
+        }
+      }
+    }
+  }
+  Problem p = problem(Format::kSymInt4, 8, 1536, 2048);
+  EXPECT_EQ(select_grouped(p, 128).path, Path::kQmv);
+  p.m = 64 * 128;
+  EXPECT_EQ(select_grouped(p, 128).qmm.tokens, 128);
+  p.x_dtype = DType::kFloat32;
+  EXPECT_EQ(select_grouped(p, 128).path, Path::kScratch);
+}
+
 TEST(Select, LaunchShapesAreValid) {
   for (std::int64_t m : {1, 8, 9, 16, 17, 32}) {
     for (std::int64_t n : {16, 100, 1024, 4096, 14336, 28672, 151936}) {
