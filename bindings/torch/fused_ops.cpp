@@ -161,6 +161,49 @@ void check_map(const HeadMap& map, int groups, int per_group, int head_dim, std:
                ErrorCode::kValue, "fused_register: heads lie outside the projected columns");
 }
 
+void check_columns(std::int64_t at, std::int64_t width, std::int64_t columns) {
+  LOWBIT_CHECK(at >= 0 && width >= 0 && at <= columns && width <= columns - at, ErrorCode::kValue,
+               "fused_register: columns ", at, " to ", at + width, " of ", columns);
+}
+
+void read_low_rank(Reader& in, std::int64_t columns, LowRankQuery& query) {
+  query.width = in.small();
+  if (query.width == 0) {
+    return;
+  }
+  query.at = in.integer();
+  check_columns(query.at, query.width, columns);
+  query.norm = in.norm(query.width);
+  query.expand = in.matrix();
+  LOWBIT_CHECK(query.expand.layout.k == query.width, ErrorCode::kValue,
+               "fused_register: low-rank queries of ", query.width, " values");
+}
+
+void read_latent(Reader& in, std::int64_t columns, const AttentionSpec& a, LatentSpec& latent) {
+  latent.width = in.small();
+  if (latent.width == 0) {
+    return;
+  }
+  latent.at = in.integer();
+  latent.tail = in.small();
+  latent.tail_at = in.integer();
+  check_columns(latent.at, latent.width, columns);
+  check_columns(latent.tail_at, latent.tail, columns);
+  latent.norm = in.norm(latent.width);
+  latent.expand = in.matrix();
+  latent.head_rows = in.integer();
+  latent.key_at = in.integer();
+  latent.value_at = in.integer();
+  LOWBIT_CHECK(latent.expand.layout.k == latent.width && latent.expand.bias == nullptr &&
+                   latent.tail > 0 && latent.tail <= a.head_dim && a.kv_heads == a.heads &&
+                   latent.head_rows > 0 && latent.head_rows <= latent.expand.layout.n &&
+                   latent.expand.layout.n == a.heads * latent.head_rows,
+               ErrorCode::kValue, "fused_register: latents of ", latent.width, " and ", latent.tail,
+               " values with ", latent.head_rows, " rows for each head");
+  check_columns(latent.key_at, a.head_dim - latent.tail, latent.head_rows);
+  check_columns(latent.value_at, a.values(), latent.head_rows);
+}
+
 AttentionSpec read_attention(Reader& in) {
   AttentionSpec a;
   a.heads = in.small();
@@ -169,18 +212,28 @@ AttentionSpec read_attention(Reader& in) {
   }
   a.kv_heads = in.small();
   a.head_dim = in.small();
-  LOWBIT_CHECK(a.heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && a.heads % a.kv_heads == 0,
+  a.value_dim = in.small();
+  constexpr int kMost = 1 << 16;
+  LOWBIT_CHECK(a.heads > 0 && a.kv_heads > 0 && a.head_dim > 0 && a.heads % a.kv_heads == 0 &&
+                   a.value_dim >= 0 && a.head_dim < kMost && a.value_dim < kMost && a.heads < kMost,
                ErrorCode::kValue, "fused_register: ", a.heads, " heads, ", a.kv_heads,
-               " key/value heads of size ", a.head_dim);
+               " key/value heads of size ", a.head_dim, " and ", a.value_dim);
   a.in = in.matrices();
   LOWBIT_CHECK(!a.in.empty(), ErrorCode::kValue, "fused_register: attention without projections");
   const int group = a.heads / a.kv_heads;
   const std::int64_t columns = columns_of(a.in);
+  read_low_rank(in, columns, a.low_rank);
+  read_latent(in, columns, a, a.latent);
   for (HeadMap* map : {&a.q, &a.k, &a.v}) {
     map->offset = in.integer();
     map->group_stride = in.integer();
     map->head_stride = in.integer();
-    check_map(*map, a.kv_heads, map == &a.q ? group : 1, a.head_dim, columns);
+    if (map == &a.q) {
+      const std::int64_t q_columns = a.low_rank.width > 0 ? a.low_rank.expand.layout.n : columns;
+      check_map(*map, a.kv_heads, group, a.head_dim, q_columns);
+    } else if (a.latent.width == 0) {
+      check_map(*map, a.kv_heads, 1, map == &a.k ? a.head_dim : a.values(), columns);
+    }
   }
   a.norm = in.norm(a.in[0].layout.k);
   a.norm_over_heads = in.flag();
@@ -190,7 +243,7 @@ AttentionSpec read_attention(Reader& in) {
   a.q_norm = in.norm(a.norm_over_heads ? std::int64_t{a.heads} * a.head_dim : a.head_dim);
   a.k_norm = in.norm(a.norm_over_heads ? std::int64_t{a.kv_heads} * a.head_dim : a.head_dim);
   const std::int64_t rope = in.integer();
-  LOWBIT_CHECK(rope >= 0 && rope <= 2, ErrorCode::kValue, "fused_register: rope kind ", rope);
+  LOWBIT_CHECK(rope >= 0 && rope <= 3, ErrorCode::kValue, "fused_register: rope kind ", rope);
   a.rope.kind = static_cast<RopeKind>(rope);
   a.rope.begin = in.small();
   a.rope.width = in.small();
@@ -199,16 +252,18 @@ AttentionSpec read_attention(Reader& in) {
                    a.rope.begin + a.rope.width <= a.head_dim && a.rope.table_step >= 1 &&
                    a.rope.table_step <= 2,
                ErrorCode::kValue, "fused_register: a rotation outside the head");
+  LOWBIT_CHECK(a.latent.width == 0 || rope == 0 || a.rope.begin >= a.head_dim - a.latent.tail,
+               ErrorCode::kValue, "fused_register: a rotation outside the keys' tail");
   a.cross = in.flag();
   a.sinks = in.vector(a.heads, &a.sinks_dtype);
   a.gate_width = in.small();
   a.gate = {in.integer(), in.integer(), in.integer()};
   a.gate_activation = in.activation();
-  LOWBIT_CHECK(a.gate_width == 0 || a.gate_width == 1 || a.gate_width == a.head_dim,
+  LOWBIT_CHECK(a.gate_width == 0 || a.gate_width == 1 || a.gate_width == a.values(),
                ErrorCode::kValue, "fused_register: ", a.gate_width, " gates for a head of size ",
-               a.head_dim);
+               a.values());
   check_map(a.gate, a.kv_heads, group, a.gate_width, columns);
-  a.mixed_norm = in.norm(std::int64_t{a.heads} * a.head_dim);
+  a.mixed_norm = in.norm(std::int64_t{a.heads} * a.values());
   a.out = in.matrix();
   a.out_norm = in.norm(a.out.layout.n);
   a.post_norm = in.norm(a.out.layout.n);
@@ -433,6 +488,8 @@ void check_packed_cache(const char* op, const Tensor& cache, std::int64_t head_d
 CacheView packed_view(const char* op, const Tensor& keys, const Tensor& values,
                       const AttentionSpec& spec, const BlockCall& call, std::int64_t positions,
                       CacheFormat format) {
+  LOWBIT_CHECK(spec.latent.width == 0 && spec.values() == spec.head_dim, ErrorCode::kValue, op,
+               ": only keys and values of one size can be quantized");
   CacheView view;
   view.format = format;
   for (const Tensor* tensor : {&keys, &values}) {
@@ -458,12 +515,14 @@ CacheView cache_view(const char* op, const Tensor& keys, const Tensor& values,
     check_cpu(op, "keys and values", *tensor);
     LOWBIT_CHECK(tensor->scalar_type() == keys.scalar_type(), ErrorCode::kType, op,
                  ": keys and values must have one dtype");
-    LOWBIT_CHECK(
-        tensor->dim() == 4 && tensor->size(0) == call.batch && tensor->size(1) == spec.kv_heads &&
-            tensor->size(2) >= positions && tensor->size(3) == spec.head_dim &&
-            (spec.head_dim == 1 || tensor->stride(3) == 1),
-        ErrorCode::kValue, op, ": keys and values must be [", call.batch, ", ", spec.kv_heads, ", ",
-        positions, " or more, ", spec.head_dim, "], got ", shape_text(*tensor));
+    const int heads = spec.cache_heads();
+    const int size = tensor == &keys ? spec.cache_keys() : spec.cache_values();
+    LOWBIT_CHECK(tensor->dim() == 4 && tensor->size(0) == call.batch && tensor->size(1) == heads &&
+                     tensor->size(2) >= positions && tensor->size(3) == size &&
+                     (size == 1 || tensor->stride(3) == 1),
+                 ErrorCode::kValue, op, ": ", tensor == &keys ? "keys" : "values", " must be [",
+                 call.batch, ", ", heads, ", ", positions, " or more, ", size, "], got ",
+                 shape_text(*tensor));
   }
   view.keys = keys.data_ptr();
   view.values = values.data_ptr();
@@ -544,10 +603,11 @@ std::tuple<Tensor, Tensor, Tensor> fused_project(const Tensor& x_given, std::int
   const AttentionSpec& a = block->spec.attention;
   LOWBIT_CHECK(a.heads > 0, ErrorCode::kValue, op, ": this block has no attention half");
   const std::int64_t q_sizes[4] = {call.batch, a.heads, call.tokens, a.head_dim + a.gate_width};
-  const std::int64_t kv_sizes[4] = {call.batch, a.kv_heads, call.tokens, a.head_dim};
+  const std::int64_t k_sizes[4] = {call.batch, a.cache_heads(), call.tokens, a.cache_keys()};
+  const std::int64_t v_sizes[4] = {call.batch, a.cache_heads(), call.tokens, a.cache_values()};
   Tensor q = empty_cpu(q_sizes, 4, x.scalar_type());
-  Tensor k = empty_cpu(kv_sizes, 4, x.scalar_type());
-  Tensor v = empty_cpu(kv_sizes, 4, x.scalar_type());
+  Tensor k = empty_cpu(k_sizes, 4, x.scalar_type());
+  Tensor v = empty_cpu(v_sizes, 4, x.scalar_type());
   project(block->spec, call, q.data_ptr(), k.data_ptr(), v.data_ptr(), torch_threads());
   return {q, k, v};
 }

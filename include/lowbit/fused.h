@@ -60,8 +60,9 @@ struct ActivationNumbers {
 
 enum class RopeKind : std::uint8_t {
   kNone = 0,
-  kHalves = 1,       // pairs (i, i + width / 2)
-  kInterleaved = 2,  // pairs (2 i, 2 i + 1)
+  kHalves = 1,         // pairs (i, i + width / 2)
+  kInterleaved = 2,    // pairs (2 i, 2 i + 1)
+  kPairsToHalves = 3,  // pairs (2 i, 2 i + 1), whose results go to (i, i + width / 2)
 };
 
 // Pair p turns by the angle whose cosine is cos[p * table_step].
@@ -93,11 +94,37 @@ struct HeadMap {
   std::int64_t offset = 0, group_stride = 0, head_stride = 0;
 };
 
+// Columns that become queries by one product more.
+struct LowRankQuery {
+  int width = 0;  // of them; 0: none, and queries are columns themselves
+  std::int64_t at = 0;
+  NormSpec norm;
+  PackedMatrix expand;  // whose outputs are the columns that `q` counts
+};
+
+// Latent attention: what is kept of a token is one vector for all heads, and behind it what the
+// keys of all heads end with. The cache has one head, with the latent in place of keys and the tail
+// in place of values. A key is key rows of `expand` times the latent, then the tail; a value is
+// value rows times the latent.
+struct LatentSpec {
+  int width = 0;        // of the latent; 0: none
+  std::int64_t at = 0;  // its column
+  NormSpec norm;        // before it is kept
+  int tail = 0;         // at most a head's size; what turns of a key
+  std::int64_t tail_at = 0;
+  PackedMatrix expand;  // without a bias
+  // Rows of head h: keys from h * head_rows + key_at on, values from h * head_rows + value_at on.
+  std::int64_t head_rows = 0, key_at = 0, value_at = 0;
+};
+
 struct AttentionSpec {
   NormSpec norm;
   std::vector<PackedMatrix> in;  // projections of one input: q, k, v or fused
   HeadMap q, k, v;
   int heads = 0, kv_heads = 0, head_dim = 0;  // heads == 0: no attention half
+  int value_dim = 0;                          // of a head's values; 0: head_dim
+  LowRankQuery low_rank;
+  LatentSpec latent;  // then kv_heads == heads
   NormSpec q_norm, k_norm;
   bool norm_last = false;        // after the rotation, not before it
   bool norm_over_heads = false;  // q_norm, k_norm see all heads as one vector
@@ -122,6 +149,12 @@ struct AttentionSpec {
   NormSpec post_norm;  // of the sum
   float multiplier = 1;
   bool residual = true;
+
+  int values() const { return value_dim > 0 ? value_dim : head_dim; }
+  // Heads of the cache, and what they keep of a token as keys and as values.
+  int cache_heads() const { return latent.width > 0 ? 1 : kv_heads; }
+  int cache_keys() const { return latent.width > 0 ? latent.width : head_dim; }
+  int cache_values() const { return latent.width > 0 ? latent.tail : values(); }
 };
 
 // How columns become inputs of `down`: act(gate clamped) * (up clamped + up_plus), or act(gate).
@@ -240,8 +273,9 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
                 const BlockCall& call, const Threads& threads = serial_threads());
 
 // The first part of an attention half, for caches that others keep: queries, keys and values,
-// normed and rotated, [batch, heads, tokens, head_dim] each, in the dtype of the call. Where there
-// are gates, a head of q is gate_width longer, and they follow.
+// normed and rotated, [batch, heads, tokens, head_dim] each, in the dtype of the call (keys and
+// values as the cache keeps them). Where there are gates, a head of q is gate_width longer, and
+// they follow.
 void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, void* v,
              const Threads& threads = serial_threads());
 

@@ -61,7 +61,7 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
-constexpr int kSlots = 5;
+constexpr int kSlots = 6;
 
 // Tokens handled per pass: prepared activations of 512 tokens stay in the last-level cache while
 // every weight panel passes over them, and expanding a panel anew costs 3/512 of using it.

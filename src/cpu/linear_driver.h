@@ -24,7 +24,7 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
                   const Threads& threads);
 
 // Grow-only memory of the calling thread, 64-byte aligned, reused by every call: slot 0 holds
-// prepared activations, slot 1 the scratch of a worker, slots 2 to 4 are free for fused operators.
+// prepared activations, slot 1 the scratch of a worker, slots 2 to 5 are free for fused operators.
 // Throws Error(kResource) when memory runs out.
 std::byte* thread_workspace(int slot, std::int64_t bytes);
 

@@ -151,6 +151,12 @@ HeadTarget value_target(const CacheView& cache, std::int64_t past) {
           past};
 }
 
+// The heads of one token that are worked on together.
+std::int64_t head_floats(const AttentionSpec& spec) {
+  const std::int64_t head = std::max(spec.head_dim, spec.values());
+  return std::max<std::int64_t>(spec.heads * head, spec.latent.width);
+}
+
 // Norms, projects and rotates tokens [begin, end) and writes queries (scaled by `q_scale`), keys
 // and values where they go.
 void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, std::int64_t begin,
@@ -162,20 +168,38 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
   const std::int64_t columns = columns_of(spec.in);
   float* normed = memory;
   float* projected = normed + count * hidden;
+  float* heads = projected + count * columns;
   for_tokens(count, work.threads, [&](std::int64_t t) {
     kernels.norm(spec.norm, x + (begin + t) * hidden, hidden, normed + t * hidden);
   });
   multiply(spec.in, normed, count, hidden, projected, columns, call.precision, work.threads);
 
+  // Where queries are columns: of the projections, or of one product more.
+  const LowRankQuery& low_rank = spec.low_rank;
+  const float* query_rows = projected;
+  std::int64_t query_columns = columns;
+  if (low_rank.width > 0) {
+    float* rank = heads;
+    float* expanded = rank + count * low_rank.width;
+    for_tokens(count, work.threads, [&](std::int64_t t) {
+      kernels.norm(low_rank.norm, projected + t * columns + low_rank.at, low_rank.width,
+                   rank + t * low_rank.width);
+    });
+    query_rows = expanded;
+    query_columns = low_rank.expand.layout.n;
+    multiply({low_rank.expand}, rank, count, low_rank.width, expanded, query_columns,
+             call.precision, work.threads);
+    heads = expanded + count * query_columns;
+  }
+
   const int d = spec.head_dim;
   const int group = spec.heads / spec.kv_heads;
   // Per token: one head at a time, or all of them where their norm needs them together.
-  const std::int64_t row_floats = std::int64_t{spec.heads} * d + 2 * spec.rope.width;
-  float* heads = projected + count * columns;
+  const std::int64_t row_floats = head_floats(spec) + 2 * spec.rope.width;
   for_tokens(count, work.threads, [&](std::int64_t t) {
     const float* row = projected + t * columns;
     float* buffer = heads + t * row_floats;
-    float* cos = buffer + std::int64_t{spec.heads} * d;
+    float* cos = buffer + head_floats(spec);
     float* sin = cos + spec.rope.width;
     const std::int64_t b = (begin + t) / call.tokens, s = (begin + t) % call.tokens;
     if (spec.rope.kind != RopeKind::kNone) {
@@ -186,28 +210,30 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
       kernels.load(static_cast<const char*>(call.cos) + at, call.rope_dtype, entries, cos);
       kernels.load(static_cast<const char*>(call.sin) + at, call.rope_dtype, entries, sin);
     }
-    const auto emit = [&](const HeadMap& map, int count_of_heads, const NormSpec& head_norm,
-                          bool rotated, float scale, const HeadTarget& target) {
+    const auto emit = [&](const HeadMap& map, const float* from, int size, int count_of_heads,
+                          const NormSpec& head_norm, bool rotated, float scale,
+                          const HeadTarget& target) {
       const int per_group = count_of_heads / spec.kv_heads;
       for (int h = 0; h < count_of_heads; ++h) {
-        std::copy_n(head_of(map, row, h / per_group, h % per_group), d, buffer + h * d);
+        std::copy_n(head_of(map, from, h / per_group, h % per_group), size, buffer + h * size);
       }
       if (spec.norm_over_heads) {
-        kernels.norm(head_norm, buffer, std::int64_t{count_of_heads} * d, buffer);
+        kernels.norm(head_norm, buffer, std::int64_t{count_of_heads} * size, buffer);
       }
       for (int h = 0; h < count_of_heads; ++h) {
-        float* head = buffer + h * d;
-        if (!spec.norm_over_heads && !spec.norm_last) kernels.norm(head_norm, head, d, head);
+        float* head = buffer + h * size;
+        if (!spec.norm_over_heads && !spec.norm_last) kernels.norm(head_norm, head, size, head);
         if (rotated) kernels.rotate(spec.rope, cos, sin, head);
-        if (spec.norm_last) kernels.norm(head_norm, head, d, head);
+        if (spec.norm_last) kernels.norm(head_norm, head, size, head);
         if (scale != 1) {
-          for (int i = 0; i < d; ++i) head[i] *= scale;
+          for (int i = 0; i < size; ++i) head[i] *= scale;
         }
-        target.store(kernels, head, d, b, h, s);
+        target.store(kernels, head, size, b, h, s);
       }
     };
     const bool rotated = spec.rope.kind != RopeKind::kNone;
-    emit(spec.q, spec.kv_heads * group, spec.q_norm, rotated, q_scale, q);
+    emit(spec.q, query_rows + t * query_columns, d, spec.kv_heads * group, spec.q_norm, rotated,
+         q_scale, q);
     if (spec.gate_width > 0) {
       HeadTarget gates = q;
       gates.data += d * static_cast<std::int64_t>(dtype_bytes(q.dtype));
@@ -217,14 +243,25 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
       }
     }
     if (spec.cross) return;
-    emit(spec.k, spec.kv_heads, spec.k_norm, rotated, 1, k);
-    emit(spec.v, spec.kv_heads, NormSpec{}, false, 1, v);
+    if (const LatentSpec& latent = spec.latent; latent.width > 0) {
+      kernels.norm(latent.norm, row + latent.at, latent.width, buffer);
+      k.store(kernels, buffer, latent.width, b, 0, s);
+      std::copy_n(row + latent.tail_at, latent.tail, buffer);
+      RopeSpec rope = spec.rope;
+      rope.begin -= d - latent.tail;
+      if (rotated) kernels.rotate(rope, cos, sin, buffer);
+      v.store(kernels, buffer, latent.tail, b, 0, s);
+      return;
+    }
+    emit(spec.k, row, d, spec.kv_heads, spec.k_norm, rotated, 1, k);
+    emit(spec.v, row, spec.values(), spec.kv_heads, NormSpec{}, false, 1, v);
   });
 }
 
 std::int64_t project_floats(const AttentionSpec& spec, std::int64_t tokens, std::int64_t hidden) {
-  return tokens * (hidden + columns_of(spec.in) + std::int64_t{spec.heads} * spec.head_dim +
-                   2 * spec.rope.width);
+  const LowRankQuery& low_rank = spec.low_rank;
+  const std::int64_t more = low_rank.width > 0 ? low_rank.width + low_rank.expand.layout.n : 0;
+  return tokens * (hidden + columns_of(spec.in) + more + head_floats(spec) + 2 * spec.rope.width);
 }
 
 // ---- attention ---------------------------------------------------------------------------------
@@ -247,7 +284,7 @@ std::vector<Strip> strips_of(const BlockCall& call, std::int64_t begin, std::int
 }
 
 // The attention of one chunk of tokens: what its tasks, in float32 or in bfloat16, have in common.
-// q is float32, scaled, [batch, tokens, heads, query_width]; out is [count, heads * d].
+// q is float32, scaled, [batch, tokens, heads, query_width]; out is [count, heads * values_d].
 struct Attention {
   const Work& work;
   const AttentionSpec& spec;
@@ -255,22 +292,31 @@ struct Attention {
   const CacheView& cache;
   std::int64_t positions, begin, end;
   float* out;
+  // Latents are keys and values of all heads, and tails end the keys.
+  bool over_latents = false;
+  // Heads of a row of q and of `out`: more than spec.heads where those are worked on in parts.
+  int row_heads = spec.heads;
   const BlockCall& call = work.call;
-  const MaskView& mask = spec.cross ? call.cross_mask : call.mask;
+  MaskView mask = spec.cross ? call.cross_mask : call.mask;
   bool causal = call.causal && !spec.cross;
-  int d = spec.head_dim;
+  int d = spec.head_dim, values_d = spec.values();
   int group = spec.heads / spec.kv_heads;
   std::int64_t element =
       cache.format == CacheFormat::kFloat ? static_cast<std::int64_t>(dtype_bytes(cache.dtype)) : 1;
 
   const float* query(std::int64_t token, std::int64_t head) const {
-    return q + (token * spec.heads + head) * query_width(spec);
+    return q + (token * row_heads + head) * query_width(spec);
   }
   const void* keys(std::int64_t b, std::int64_t kv) const {
     return static_cast<const char*>(cache.keys) +
            (b * cache.key_batch_stride + kv * cache.key_head_stride) * element;
   }
   const void* values(std::int64_t b, std::int64_t kv) const {
+    return over_latents ? keys(b, kv) : parts(b, kv);
+  }
+  std::int64_t value_stride() const { return over_latents ? cache.key_stride : cache.value_stride; }
+  // What the cache has as values.
+  const void* parts(std::int64_t b, std::int64_t kv) const {
     return static_cast<const char*>(cache.values) +
            (b * cache.value_batch_stride + kv * cache.value_head_stride) * element;
   }
@@ -309,6 +355,10 @@ struct StripRows {
     args.q = packed;
     args.rows = static_cast<int>(strip.count * a.group);
     args.d = a.d;
+    args.values_d = a.values_d;
+    args.tail = a.over_latents ? a.parts(b, kv) : nullptr;
+    args.tail_d = a.over_latents ? a.d - a.values_d : 0;
+    args.tail_stride = a.cache.value_stride;
     args.begin = 0;
     args.end = last;
     args.limits = a.causal ? limits : nullptr;
@@ -318,15 +368,15 @@ struct StripRows {
   }
 };
 
-// Sums of the weighted values to means, in their place.
-void finish(const Attention& a, const Strip& strip, int kv, const float* acc, const float* max,
-            const float* sum) {
+// Sums of the weighted values, in rows of acc_d, to means in their place.
+void finish(const Attention& a, const Strip& strip, int kv, const float* acc, int acc_d,
+            const float* max, const float* sum) {
   const AttentionSpec& spec = a.spec;
-  const std::int64_t width = std::int64_t{spec.heads} * a.d;
+  const std::int64_t width = std::int64_t{a.row_heads} * a.values_d;
   for (std::int64_t t = 0; t < strip.count; ++t) {
     for (int i = 0; i < a.group; ++i) {
       const std::int64_t r = t * a.group + i;
-      float* to = a.out + (strip.first - a.begin + t) * width + (kv * a.group + i) * a.d;
+      float* to = a.out + (strip.first - a.begin + t) * width + (kv * a.group + i) * a.values_d;
       // Nothing seen: zero, as torch's own kernels give.
       float factor = sum[r] == 0 ? 0.0f : 1.0f / sum[r];
       if (spec.sinks != nullptr && sum[r] != 0) {
@@ -338,15 +388,15 @@ void finish(const Attention& a, const Strip& strip, int kv, const float* acc, co
             spec.sinks_dtype, 1, &sink);
         factor = 1.0f / (sum[r] + std::exp(sink - max[r]));
       }
-      for (int j = 0; j < a.d; ++j) to[j] = acc[r * a.d + j] * factor;
+      for (int j = 0; j < a.values_d; ++j) to[j] = acc[r * acc_d + j] * factor;
       if (spec.gate_width == 0) continue;
       const float* gate = a.query(strip.first + t, kv * a.group + i) + a.d;
-      if (spec.gate_width == a.d) {
-        a.work.kernels.activate(spec.gate_activation, {}, gate, to, a.d, to);
+      if (spec.gate_width == a.values_d) {
+        a.work.kernels.activate(spec.gate_activation, {}, gate, to, a.values_d, to);
       } else {
         float one;
         a.work.kernels.activate(spec.gate_activation, {}, gate, nullptr, 1, &one);
-        for (int j = 0; j < a.d; ++j) to[j] *= one;
+        for (int j = 0; j < a.values_d; ++j) to[j] *= one;
       }
     }
   }
@@ -382,7 +432,8 @@ constexpr std::int64_t kManyRows = 16;
 // worth it; nullptr: float32.
 const cpu::ManyRows* many_rows_for(const Attention& a) {
   const BlockCall& call = a.call;
-  if (a.cache.format != CacheFormat::kFloat) return nullptr;
+  if (a.cache.format != CacheFormat::kFloat || a.over_latents) return nullptr;
+  if (a.values_d > a.d) return nullptr;
   const Format format = a.spec.out.layout.format;
   if (cpu::resolve_precision(format, call.precision, a.work.rows) == Precision::kFp32) {
     return nullptr;  // the products around it are exact
@@ -396,7 +447,8 @@ const cpu::FewRows* few_rows_for(const Attention& a) {
   if (a.cache.format != CacheFormat::kFloat || a.cache.dtype != DType::kBFloat16) return nullptr;
   const cpu::FewRows* few = cpu::few_rows();
   // Rows beyond those of a task: its tables are for no more.
-  const bool fits = few != nullptr && a.d % few->head_multiple == 0 && a.group <= kTaskRows;
+  const bool fits =
+      few != nullptr && a.d % few->head_multiple == 0 && a.group <= kTaskRows && a.values_d == a.d;
   return fits ? few : nullptr;
 }
 
@@ -421,8 +473,8 @@ void attend_many(const Attention& a, const cpu::ManyRows& many) {
       const std::int64_t b = first_row + (from + head) / a.spec.kv_heads;
       const std::int64_t kv = (from + head) % a.spec.kv_heads;
       std::byte* keys = packed + 2 * head * bytes;
-      many.pack({a.keys(b, kv), a.cache.dtype, a.cache.key_stride},
-                {a.values(b, kv), a.cache.dtype, a.cache.value_stride}, positions, a.d,
+      many.pack({a.keys(b, kv), a.cache.dtype, a.cache.key_stride, a.d},
+                {a.values(b, kv), a.cache.dtype, a.cache.value_stride, a.values_d}, positions, a.d,
                 task % blocks, keys, keys + bytes);
     });
     const std::int64_t count = static_cast<std::int64_t>(strips.size());
@@ -443,7 +495,7 @@ void attend_many(const Attention& a, const cpu::ManyRows& many) {
       args.sum = args.max + rows;
       args.scratch = args.sum + rows;
       many.attend(args);
-      finish(a, strip, kv, args.acc, args.max, args.sum);
+      finish(a, strip, kv, args.acc, a.d, args.max, args.sum);
     });
   }
 }
@@ -458,7 +510,7 @@ void attend_chunk(const Attention& a) {
   const AttentionSpec& spec = a.spec;
   const CacheView& cache = a.cache;
   const std::int64_t positions = a.positions;
-  const int d = a.d, group = a.group;
+  const int d = a.d, values_d = a.values_d, group = a.group;
 
   // A task is one key/value head, a run of tokens of one batch row, and a range of positions.
   const std::int64_t run = std::max(1, kTaskRows / group);
@@ -472,11 +524,11 @@ void attend_chunk(const Attention& a) {
   const cpu::FewRows* few = few_rows_for(a);
   const int most = static_cast<int>(rows_max);
   const std::int64_t scratch =
-      few == nullptr ? work.kernels.attend_scratch(most, d) : few->scratch(most, d);
+      few == nullptr ? work.kernels.attend_scratch(most, d, values_d) : few->scratch(most, d);
   const auto attend = few == nullptr ? work.kernels.attend : few->attend;
 
   // Partial results of the position ranges of every (strip, head): acc, max, sum.
-  const std::int64_t partial_floats = rows_max * (d + 2);
+  const std::int64_t partial_floats = rows_max * (values_d + 2);
   std::vector<float> partials(splits > 1 ? static_cast<std::size_t>(tasks * partial_floats)
                                          : std::size_t{0});
 
@@ -485,11 +537,11 @@ void attend_chunk(const Attention& a) {
     const int kv = static_cast<int>(pair % spec.kv_heads);
     const Strip& strip = strips[static_cast<std::size_t>(pair / spec.kv_heads)];
     const std::int64_t rows = strip.count * group, b = strip.first / a.call.tokens;
-    const std::int64_t need = rows * (2 * d + 2) + scratch + 4 * rows;
+    const std::int64_t need = rows * (d + values_d + 2) + scratch + 4 * rows;
     float* memory = floats(3, need);
     float* packed = memory;
     float* acc = packed + rows * d;
-    float* max = acc + rows * d;
+    float* max = acc + rows * values_d;
     float* sum = max + rows;
     float* rest = sum + rows;
     StripRows taken;
@@ -500,14 +552,14 @@ void attend_chunk(const Attention& a) {
     args.dtype = cache.dtype;
     args.format = cache.format;
     args.key_stride = cache.key_stride;
-    args.value_stride = cache.value_stride;
+    args.value_stride = a.value_stride();
     args.begin = split * kTaskPositions;
     if (splits > 1) args.end = std::min(args.end, args.begin + kTaskPositions);
     args.scratch = rest;
     if (splits > 1) {
       float* partial = partials.data() + task * partial_floats;
       args.acc = partial;
-      args.max = partial + rows_max * d;
+      args.max = partial + rows_max * values_d;
       args.sum = args.max + rows_max;
       attend(args);
       return;
@@ -516,7 +568,7 @@ void attend_chunk(const Attention& a) {
     args.max = max;
     args.sum = sum;
     attend(args);
-    finish(a, strip, kv, acc, max, sum);
+    finish(a, strip, kv, acc, values_d, max, sum);
   };
   const std::int64_t cost = tokens * spec.heads * positions * d;
   share(cost < kSerialWork ? serial_threads() : work.threads, tasks, one);
@@ -526,23 +578,200 @@ void attend_chunk(const Attention& a) {
     const Strip& strip = strips[static_cast<std::size_t>(pair / spec.kv_heads)];
     const std::int64_t rows = strip.count * group;
     float* base = partials.data() + pair * splits * partial_floats;
-    float* base_max = base + rows_max * d;
+    float* base_max = base + rows_max * values_d;
     float* base_sum = base_max + rows_max;
     for (std::int64_t r = 0; r < rows; ++r) {
       for (std::int64_t split = 1; split < splits; ++split) {
         const float* other = base + split * partial_floats;
-        const float other_max = other[rows_max * d + r];
-        const float other_sum = other[rows_max * d + rows_max + r];
+        const float other_max = other[rows_max * values_d + r];
+        const float other_sum = other[rows_max * values_d + rows_max + r];
         if (other_sum == 0) continue;
         const float most = std::max(base_max[r], other_max);
         const float a = base_sum[r] == 0 ? 0.0f : std::exp(base_max[r] - most);
         const float c = std::exp(other_max - most);
-        for (int j = 0; j < d; ++j) base[r * d + j] = base[r * d + j] * a + other[r * d + j] * c;
+        for (int j = 0; j < values_d; ++j) {
+          const std::int64_t at = r * values_d + j;
+          base[at] = base[at] * a + other[at] * c;
+        }
         base_sum[r] = base_sum[r] * a + other_sum * c;
         base_max[r] = most;
       }
     }
-    finish(a, strip, static_cast<int>(pair % spec.kv_heads), base, base_max, base_sum);
+    finish(a, strip, static_cast<int>(pair % spec.kv_heads), base, values_d, base_max, base_sum);
+  }
+}
+
+// ---- latent attention --------------------------------------------------------------------------
+
+std::int64_t latent_floats(const AttentionSpec& spec, std::int64_t rows) {
+  return spec.latent.width > 0 ? rows * spec.heads * spec.values() : 0;
+}
+
+// The whole tiles of `all` that hold rows [begin, begin + count), of which the first `skipped` are
+// others.
+struct PartOfRows {
+  PackedMatrix matrix;
+  std::int64_t skipped;
+
+  PartOfRows(const PackedMatrix& all, std::int64_t begin, std::int64_t count) : matrix(all) {
+    constexpr std::int64_t kTile = 16;
+    const std::int64_t first = begin / kTile * kTile;
+    const std::int64_t end = std::min(all.layout.n, (begin + count + kTile - 1) / kTile * kTile);
+    skipped = begin - first;
+    matrix.packed += first / kTile * all.layout.tile_bytes;
+    matrix.layout =
+        make_layout(all.layout.format, end - first, all.layout.k, all.layout.group_size);
+  }
+
+  std::int64_t floats() const { return matrix.layout.n * matrix.layout.k; }
+
+  const float* dequantized(float* to) const {
+    const Layout& layout = matrix.layout;
+    dequantize({matrix.packed, static_cast<std::size_t>(layout.bytes())}, layout, matrix.exponent,
+               {to, DType::kFloat32, layout.n, layout.k, layout.k, 1});
+    return to + skipped * layout.k;
+  }
+};
+
+// The largest divisor of `heads` up to `most`.
+int heads_together(int heads, int most) {
+  int together = 1;
+  for (int i = 2; i <= most; ++i) {
+    if (heads % i == 0) together = i;
+  }
+  return together;
+}
+
+// Few tokens: queries are multiplied by the heads' key rows instead of the latents, and what comes
+// out, a mean of latents, by the value rows. Costs per position what its latent is long, whatever
+// keys and values would take.
+void attend_absorbed(const Attention& a) {
+  const LatentSpec& latent = a.spec.latent;
+  const FusedKernels& kernels = a.work.kernels;
+  const int heads = a.spec.heads, gates = a.spec.gate_width;
+  const std::int64_t width = latent.width, own = a.d - latent.tail;
+  const std::int64_t count = a.end - a.begin, wide = width + latent.tail + gates;
+  float* q =
+      reinterpret_cast<float*>(cpu::thread_workspace(5, count * heads * (wide + width) * 4 + 64));
+  float* mixed = q + count * heads * wide;
+  share(a.work.threads, heads, [&](std::int64_t head) {
+    const PartOfRows part(latent.expand, head * latent.head_rows + latent.key_at, own);
+    const float* weights = part.dequantized(floats(3, part.floats()));
+    for (std::int64_t t = 0; t < count; ++t) {
+      const float* from = a.query(a.begin + t, head);
+      float* to = q + (t * heads + head) * wide;
+      std::fill_n(to, width, 0.0f);
+      for (std::int64_t i = 0; i < own; ++i) kernels.add(weights + i * width, from[i], width, to);
+      std::copy_n(from + own, latent.tail + gates, to + width);
+    }
+  });
+
+  AttentionSpec spec = a.spec;
+  spec.latent = {};
+  spec.head_dim = static_cast<int>(width) + latent.tail;
+  spec.value_dim = static_cast<int>(width);
+  // All heads read the same keys; in parts, so that threads share a token's heads.
+  spec.kv_heads = heads / heads_together(heads, 12);
+  CacheView cache = a.cache;
+  cache.key_head_stride = cache.value_head_stride = 0;
+  attend_chunk({a.work, spec, q, cache, a.positions, a.begin, a.end, mixed, true});
+
+  share(a.work.threads, heads, [&](std::int64_t head) {
+    const PartOfRows part(latent.expand, head * latent.head_rows + latent.value_at, a.values_d);
+    const float* weights = part.dequantized(floats(3, part.floats()));
+    for (std::int64_t t = 0; t < count; ++t) {
+      kernels.dots(weights, a.values_d, width, mixed + (t * heads + head) * width,
+                   a.out + (t * heads + head) * a.values_d);
+    }
+  });
+}
+
+// What expanded keys and values of the heads that are worked on together may take.
+constexpr std::int64_t kExpandedBytes = std::int64_t{16} << 20;
+
+// Many tokens: keys and values of all positions are made, some heads at a time.
+void attend_expanded(const Attention& a) {
+  const LatentSpec& latent = a.spec.latent;
+  const FusedKernels& kernels = a.work.kernels;
+  const std::int64_t positions = a.positions, own = a.d - latent.tail, rows = latent.head_rows;
+  const std::int64_t each = positions * (rows + a.d) * 4;
+  // Heads begin where a tile of rows does.
+  std::int64_t step = 1;
+  while (step * rows % 16 != 0) step *= 2;
+  std::int64_t together = std::max(kExpandedBytes / each / step, std::int64_t{1}) * step;
+  together = std::min<std::int64_t>(together, a.spec.heads);
+  float* wide = reinterpret_cast<float*>(cpu::thread_workspace(5, each * together + 64));
+  float* keys = wide + positions * rows * together;
+  const std::int64_t tokens = a.call.tokens, element = a.element;
+  for (std::int64_t b = a.begin / tokens; b * tokens < a.end; ++b) {
+    for (std::int64_t from = 0; from < a.spec.heads; from += together) {
+      const std::int64_t heads = std::min(together, a.spec.heads - from), columns = heads * rows;
+      const PartOfRows part(latent.expand, from * rows, columns);
+      const cpu::RowBlock block{part.matrix.packed,   part.matrix.layout,
+                                part.matrix.exponent, nullptr,
+                                DType::kFloat32,      wide,
+                                DType::kFloat32,      columns};
+      cpu::linear_multi({a.keys(b, 0), a.cache.dtype, a.cache.key_stride, positions, latent.width},
+                        a.call.precision, {&block, 1}, a.work.threads);
+      const char* tails = static_cast<const char*>(a.parts(b, 0));
+      for_tokens(positions, a.work.threads, [&](std::int64_t p) {
+        for (std::int64_t h = 0; h < heads; ++h) {
+          float* to = keys + (h * positions + p) * a.d;
+          std::copy_n(wide + p * columns + h * rows + latent.key_at, own, to);
+          kernels.load(tails + p * a.cache.value_stride * element, a.cache.dtype, latent.tail,
+                       to + own);
+        }
+      });
+      AttentionSpec spec = a.spec;
+      spec.latent = {};
+      spec.heads = spec.kv_heads = static_cast<int>(heads);
+      if (spec.sinks != nullptr) {
+        spec.sinks = static_cast<const char*>(spec.sinks) +
+                     static_cast<std::size_t>(from) * dtype_bytes(spec.sinks_dtype);
+      }
+      CacheView view;
+      view.keys = keys;
+      view.values = wide + latent.value_at;
+      view.key_head_stride = positions * a.d;
+      view.key_stride = a.d;
+      view.value_head_stride = rows;
+      view.value_stride = columns;
+      Attention part_of_heads{a.work,
+                              spec,
+                              a.q + from * query_width(a.spec),
+                              view,
+                              positions,
+                              b * tokens,
+                              std::min(a.end, (b + 1) * tokens),
+                              a.out + (b * tokens * a.spec.heads + from) * a.values_d,
+                              false,
+                              a.spec.heads};
+      const std::int64_t bytes = a.mask.kind == MaskKind::kBool      ? 1
+                                 : a.mask.kind == MaskKind::kFloat32 ? 4
+                                                                     : 2;
+      if (a.mask.kind != MaskKind::kNone) {
+        part_of_heads.mask.data =
+            static_cast<const char*>(a.mask.data) + from * a.mask.head_stride * bytes;
+      }
+      attend_chunk(part_of_heads);
+    }
+  }
+}
+
+// Attention of all tokens over latents, in the way that multiplies less; products of many rows, by
+// which keys and values are made, count an eighth.
+void attend_latents(const Attention& a) {
+  const LatentSpec& latent = a.spec.latent;
+  const double tokens = static_cast<double>(a.call.tokens), heads = a.spec.heads;
+  const double positions = static_cast<double>(a.positions);
+  const double expansion = heads * static_cast<double>(latent.head_rows) * latent.width;
+  const double absorbed =
+      tokens * (expansion + positions * heads * (2.0 * latent.width + latent.tail));
+  const double expanded = positions * expansion + tokens * positions * heads * (a.d + a.values_d);
+  if (tokens <= 64 && 8 * absorbed < expanded) {
+    attend_absorbed(a);
+  } else {
+    attend_expanded(a);
   }
 }
 
@@ -633,11 +862,11 @@ void mlp_chunk(const Work& work, const MlpSpec& spec, const float* from, std::in
   merge(work, spec, update, count, to);
 }
 
-// Attention over the cache, output projection, and the MLP half, for tokens [begin, end) of x; the
-// results replace x.
+// Attention over the cache (unless its results are given), output projection, and the MLP half, for
+// tokens [begin, end) of x; the results replace x.
 void finish_chunk(const Work& work, const BlockSpec& block, const float* q, const CacheView& cache,
                   std::int64_t positions, std::int64_t begin, std::int64_t end, float* x,
-                  float* memory) {
+                  float* mixed_rows, float* memory) {
   const std::int64_t count = end - begin, hidden = work.call.hidden;
   float* rows = x + begin * hidden;
   float* before = memory;  // x itself, for a parallel MLP
@@ -646,10 +875,12 @@ void finish_chunk(const Work& work, const BlockSpec& block, const float* q, cons
   const bool attention = block.attention.heads > 0;
   if (block.parallel && mlp) std::copy_n(rows, count * hidden, before);
   if (attention) {
-    const std::int64_t width = std::int64_t{block.attention.heads} * block.attention.head_dim;
-    float* mixed = rest;
-    float* update = mixed + count * width;
-    attend_chunk({work, block.attention, q, cache, positions, begin, end, mixed});
+    const std::int64_t width = std::int64_t{block.attention.heads} * block.attention.values();
+    float* mixed = mixed_rows == nullptr ? rest : mixed_rows + begin * width;
+    float* update = rest + count * width;
+    if (mixed_rows == nullptr) {
+      attend_chunk({work, block.attention, q, cache, positions, begin, end, mixed});
+    }
     for_tokens(count, work.threads, [&](std::int64_t t) {
       normalize(work, block.attention.mixed_norm, mixed + t * width, width);
     });
@@ -664,7 +895,7 @@ void finish_chunk(const Work& work, const BlockSpec& block, const float* q, cons
 
 std::int64_t finish_floats(const BlockSpec& block, std::int64_t tokens, std::int64_t hidden) {
   const std::int64_t attention =
-      tokens * (std::int64_t{block.attention.heads} * block.attention.head_dim + hidden);
+      tokens * (std::int64_t{block.attention.heads} * block.attention.values() + hidden);
   const std::int64_t mlp = block.mlp.width > 0 ? mlp_floats(block.mlp, tokens, hidden) : 0;
   return tokens * hidden + std::max(attention, mlp);
 }
@@ -680,10 +911,20 @@ void check(const BlockSpec& block, const BlockCall& call) {
             "the number of heads must be a multiple of that of key/value heads");
     require(a.heads / a.kv_heads <= kTaskRows * 8, "at most 192 query heads per key/value head");
     require(!a.in.empty() && inputs(a.in, call.hidden), "x must have the projections' inputs");
-    require(a.out.layout.k == std::int64_t{a.heads} * a.head_dim && a.out.layout.n == call.hidden,
-            "the output projection must be [hidden, heads * head_dim]");
-    require(a.gate_width == 0 || a.gate_width == 1 || a.gate_width == a.head_dim,
+    require(a.out.layout.k == std::int64_t{a.heads} * a.values() && a.out.layout.n == call.hidden,
+            "the output projection must be [hidden, heads * value size]");
+    require(a.gate_width == 0 || a.gate_width == 1 || a.gate_width == a.values(),
             "a head has one gate, or one for each channel");
+    require(a.low_rank.width == 0 || a.low_rank.expand.layout.k == a.low_rank.width,
+            "low-rank queries must have the inputs of their product");
+    const LatentSpec& latent = a.latent;
+    require(latent.width == 0 ||
+                (latent.expand.layout.k == latent.width && !a.cross && a.kv_heads == a.heads &&
+                 latent.expand.layout.n == a.heads * latent.head_rows && latent.tail > 0 &&
+                 latent.tail <= a.head_dim && a.gate_width <= 1),
+            "a latent attention has keys and values for every head, and one gate at most");
+    require(a.rope.kind != RopeKind::kPairsToHalves || a.rope.width <= 256,
+            "at most 256 values that turn change places");
     require(a.rope.kind == RopeKind::kNone ||
                 (a.rope.width % 2 == 0 && a.rope.begin + a.rope.width <= a.head_dim &&
                  call.cos != nullptr && call.sin != nullptr),
@@ -739,17 +980,19 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
   const std::int64_t chunk = chunk_of(rows);
 
   // x, queries, working memory
-  std::int64_t q_floats = 0, memory_floats = 0;
+  std::int64_t q_floats = 0, mixed_floats = 0, memory_floats = 0;
   for (const BlockSpec* block : blocks) {
     check(*block, call);
     const AttentionSpec& a = block->attention;
     q_floats = std::max(q_floats, rows * a.heads * query_width(a));
     memory_floats = std::max(
         {memory_floats, project_floats(a, chunk, hidden), finish_floats(*block, chunk, hidden)});
+    mixed_floats = std::max(mixed_floats, latent_floats(a, rows));
   }
-  float* x = floats(2, rows * hidden + q_floats + memory_floats);
+  float* x = floats(2, rows * hidden + q_floats + mixed_floats + memory_floats);
   float* q = x + rows * hidden;
-  float* memory = q + q_floats;
+  float* mixed = q + q_floats;
+  float* memory = mixed + mixed_floats;
   work.kernels.load(call.x, call.dtype, rows * hidden, x);
 
   for (std::size_t i = 0; i < blocks.size(); ++i) {
@@ -768,9 +1011,11 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
       }
     }
     const std::int64_t positions = a.cross ? cache.positions : call.past + call.tokens;
+    const bool latent = a.heads > 0 && a.latent.width > 0;
+    if (latent) attend_latents({work, a, q, cache, positions, 0, rows, mixed});
     for (std::int64_t begin = 0; begin < rows; begin += chunk) {
       finish_chunk(work, block, q, cache, positions, begin, std::min(rows, begin + chunk), x,
-                   memory);
+                   latent ? mixed : nullptr, memory);
     }
   }
   work.kernels.store(x, call.dtype, rows * hidden, call.out);
@@ -792,8 +1037,8 @@ void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, vo
   };
   for (std::int64_t begin = 0; begin < rows; begin += chunk) {
     project_chunk(work, a, x, begin, std::min(rows, begin + chunk), 1,
-                  target(q, a.heads, query_width(a)), target(k, a.kv_heads, a.head_dim),
-                  target(v, a.kv_heads, a.head_dim), x + rows * hidden);
+                  target(q, a.heads, query_width(a)), target(k, a.cache_heads(), a.cache_keys()),
+                  target(v, a.cache_heads(), a.cache_values()), x + rows * hidden);
   }
 }
 
@@ -831,9 +1076,12 @@ void attend(const BlockSpec& block, const BlockCall& call, const void* q, const 
   require(a.heads > 0, "this block has no attention half");
   const std::int64_t chunk = chunk_of(rows), d = a.head_dim;
   const std::int64_t width = query_width(a);
-  float* x = floats(2, rows * (hidden + a.heads * width) + finish_floats(block, chunk, hidden));
+  const std::int64_t mixed_floats = latent_floats(a, rows);
+  float* x = floats(
+      2, rows * (hidden + a.heads * width) + mixed_floats + finish_floats(block, chunk, hidden));
   float* queries = x + rows * hidden;
-  float* memory = queries + rows * a.heads * width;
+  float* mixed = queries + rows * a.heads * width;
+  float* memory = mixed + mixed_floats;
   work.kernels.load(call.x, call.dtype, rows * hidden, x);
   // [batch, heads, tokens, width] to float32 [batch, tokens, heads, width], queries scaled
   const std::int64_t element = static_cast<std::int64_t>(dtype_bytes(call.dtype));
@@ -848,9 +1096,11 @@ void attend(const BlockSpec& block, const BlockCall& call, const void* q, const 
       }
     }
   }
+  const bool latent = a.latent.width > 0;
+  if (latent) attend_latents({work, a, queries, cache, positions, 0, rows, mixed});
   for (std::int64_t begin = 0; begin < rows; begin += chunk) {
     finish_chunk(work, block, queries, cache, positions, begin, std::min(rows, begin + chunk), x,
-                 memory);
+                 latent ? mixed : nullptr, memory);
   }
   work.kernels.store(x, call.dtype, rows * hidden, call.out);
 }

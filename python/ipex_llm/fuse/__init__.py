@@ -30,6 +30,7 @@ from ipex_llm.fuse.recognise import (
     find_experts,
     find_mlp_module,
     linears,
+    with_matrices,
 )
 from ipex_llm.fuse.report import Report, optimization_report
 from ipex_llm.fuse.trace import converted, record, shadow, undisturbed
@@ -118,7 +119,8 @@ def _quantize_caches(model: nn.Module, kv_cache_dtype: str) -> None:
     attentions = 0
     for module in model.modules():
         state = module.__dict__.get(forward.STATE)
-        if state is not None and state.description.attention is not None:
+        a = None if state is None else state.description.attention
+        if a is not None and a.quantizes:
             state.cache_format = FORMATS[kv_cache_dtype]
             attentions += 1
     if not attentions:
@@ -292,6 +294,9 @@ def _recognise(module, scenarios, config) -> Description:
         ):
             try:
                 description = find()
+                # An index that picks positions, for one, picks all of them in a short probe.
+                if with_matrices(seen) - description.products():
+                    raise Unrecognised("products whose use is not understood")
             except Unrecognised as error:
                 reasons.append(str(error))
                 continue

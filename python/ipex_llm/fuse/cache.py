@@ -45,8 +45,10 @@ def growable_class() -> type:
             """lowbit::CacheFormat of what `room` hands out."""
             return self.__dict__["_keys"].format
 
-        def room(self, batch: int, heads: int, new: int, dim: int, dtype: torch.dtype):
+        def room(self, batch: int, heads: int, new: int, dims: tuple, dtype: torch.dtype):
             """(key buffer, value buffer, positions held), with room for `new` more; None if unfit.
+
+            `dims` are the sizes of keys and of values.
 
             After writing behind the positions held, call `advance(new)`.
             """
@@ -54,8 +56,8 @@ def growable_class() -> type:
             past = keys.length
             if past != values.length:
                 return None
-            kind = (batch, heads, dim, dtype)
-            for slot in slots:
+            for slot, dim in zip(slots, dims, strict=True):
+                kind = (batch, heads, dim, dtype)
                 if slot.kind == kind and slot.capacity >= past + new:
                     continue
                 if past and not slot.holds(kind):
@@ -85,8 +87,10 @@ def growable_class() -> type:
         def update(self, key_states, value_states, *args, **kwargs):
             batch, heads, new, dim = key_states.shape
             room = None
-            if key_states.device.type == "cpu" and value_states.shape == key_states.shape:
-                room = self.room(batch, heads, new, dim, key_states.dtype)
+            alike = value_states.shape[:3] == key_states.shape[:3]
+            if key_states.device.type == "cpu" and alike and value_states.dim() == 4:
+                dims = (dim, value_states.shape[3])
+                room = self.room(batch, heads, new, dims, key_states.dtype)
             if room is None or (torch.is_grad_enabled() and key_states.requires_grad):
                 return super().update(key_states, value_states, *args, **kwargs)
             past = room[2]

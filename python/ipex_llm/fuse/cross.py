@@ -32,7 +32,7 @@ def hookable(description: Description) -> dict[str, tuple[int, int]]:
     served: dict[str, tuple[int, int]] = {}
     a = description.attention
     plain = a is not None and a.rope == "none" and a.q_norm.kind == a.k_norm.kind == "none"
-    plain = plain and not a.gate_width
+    plain = plain and not a.gate_width and a.quantizes and a.low_rank is None
     if plain and len(a.inputs) == 3 and a.q.offset == 0 and a.k.offset == a.heads * a.head_dim:
         width = a.kv_heads * a.head_dim
         dense = all(h.group_stride in (0, a.head_dim) for h in (a.k, a.v))

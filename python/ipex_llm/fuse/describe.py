@@ -35,7 +35,7 @@ ACTIVATIONS = (
     "xielu",
 )
 NORM_KINDS = ("none", "rms", "layer")  # lowbit::NormKind
-ROPE_KINDS = ("none", "halves", "interleaved")  # lowbit::RopeKind
+ROPE_KINDS = ("none", "halves", "interleaved", "pairs_to_halves")  # lowbit::RopeKind
 
 
 @dataclass
@@ -55,6 +55,31 @@ class Heads:
     offset: int = 0
     group_stride: int = 0
     head_stride: int = 0
+
+
+@dataclass
+class LowRank:
+    """Queries by one product more: `width` columns from `at` on, normed, times `expand`."""
+
+    width: int
+    at: int
+    expand: str
+    norm: Norm = field(default_factory=Norm)
+
+
+@dataclass
+class Latent:
+    """What keys and values of all heads are made of; lowbit::LatentSpec."""
+
+    width: int
+    at: int
+    expand: str
+    tail: int
+    tail_at: int
+    head_rows: int  # of `expand`, for each head
+    key_at: int
+    value_at: int
+    norm: Norm = field(default_factory=Norm)
 
 
 @dataclass
@@ -90,6 +115,26 @@ class Attention:
     multiplier: float = 1.0
     residual: bool = True
     layer_idx: int = -1  # of the cache; -1: no cache was passed
+    value_dim: int = 0  # 0: head_dim
+    low_rank: LowRank | None = None  # then `q` counts the columns of its product
+    latent: Latent | None = None
+
+    # Heads of the cache, and what they keep of a token as keys and as values.
+
+    @property
+    def cache_heads(self) -> int:
+        return self.kv_heads if self.latent is None else 1
+
+    @property
+    def cache_dims(self) -> tuple[int, int]:
+        if self.latent is not None:
+            return self.latent.width, self.latent.tail
+        return self.head_dim, self.value_dim or self.head_dim
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a quantized cache can be attended over."""
+        return self.latent is None and self.value_dim in (0, self.head_dim)
 
 
 @dataclass
@@ -131,8 +176,13 @@ class Mlp:
 def _read(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a half, whose norms and heads have become dicts."""
     kinds = {"q": Heads, "k": Heads, "v": Heads, "gate": Heads, "gating": Gating}
+    nested = {"low_rank": LowRank, "latent": Latent}
     return {
-        name: kinds.get(name, Norm)(**value) if isinstance(value, dict) else value
+        name: value
+        if not isinstance(value, dict)
+        else nested[name](**_read(value))
+        if name in nested
+        else kinds.get(name, Norm)(**value)
         for name, value in data.items()
     }
 
@@ -201,6 +251,19 @@ class Description:
         if self.mlp is not None:
             names.append("experts" if self.mlp.experts else "MLP")
         return ", ".join(names[:-1]) + " and " + names[-1] if names[1:] else names[0]
+
+    def products(self) -> set[str]:
+        """Names of all linears that the fused form computes."""
+        names: list[str] = []
+        for a in (self.attention, self.cross):
+            if a is not None:
+                names += [*a.inputs, a.output]
+                names += [made.expand for made in (a.low_rank, a.latent) if made is not None]
+        if self.memory is not None:
+            names += [self.memory.keys, self.memory.values]
+        if self.mlp is not None:
+            names += [*self.mlp.inputs, self.mlp.output]
+        return {*names}
 
     def arguments(self) -> dict[str, str]:
         """Arguments with a role that only the description knows: name -> attribute of Call."""
@@ -367,13 +430,32 @@ class _Writer:
     def heads(self, heads: Heads) -> None:
         self.integers += [heads.offset, heads.group_stride, heads.head_stride]
 
+    def low_rank(self, low_rank: LowRank | None) -> None:
+        if low_rank is None:
+            self.integers.append(0)
+            return
+        self.integers += [low_rank.width, low_rank.at]
+        self.norm(low_rank.norm)
+        self.matrix(low_rank.expand)
+
+    def latent(self, latent: Latent | None) -> None:
+        if latent is None:
+            self.integers.append(0)
+            return
+        self.integers += [latent.width, latent.at, latent.tail, latent.tail_at]
+        self.norm(latent.norm)
+        self.matrix(latent.expand)
+        self.integers += [latent.head_rows, latent.key_at, latent.value_at]
+
     def block(self, description: Description) -> None:
         a, m = description.attention, description.mlp
         if a is None:
             self.integers.append(0)
         else:
-            self.integers += [a.heads, a.kv_heads, a.head_dim]
+            self.integers += [a.heads, a.kv_heads, a.head_dim, a.value_dim]
             self.matrices(a.inputs)
+            self.low_rank(a.low_rank)
+            self.latent(a.latent)
             for heads in (a.q, a.k, a.v):
                 self.heads(heads)
             self.norm(a.norm)

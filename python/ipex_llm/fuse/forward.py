@@ -87,12 +87,20 @@ class Call:
         elif name in self.own:
             setattr(self, self.own[name], value)
         elif name in _ROPE:
-            if not isinstance(value, tuple) or len(value) != 2:
+            if isinstance(value, torch.Tensor) and value.is_complex():
+                self.cos, self.sin = parts_of(value)
+            elif not isinstance(value, tuple) or len(value) != 2:
                 self.refused = name
             else:
                 self.cos, self.sin = value
         elif value is not False:
             self.refused = name
+
+
+def parts_of(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of a table of complex numbers."""
+    cos, sin = torch.view_as_real(angles).unbind(-1)
+    return cos.contiguous(), sin.contiguous()
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -301,15 +309,15 @@ def _run_attention(state: State, call: Call, number: int, precision: int):
     if past is None:
         if a.layer_idx >= 0 and mask is not None and mask.shape[3] != tokens:
             return None
-        shape = (batch, a.kv_heads, tokens, a.head_dim)
-        keys = torch.empty(shape, dtype=x.dtype)
-        values = torch.empty(shape, dtype=x.dtype)
+        keys, values = (
+            torch.empty((batch, a.cache_heads, tokens, dim), dtype=x.dtype) for dim in a.cache_dims
+        )
         return _blocks(x, [number], cos, sin, [keys], [values], 0, mask, None, causal, precision)
     if a.layer_idx < 0 or not caches.is_cache(past) or getattr(past, "layers", None) is None:
         return None
     layer = caches.layer_of(past, a.layer_idx, state.cache_format)
     if layer is not None:
-        room = layer.room(batch, a.kv_heads, tokens, a.head_dim, x.dtype)
+        room = layer.room(batch, a.cache_heads, tokens, a.cache_dims, x.dtype)
         if room is None:
             return None
         key_buffer, value_buffer, held = room
@@ -455,7 +463,7 @@ class Stack:
             layer = caches.layer_of(past, a.layer_idx, state.cache_format)
             if layer is None or cache_format not in (-1, layer.format):
                 return None
-            room = layer.room(batch, a.kv_heads, tokens, a.head_dim, x.dtype)
+            room = layer.room(batch, a.cache_heads, tokens, a.cache_dims, x.dtype)
             if room is None or held not in (-1, room[2]):
                 return None
             held, cache_format = room[2], layer.format

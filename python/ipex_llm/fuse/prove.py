@@ -29,6 +29,7 @@ from ipex_llm.fuse.forward import (
     State,
     _local,
     parameter_names,
+    parts_of,
 )
 from ipex_llm.fuse.recognise import Unrecognised
 from ipex_llm.fuse.trace import converted, shadow, undisturbed
@@ -77,6 +78,8 @@ def hidden_name(arguments: dict[str, Any]) -> str:
 def tables_of(arguments: dict[str, Any]):
     for name in _ROPE:
         value = arguments.get(name)
+        if isinstance(value, torch.Tensor) and value.is_complex():
+            return tuple(t.float() for t in parts_of(value))
         if isinstance(value, tuple) and len(value) == 2:
             if all(isinstance(t, torch.Tensor) for t in value):
                 return tuple(t.float() for t in value)

@@ -17,7 +17,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from ipex_llm.fuse.attention import owner_of
-from ipex_llm.fuse.describe import Attention, Description, Gating, Heads, Memory, Mlp, Norm
+from ipex_llm.fuse.describe import (
+    Attention,
+    Description,
+    Gating,
+    Heads,
+    Latent,
+    LowRank,
+    Memory,
+    Mlp,
+    Norm,
+)
 from ipex_llm.fuse.trace import Attended, Record, Seen
 from ipex_llm.tensor import LowBitTensor
 
@@ -57,6 +67,16 @@ def linears(record: Record) -> list[Seen]:
         and call.output.shape[-1] == call.module._parameters["weight"].stored_shape[0]
         and not isinstance(call.module, nn.Embedding)
     ]
+
+
+def with_matrices(record: Record) -> set[str]:
+    """Names of the modules that were called and hold a matrix, low-bit or not."""
+    return {
+        call.name
+        for call in record.calls
+        if call.name
+        and any(p is not None and p.dim() > 1 for p in call.module._parameters.values())
+    }
 
 
 # ---- norms ---------------------------------------------------------------------------------------
@@ -146,8 +166,8 @@ def find_attention(
     if call.query.dim() != 4 or call.query.shape[0] != source.shape[0]:
         raise Unrecognised("attention over other than [batch, heads, tokens, size]")
     heads, head_dim = call.query.shape[1], call.query.shape[3]
-    if call.value.shape[3] != head_dim or call.key.shape[3] != head_dim:
-        raise Unrecognised("keys and values of different sizes")
+    if call.key.shape[3] != head_dim:
+        raise Unrecognised("queries and keys of different sizes")
     if call.key.shape[2] != source.shape[1]:
         raise Unrecognised("attention over something else than its own input")
 
@@ -159,7 +179,11 @@ def find_attention(
     repeat = value.shape[1] // kv_heads
     v_at = [_column(outputs, value[0, h * repeat]) for h in range(kv_heads)]
     if any(at is None for at in v_at):
-        raise Unrecognised("values that are not columns of a projection")
+        found = _find_latents(record, source, call, tables)
+        if found is None:
+            raise Unrecognised("values that are not columns of a projection")
+        return found
+    value_dim = value.shape[3]
 
     key_heads = call.key[:, ::repeat] if repeat > 1 else call.key
     if key_heads.shape[1] != kv_heads:
@@ -181,7 +205,8 @@ def find_attention(
         groups += [c for c in _readers(record, groups[0].input) if c not in groups]
         mixed_norm = Norm()
         gate, last = _gate_of(record, groups, call)
-    used = _used(groups, [(q.columns + k.columns + v_at, head_dim), (gate.columns, gate.width)])
+    wanted = [(q.columns + k.columns, head_dim), (v_at, value_dim), (gate.columns, gate.width)]
+    used = _used(groups, wanted)
     q_at, k_at, v_at, gate_at = (
         _moved(groups, used, at) for at in (q.columns, k.columns, v_at, gate.columns)
     )
@@ -192,6 +217,7 @@ def find_attention(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
+            value_dim=value_dim if value_dim != head_dim else 0,
             q=_map(q_at, per_group),
             k=_map(k_at, 1),
             v=_map(v_at, 1),
@@ -214,6 +240,176 @@ def find_attention(
         ),
         last,
     )
+
+
+# ---- attention over latents ----------------------------------------------------------------------
+
+
+def _find_latents(record: Record, source, call: Attended, tables) -> tuple[Attention, Seen] | None:
+    """Keys and values that one product makes of a latent, with a tail that all keys share.
+
+    None where there is nothing of the kind.
+    """
+    heads, tokens, head_dim = call.query.shape[1:]
+    key, value = call.key[0], call.value[0]
+    if heads < 2 or key.shape[0] != heads:
+        return None
+    expand = next((c for c in linears(record) if _holds(c, value[0], tokens)), None)
+    if expand is None or expand.module._parameters.get("bias") is not None:
+        return None
+    rows = _flat(expand.output, tokens)
+    own = head_dim - _shared(key)
+    head_rows, rest = divmod(rows.shape[2], heads)
+    if rest or not 0 < own < head_dim:
+        return None
+    places = [[_column(rows, part[h]) for h in range(heads)] for part in (key[:, :, :own], value)]
+    if any(at is None for place in places for at in place):
+        return None
+    key_at, value_at = (place[0] for place in places)
+    if any(p[h] - p[0] != h * head_rows for p in places for h in range(heads)):
+        return None
+
+    norm, groups = _first_products(record, source)
+    outputs = torch.cat([_flat(c.output, tokens) for c in groups], dim=-1)
+    latent_norm, latent = _normed(record, expand.input)
+    latent_at = _column(outputs, _flat(latent, tokens)[0])
+    found = _turned(outputs, key[:1, :, own:], _Rope(tables))
+    if latent_at is None or found is None:
+        raise Unrecognised("latents and tails of keys that are not columns of a projection")
+    (tail_at,), rope = found
+    low_rank, q_at = _latent_queries(record, groups, outputs, call.query[0], own, rope, expand)
+    q_columns, q_width = (q_at, head_dim) if low_rank is None else ([low_rank.at], low_rank.width)
+
+    try:
+        mixed_norm, last = _reader(record, call)
+        gate = _Gate()
+    except Unrecognised:
+        mixed_norm = Norm()
+        gate, last = _gate_of(record, groups, call)
+        if gate.width > 1:
+            raise Unrecognised("gates of channels over latents") from None
+    tail, width = head_dim - own, latent.shape[-1]
+    wanted = [(q_columns, q_width), ([latent_at], width), ([tail_at], tail)]
+    wanted.append((gate.columns, gate.width))
+    used = _used(groups, wanted)
+    (latent_at,), (tail_at,), q_columns, gates = (
+        _moved(groups, used, at) for at in ([latent_at], [tail_at], q_columns, gate.columns)
+    )
+    if low_rank is not None:
+        (low_rank.at,) = q_columns
+        q_columns = q_at
+    attention = Attention(
+        inputs=[c.name for c in used],
+        output=last.name,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        value_dim=value.shape[2],
+        q=_map(q_columns, 1),
+        k=Heads(),
+        v=Heads(),
+        scale=call.scale,
+        softcap=call.softcap,
+        sinks="" if call.sinks is None else owner_of(record.module, call.sinks),
+        norm=norm,
+        gate_width=gate.width,
+        gate=_map(gates, 1) if gate.width else Heads(),
+        gate_activation=gate.activation,
+        mixed_norm=mixed_norm,
+        rope=rope.kind,
+        rope_begin=rope.begin + own if rope.kind != "none" else 0,
+        rope_width=rope.width,
+        rope_step=rope.step,
+        low_rank=low_rank,
+        latent=Latent(
+            width=width,
+            at=latent_at,
+            expand=expand.name,
+            tail=tail,
+            tail_at=tail_at,
+            head_rows=head_rows,
+            key_at=key_at,
+            value_at=value_at,
+            norm=latent_norm,
+        ),
+    )
+    return attention, last
+
+
+def _flat(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    return tensor.reshape(1, tokens, -1)
+
+
+def _holds(call: Seen, head: torch.Tensor, tokens: int) -> bool:
+    if call.output.numel() // call.output.shape[-1] != tokens:
+        return False
+    return _column(_flat(call.output, tokens), head) is not None
+
+
+def _shared(key: torch.Tensor) -> int:
+    """How many of the last channels are the same in all heads."""
+    alike = (key == key[:1]).all(0).all(0).tolist()
+    return next((i for i, a in enumerate(reversed(alike)) if not a), len(alike))
+
+
+def _first_products(record: Record, source: torch.Tensor) -> tuple[Norm, list[Seen]]:
+    candidates = [(Norm(), source)]
+    found = find_norm_after(record, source)
+    if found is not None:
+        candidates.insert(0, found)
+    for norm, tensor in candidates:
+        groups = _readers(record, tensor)
+        if groups:
+            return norm, groups
+    raise Unrecognised("no projection reads the module's input, or a known norm of it")
+
+
+def _normed(record: Record, tensor: torch.Tensor) -> tuple[Norm, torch.Tensor]:
+    found = find_norm(record, tensor)
+    return (Norm(), tensor) if found is None else found
+
+
+def _turned(columns: torch.Tensor, heads: torch.Tensor, rope: _Rope):
+    """Where [heads, tokens, size] comes from, all of which turns: (columns, rotation)."""
+    half = heads.shape[2] // 2
+    for mixed in (False, True):
+        first = heads[:, 0]
+        if mixed:
+            if heads.shape[2] % 2:
+                return None
+            first = torch.stack((first[:, :half], first[:, half:]), -1).flatten(1)
+        at = [_column(columns[:, :1], row[None] / rope.first) for row in first]
+        if any(c is None for c in at):
+            continue
+        plain = torch.stack([columns[0, :, c : c + heads.shape[2]] for c in at])
+        if rope.fits(plain, heads):
+            return at, rope
+    return None
+
+
+def _latent_queries(record, groups, outputs, query, own: int, rope: _Rope, expand: Seen):
+    """(LowRank or None, column of every head) of queries whose channels from `own` on turn."""
+    tokens = query.shape[1]
+    others = [c for c in linears(record) if c not in groups and c is not expand]
+    for call in (None, *others):
+        if call is not None and call.output.numel() // call.output.shape[-1] != tokens:
+            continue
+        columns = outputs if call is None else _flat(call.output, tokens)
+        at = [_column(columns, head[:, :own]) for head in query]
+        if any(c is None for c in at):
+            continue
+        plain = [columns[0, :, c + own : c + query.shape[2]] for c in at]
+        if any(p.shape[1] != query.shape[2] - own for p in plain):
+            continue
+        if not rope.fits(torch.stack(plain), query[:, :, own:]):
+            continue
+        if call is None:
+            return None, at
+        norm, low = _normed(record, call.input)
+        place = _column(outputs, _flat(low, tokens)[0])
+        if place is not None:
+            return LowRank(low.shape[-1], place, call.name, norm), at
+    raise Unrecognised("queries that are not projected and rotated as usual")
 
 
 def _reader(record: Record, call: Attended) -> tuple[Norm, Seen]:
@@ -447,6 +643,15 @@ def _proportion(row: torch.Tensor, head: torch.Tensor) -> float | None:
     return float(f[best])
 
 
+_ROPES = (
+    ("halves", 1),
+    ("interleaved", 2),
+    ("interleaved", 1),
+    ("pairs_to_halves", 1),
+    ("pairs_to_halves", 2),
+)
+
+
 class _Rope:
     """The rotation, unknown until the first tensor that is rotated; then it must be the same."""
 
@@ -480,7 +685,7 @@ class _Rope:
             if width > size or width % 2:
                 continue
             for begin in dict.fromkeys((0, size - width)):
-                for kind, step in (("halves", 1), ("interleaved", 2), ("interleaved", 1)):
+                for kind, step in _ROPES:
                     if (width // 2 - 1) * step + 1 > cos.shape[-1]:
                         continue
                     if equal(self._turn(before, kind, begin, width, step), after):
@@ -502,7 +707,9 @@ class _Rope:
             else (part[..., 0::2], part[..., 1::2])
         )
         c, d = a * cos - b * sin, b * cos + a * sin
-        turned = torch.cat((c, d), -1) if kind == "halves" else torch.stack((c, d), -1).flatten(-2)
+        turned = (
+            torch.stack((c, d), -1).flatten(-2) if kind == "interleaved" else torch.cat((c, d), -1)
+        )
         return torch.cat((x[..., :begin], turned, x[..., begin + width :]), -1)
 
 

@@ -46,6 +46,7 @@ LOWBIT_INLINE __m512i bf16_row(const void* data, DType dtype, std::int64_t i, st
 }
 
 void many_pack_keys(const HeadRows& head, std::int64_t first, int count, int d, std::byte* to) {
+  const int held = head.channels;
   const std::int64_t bytes = head.dtype == DType::kFloat32 ? 4 : 2;
   const char* from = static_cast<const char*>(head.data) + first * head.stride * bytes;
   for (int p = 0; p < kCacheBlock; p += 16) {
@@ -53,7 +54,7 @@ void many_pack_keys(const HeadRows& head, std::int64_t first, int count, int d, 
       __m512i rows[16];
       unroll<16>([&](auto l) LOWBIT_LAMBDA {
         rows[l] = p + l < count
-                      ? bf16_row(from + (p + l) * head.stride * bytes, head.dtype, i, d - i)
+                      ? bf16_row(from + (p + l) * head.stride * bytes, head.dtype, i, held - i)
                       : _mm512_setzero_si512();
       });
       transpose16(rows);
@@ -65,6 +66,7 @@ void many_pack_keys(const HeadRows& head, std::int64_t first, int count, int d, 
 }
 
 void many_pack_values(const HeadRows& head, std::int64_t first, int count, int d, std::byte* to) {
+  const int held = head.channels;
   const std::int64_t bytes = head.dtype == DType::kFloat32 ? 4 : 2;
   const std::int64_t padded = many_padded(d);
   const char* from = static_cast<const char*>(head.data) + first * head.stride * bytes;
@@ -76,7 +78,7 @@ void many_pack_values(const HeadRows& head, std::int64_t first, int count, int d
       __m512i rows[2];
       for (int l = 0; l < 2; ++l) {
         rows[l] = p + l < count
-                      ? bf16_row(from + (p + l) * head.stride * bytes, head.dtype, i, d - i)
+                      ? bf16_row(from + (p + l) * head.stride * bytes, head.dtype, i, held - i)
                       : _mm512_setzero_si512();
       }
       std::byte* at = to + (p / 2 * padded + i) * 4;

@@ -337,6 +337,28 @@ void add_scaled(const float* from, float factor, std::int64_t n, float* to) {
   for (; i < n; ++i) to[i] += factor * from[i];
 }
 
+// Two rows at a time: the vector is read once for both.
+void dots(const float* matrix, std::int64_t rows, std::int64_t n, const float* x, float* out) {
+  const std::int64_t whole = n / kLanes * kLanes;
+  for (std::int64_t r = 0; r < rows; r += 2) {
+    const float* a = matrix + r * n;
+    const float* b = r + 1 < rows ? a + n : a;
+    vf sum_a = {}, sum_b = {};
+    for (std::int64_t i = 0; i < whole; i += kLanes) {
+      const vf v = load(x + i);
+      sum_a = fma(load(a + i), v, sum_a);
+      sum_b = fma(load(b + i), v, sum_b);
+    }
+    float total_a = sum_of(sum_a), total_b = sum_of(sum_b);
+    for (std::int64_t i = whole; i < n; ++i) {
+      total_a += a[i] * x[i];
+      total_b += b[i] * x[i];
+    }
+    out[r] = total_a;
+    if (r + 1 < rows) out[r + 1] = total_b;
+  }
+}
+
 // ---- norms --------------------------------------------------------------------------------------
 
 // Sum over n values of f(vector), with the rest of a vector filled by `filler`.
@@ -418,6 +440,15 @@ void rotate(const RopeSpec& rope, const float* cos, const float* sin, float* hea
       x[p] = a * c - b * s;
       x[p + half] = b * c + a * s;
     }
+  } else if (rope.kind == RopeKind::kPairsToHalves) {
+    constexpr int kMost = 256;
+    float turned[kMost];
+    for (int p = 0; p < half; ++p) {
+      const float a = x[2 * p], b = x[2 * p + 1], c = cos[p * step], s = sin[p * step];
+      turned[p] = a * c - b * s;
+      turned[p + half] = b * c + a * s;
+    }
+    std::memcpy(x, turned, static_cast<std::size_t>(rope.width) * 4);
   } else if (rope.kind == RopeKind::kInterleaved) {
     for (int p = 0; p < half; ++p) {
       const float a = x[2 * p], b = x[2 * p + 1], c = cos[p * step], s = sin[p * step];
@@ -670,8 +701,8 @@ void add_values(int rows, const float* p, const void* values, std::int64_t strid
 
 // Transposed keys, scores, padded values and accumulators (where the head size is no multiple of
 // the vectors, or the cache is quantized), and what byte products need.
-std::int64_t attend_scratch(int rows, int d) {
-  const std::int64_t padded = cache_padded(d);
+std::int64_t attend_scratch(int rows, int d, int values_d) {
+  const std::int64_t padded = cache_padded(values_d);
   std::int64_t floats = std::int64_t{kPositions} * d + std::int64_t{rows} * kPositions;
   floats += (kPositions + rows) * padded;
 #if defined(LOWBIT_ATTEND_INT8)
@@ -697,11 +728,11 @@ LOWBIT_INLINE float mask_value(MaskKind kind, const void* mask, std::int64_t p) 
 }
 
 void attend(const AttendRows& args) {
-  const int rows = args.rows, d = args.d;
+  const int rows = args.rows, d = args.d, values_d = args.values_d;
   const bool cached = args.format != CacheFormat::kFloat;
   // Quantized channels are stored up to a multiple of 16, whatever the vectors.
-  const std::int64_t padded = cached ? cache_padded(d) : round_to_lanes(d);
-  const bool pad = padded != d;
+  const std::int64_t padded = cached ? cache_padded(values_d) : round_to_lanes(values_d);
+  const bool pad = padded != values_d;
   float* transposed = args.scratch;
   float* scores = transposed + std::int64_t{kPositions} * d;
   float* padded_values = scores + std::int64_t{rows} * kPositions;
@@ -732,14 +763,19 @@ void attend(const AttendRows& args) {
     if (cached) {
       prefetch_rows(value_block, 0, block_bytes, 1);
     } else {
-      prefetch_rows(values, args.value_stride * bytes, d * bytes, count);
+      prefetch_rows(values, args.value_stride * bytes, values_d * bytes, count);
     }
 #if defined(LOWBIT_ATTEND_INT8)
     if (bytewise) score_keys(rows, key_block, work, scores);
 #endif
     if (args.format == CacheFormat::kFloat) {
       with_dtype(args.dtype, [&](auto type) {
-        transpose_keys<type()>(args.keys, args.key_stride, first, count, d, transposed);
+        const int own = d - args.tail_d;
+        transpose_keys<type()>(args.keys, args.key_stride, first, count, own, transposed);
+        if (args.tail_d > 0) {
+          transpose_keys<type()>(args.tail, args.tail_stride, first, count, args.tail_d,
+                                 transposed + std::int64_t{own} * kPositions);
+        }
       });
     } else if (args.format == CacheFormat::kFp8) {
       keys_to_columns<CacheFormat::kFp8>(key_block, d, transposed);
@@ -759,7 +795,7 @@ void attend(const AttendRows& args) {
         const std::int64_t left = args.end - first - kPositions;
         prefetch_rows(
             static_cast<const char*>(args.keys) + (first + kPositions) * args.key_stride * bytes,
-            args.key_stride * bytes, d * bytes,
+            args.key_stride * bytes, (d - args.tail_d) * bytes,
             static_cast<int>(left < kPositions ? left : kPositions));
       }
     }
@@ -826,29 +862,31 @@ void attend(const AttendRows& args) {
     } else if (pad) {
       for (int p = 0; p < count; ++p) {
         float* to = padded_values + p * padded;
-        load_floats(values + p * args.value_stride * bytes, args.dtype, d, to);
-        for (std::int64_t i = d; i < padded; ++i) to[i] = 0;
+        load_floats(values + p * args.value_stride * bytes, args.dtype, values_d, to);
+        for (std::int64_t i = values_d; i < padded; ++i) to[i] = 0;
       }
       add_values<DType::kFloat32>(rows, scores, padded_values, padded, count,
                                   static_cast<int>(padded), acc);
     } else {
       with_dtype(args.dtype, [&](auto type) {
-        add_values<type()>(rows, scores, values, args.value_stride, count, d, acc);
+        add_values<type()>(rows, scores, values, args.value_stride, count, values_d, acc);
       });
     }
   }
-  if (!cached && !pad && splits_channels(args.dtype, d)) join_channels(rows, d, acc);
+  if (!cached && !pad && splits_channels(args.dtype, values_d)) {
+    join_channels(rows, values_d, acc);
+  }
   if (pad) {
     for (int r = 0; r < rows; ++r) {
-      std::memcpy(args.acc + std::int64_t{r} * d, acc + r * padded,
-                  static_cast<std::size_t>(d) * 4);
+      std::memcpy(args.acc + std::int64_t{r} * values_d, acc + r * padded,
+                  static_cast<std::size_t>(values_d) * 4);
     }
   }
 }
 
 constexpr FusedKernels kernels_named(const char* name) {
-  return {name,   load_floats,    store_floats, norm,      add_scaled, activate,
-          rotate, attend_scratch, attend,       cache_put, cache_get,  cache_get_scratch};
+  return {name, load_floats,    store_floats, norm,      add_scaled, activate,         rotate,
+          dots, attend_scratch, attend,       cache_put, cache_get,  cache_get_scratch};
 }
 
 }  // namespace

@@ -624,12 +624,12 @@ TEST(Kernels, NothingSeenGivesZeroAndNanStays) {
   const cpu::FusedKernels& kernels = cpu::fused_kernels();
   constexpr int d = 16;
   std::vector<float> q(d, 1.0f), k(3 * d, 1.0f), v(3 * d, 2.0f), acc(d);
-  std::vector<float> scratch(static_cast<std::size_t>(kernels.attend_scratch(1, d)));
+  std::vector<float> scratch(static_cast<std::size_t>(kernels.attend_scratch(1, d, d)));
   float max = 0, sum = 0;
   cpu::AttendRows args{};
   args.q = q.data();
   args.rows = 1;
-  args.d = d;
+  args.d = args.values_d = d;
   args.keys = k.data();
   args.values = v.data();
   args.dtype = DType::kFloat32;

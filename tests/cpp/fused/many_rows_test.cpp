@@ -68,8 +68,8 @@ struct Case {
     const Bytes packed_keys = aligned(bytes), packed_values = aligned(bytes);
     const std::vector<std::byte> k = store(keys), v = store(values);
     for (std::int64_t block = 0; block * kCacheBlock < positions; ++block) {
-      many.pack({k.data(), dtype, d}, {v.data(), dtype, d}, positions, d, block, packed_keys.get(),
-                packed_values.get());
+      many.pack({k.data(), dtype, d, d}, {v.data(), dtype, d, d}, positions, d, block,
+                packed_keys.get(), packed_values.get());
     }
     cpu::AttendRows args{};
     args.keys = packed_keys.get();
@@ -118,7 +118,7 @@ struct Case {
     std::vector<float> scratch(static_cast<std::size_t>(scratch_floats), NAN);
     args.q = q.data();
     args.rows = rows;
-    args.d = d;
+    args.d = args.values_d = d;
     args.dtype = dtype;
     args.end = positions;
     args.limits = limits.empty() ? nullptr : limits.data();

@@ -30,7 +30,11 @@ SAMPLE = {
     "bitnet": BOTH,  # norms inside the halves
     "gpt_neo": "MLP",  # a window of its own
     "qwen3_moe": "attention and experts",  # experts in one tensor
-    "deepseek_v3": "MLP and experts",  # latent attention
+    "deepseek_v2": "MLP and attention and experts",  # latents, complex rotary tables
+    "deepseek_v3": "MLP and attention and experts",  # latents, queries of low rank
+    "deepseek_v32": "MLP and experts",  # an index picks positions
+    "minicpm3": BOTH,  # latents in whole blocks
+    "bailing_hybrid": "MLP and attention and experts",  # latents and gates of heads
     "mamba": "",  # no part that is known
 }
 

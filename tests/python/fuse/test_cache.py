@@ -169,8 +169,8 @@ def test_quantized_layers_show_floats_and_take_half_the_room(models, kind):
     layer.keys, layer.values = layer.keys[:1], layer.values[:1]
     with pytest.raises(AttributeError):
         layer.format = 0
-    assert layer.room(1, 2, 1, 16, torch.float32)[0].dtype == torch.uint8
-    assert layer.room(1, 2, 1, 16, torch.bfloat16) is None
+    assert layer.room(1, 2, 1, (16, 16), torch.float32)[0].dtype == torch.uint8
+    assert layer.room(1, 2, 1, (16, 16), torch.bfloat16) is None
     layer.reset()
     assert layer.get_seq_length() == 0
 

@@ -195,6 +195,110 @@ def test_long_prompts_in_a_batch_with_padding(kind, more):
     assert torch.equal(plain.generate(prompt, **generate), fused.generate(prompt, **generate))
 
 
+LATENT = {
+    "q_lora_rank": 40,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["minicpm3", "youtu"])
+def test_latent_attention_gives_the_same_tokens(kind, how, monkeypatch):
+    plain, fused = pair(kind, **LATENT)
+    assert [e["fused"] for e in ipex_llm.optimization_report(fused).fused] == [
+        "attention and MLP"
+    ] * 2
+    calls = Calls(monkeypatch)
+    prompt = ids(1 if "prompt_lookup_num_tokens" in how else 2, 30)
+    mask = torch.ones_like(prompt)
+    if len(prompt) > 1:
+        mask[1, :4] = 0
+    more = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **how}
+    assert torch.equal(plain.generate(prompt, **more), fused.generate(prompt, **more))
+    assert calls.served >= 2 and calls.refused == 0
+
+
+@pytest.mark.parametrize("rank", [40, None])
+def test_latents_are_kept_in_the_cache_of_a_chat(rank):
+    """What the fused form wrote, the original goes on with, and the other way round."""
+    plain, fused = pair("deepseek_v3", **{**LATENT, "q_lora_rank": rank}, first_k_dense_replace=2)
+    assert len(fused_modules(fused)) == 2
+    results = []
+    for models in ((plain, plain, plain, plain), (fused, plain, fused, fused)):
+        cache = transformers.DynamicCache(config=plain.config)
+        with torch.no_grad():
+            first = models[0](ids(2, 90), past_key_values=cache).logits
+            assert cache.layers[0].keys.shape == (2, 1, 90, 48)
+            assert cache.layers[0].values.shape == (2, 1, 90, 16)
+            cache.crop(-7)
+            second = models[1](ids(2, 4, 1), past_key_values=cache).logits
+            third = models[2](ids(2, 1, 2), past_key_values=cache).logits
+            copied = pickle.loads(pickle.dumps(copy.deepcopy(cache)))
+            fourth = models[3](ids(2, 300, 3), past_key_values=copied).logits
+        results.append((first, second, third, fourth))
+    for want, have in zip(*results, strict=True):
+        assert close(have, want)
+
+
+def test_latents_are_not_quantized():
+    plain = ipex_llm.optimize_model(build("minicpm3", **LATENT), optimize_llm=False)
+    with pytest.warns(UserWarning, match="no effect"):
+        fused = ipex_llm.optimize_model(build("minicpm3", **LATENT), kv_cache_dtype="int8")
+    more = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(plain.generate(ids(), **more), fused.generate(ids(), **more))
+
+
+class Indexed(nn.Module):
+    """Attends to the best 64 positions only, which a short probe cannot see."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+        self.index = nn.Linear(64, 1)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            p(x).view(batch, tokens, 4, 16).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
+        score = self.index(x)[..., 0]
+        kept = torch.zeros((batch, 1, 1, tokens), dtype=torch.bool)
+        kept[:, 0, 0] = score >= score.topk(min(64, tokens)).values[:, -1:]
+        mask = None if tokens <= 64 else kept
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.o(out.transpose(1, 2).reshape(batch, tokens, 64))
+
+
+def test_an_attention_with_an_index_is_left():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Indexed()])
+
+        def forward(self, x):
+            return self.blocks[0](x)
+
+    torch.manual_seed(0)
+    model = ipex_llm.optimize_model(Model().eval())
+    with torch.no_grad():
+        model(torch.randn(1, 5, 64))
+        assert [e["fused"] for e in ipex_llm.optimization_report(model).entries] == [""]
+
+
 def test_bfloat16_is_no_worse_than_the_original():
     _, fused = pair(dtype=torch.bfloat16)
     for entry in ipex_llm.optimization_report(fused).fused:
