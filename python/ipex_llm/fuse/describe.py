@@ -217,6 +217,7 @@ class Description:
     bias: str = ""  # the argument that is added to the scores
     # Positions from which on the attention depends on them beyond its rotation; 0: it never does.
     limit: int = 0
+    length_limit: int = 0  # the same for positions that are counted by the cache
     # Proved to compute the same in training mode: nothing like a dropout is inside.
     any_mode: bool = False
     # The mask is a flag: one that is given and is causal stands for causal attention.

@@ -306,6 +306,10 @@ def _run_attention(state: State, call: Call, number: int, precision: int):
             return None
         causal = description.causal
 
+    if description.length_limit:
+        held = 0 if past is None else past.get_seq_length(a.layer_idx)
+        if held + tokens > description.length_limit:
+            return None
     if past is None:
         if a.layer_idx >= 0 and mask is not None and mask.shape[3] != tokens:
             return None
@@ -467,6 +471,8 @@ class Stack:
             if room is None or held not in (-1, room[2]):
                 return None
             held, cache_format = room[2], layer.format
+            if 0 < state.description.length_limit < held + tokens:
+                return None
             layers.append(layer)
             keys.append(room[0])
             values.append(room[1])

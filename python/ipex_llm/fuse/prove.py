@@ -96,8 +96,11 @@ def random_hidden(shape, seed: int) -> torch.Tensor:
     return x
 
 
-def fresh_cache(step_value, config):
-    """An empty cache of the kind that the model made; None where the module takes none."""
+def fresh_cache(step_value, config, length: int | None = None):
+    """An empty cache of the kind that the model made; None where the module takes none.
+
+    `length`: what the cache says it holds.
+    """
     if step_value is None:
         return None
     if type(step_value) is dict:
@@ -108,7 +111,10 @@ def fresh_cache(step_value, config):
         return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
     if type(step_value) is not DynamicCache:
         raise Unrecognised(f"a cache of type {type(step_value).__name__}")
-    return DynamicCache(config=config)
+    cache = DynamicCache(config=config)
+    if length is not None:
+        cache.get_seq_length = lambda *args, **kwargs: length
+    return cache
 
 
 def filled_layer(cache) -> int:
@@ -130,8 +136,19 @@ def outputs(module: nn.Module, steps: list[Step], dtype: torch.dtype, config, se
     return _run(module, steps, dtype, config, seed, dtype)
 
 
-def _run(module: nn.Module, steps: list[Step], dtype, config, seed: int, rounded: torch.dtype):
-    """As `outputs`, with hidden states that were rounded to another type before."""
+def _run(
+    module: nn.Module,
+    steps: list[Step],
+    dtype,
+    config,
+    seed: int,
+    rounded: torch.dtype,
+    length: int | None = None,
+):
+    """As `outputs`, with hidden states that were rounded to another type before.
+
+    `length`: what the cache says it holds.
+    """
     results = []
     cache = None
     kept: dict[nn.Module, torch.Tensor] = {}
@@ -146,7 +163,7 @@ def _run(module: nn.Module, steps: list[Step], dtype, config, seed: int, rounded
             arguments[name] = x
             for key in _CACHE & arguments.keys():
                 if number == 0:
-                    cache = fresh_cache(arguments[key], config)
+                    cache = fresh_cache(arguments[key], config, length)
                     cache = kept if type(cache) is dict else cache
                 arguments[key] = cache
             results.append((x.clone(), module(**arguments)))
@@ -225,6 +242,7 @@ def prove(
                 a.layer_idx = -1 if cache is None else filled_layer(cache)
             if seed == 0 and a is not None:
                 description.limit = _limit(original, steps[0], expected[0], config)
+                description.length_limit = _length_limit(original, steps[0], expected[0], config)
             if seed == 0:
                 description.any_mode = _same_in_training(module, steps, expected, config)
             state = fused.__dict__[STATE] = State(description)
@@ -275,6 +293,27 @@ def _limit(module: nn.Module, step: Step, expected, config) -> int:
         if is_same(1 << power):
             return 1 << power
     raise Unrecognised("depends on the positions that it is given")
+
+
+def _length_limit(module: nn.Module, step: Step, expected, config) -> int:
+    """Description.length_limit: as _limit, for what a module asks its cache."""
+    tokens = expected[0].shape[1]
+
+    def differs(end: int) -> bool:
+        try:
+            results, _ = _run(
+                module, [step], torch.float32, config, 0, torch.float32, length=end - tokens
+            )
+        except Exception:
+            return False  # it wants as many keys: what it does with them, other probes show
+        return not torch.equal(tensor_of(results[0][1]), tensor_of(expected[1]))
+
+    if not differs(1 << 20):
+        return 0
+    for power in range(19, 5, -1):
+        if not differs(1 << power):
+            return 1 << power
+    raise Unrecognised("depends on the length of its cache")
 
 
 def _same_in_training(module: nn.Module, steps: list[Step], expected, config) -> bool:

@@ -813,3 +813,29 @@ def test_the_report_in_the_documents_is_that_of_smollm2(smollm2_dir):
     for document in ("README.md", "docs/fusion.md"):
         text = (root / document).read_text(encoding="utf-8")
         assert without_numbers(report) in without_numbers(text), document
+
+
+def test_queries_that_the_length_of_the_cache_scales(monkeypatch):
+    """Llama 4 scales queries without a rotation from some length on, which it asks its cache."""
+    settings = {"floor_scale": 200, "attn_scale": 0.5, "no_rope_layers": [0, 0], "head_dim": 16}
+    plain, fused = pair(
+        "llama4_text",
+        moe_layers=[],
+        intermediate_size_mlp=96,
+        attention_chunk_size=4096,
+        **settings,
+    )
+    states = [m.__dict__[forward.STATE] for m in fused_modules(fused)]
+    attentions = [s.description for s in states if s.description.attention is not None]
+    assert [d.length_limit for d in attentions] == [128, 128]
+    calls = Calls(monkeypatch)
+    with torch.no_grad():
+        for tokens in (20, 120, 250):
+            caches = [transformers.DynamicCache(config=m.config) for m in (plain, fused)]
+            for step in (ids(2, tokens), ids(2, 1, 1), ids(2, 10, 1)):
+                want, have = (
+                    m(step, past_key_values=c).logits
+                    for m, c in zip((plain, fused), caches, strict=True)
+                )
+                assert close(have, want)
+    assert calls.served
