@@ -70,11 +70,8 @@ void tile_float(const std::byte* tile, const float* x, std::int64_t k_padded,
   __m256 sum[kCount][4];
   unroll<kCount * 4>([&](auto i) LOWBIT_LAMBDA { sum[i / 4][i % 4] = _mm256_setzero_ps(); });
   for (std::int64_t quad = 0; quad < k_padded / 4; ++quad) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes + quad * kQuadBytes + kPrefetch), _MM_HINT_T0);
-    if constexpr (kQuadBytes == 128) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes + quad * kQuadBytes + 64 + kPrefetch),
-                   _MM_HINT_T0);
-    }
+    unroll<kQuadBytes / 64>(
+        [&](auto i) LOWBIT_LAMBDA { prefetch_ahead(codes + quad * kQuadBytes + i * 64); });
     if constexpr (F == Format::kBf16) {
       unroll<2>([&](auto p) LOWBIT_LAMBDA {
         unroll<2>([&](auto h) LOWBIT_LAMBDA {

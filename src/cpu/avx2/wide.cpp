@@ -42,7 +42,7 @@ void tile_nf4(const Tables& tables, const GroupWalk<false>& walk, const std::byt
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
     const std::byte* scales = tile + walk.scales(g);
-    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
+    prefetch_far(scales);
     unroll<2 / kHalves>([&](auto first) LOWBIT_LAMBDA {
       // Words: rows 0 1 | 4 5 and rows 2 3 | 6 7 of a half, two sums each. Lows: a sum per row.
       __m256 word[kCount][kHalves][2];
@@ -151,10 +151,7 @@ void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile,
     unroll<kCount * 4>([&](auto i)
                            LOWBIT_LAMBDA { sum[i / 4][i / 2 % 2][i % 2] = _mm256_setzero_ps(); });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-      unroll<2>([&](auto i) LOWBIT_LAMBDA {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + b * 128 + i * 64 + kPrefetch),
-                     _MM_HINT_T0);
-      });
+      unroll<2>([&](auto i) LOWBIT_LAMBDA { prefetch_ahead(codes + b * 128 + i * 64); });
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
         // Flipped where the third bit is set, which sets it: the upper half of the table is stored
         // backwards.
@@ -180,7 +177,7 @@ void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile,
       x += kInputBlock * kCount * 4;
     }
     const std::byte* scales = tile + walk.scales(g);
-    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
+    prefetch_far(scales);
     unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA {
       constexpr int t = i / 2, h = i % 2;
       total[t][h] = _mm256_fmadd_ps(_mm256_add_ps(sum[t][h][0], sum[t][h][1]),

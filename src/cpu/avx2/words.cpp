@@ -24,7 +24,7 @@ void tile_words(__m256i table, const GroupWalk<false>& walk, const std::byte* ti
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
     const std::byte* scales = tile + walk.scales(g);
-    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
+    prefetch_far(scales);
     __m256i sum[kCount][2];
     unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { sum[i / 2][i % 2] = _mm256_setzero_si256(); });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {

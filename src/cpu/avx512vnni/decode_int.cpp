@@ -51,6 +51,7 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
       planes[0] += 32 * kTokens;
       planes[1] += 32 * kTokens;
     }
+    prefetch_far(tile + walk.scales(g));
     const __m512 scale = load_halves(tile + walk.scales(g));
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       if constexpr (kChains == 2) {
@@ -73,7 +74,7 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
   unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
 }
 
-// The NormalFloats in three byte planes (24 bits) against two activation planes: the products of
+// nf4 in three byte planes (24 bits) against two activation planes: the products of
 // weight 2^32, 2^24 and 2^16 of the six that there are; the smallest, low * low, is below 2^-24 of
 // the largest possible product and is left out.
 template <Format F, int kTokensMax, int kTokens>
@@ -129,6 +130,7 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       planes[0] += 32 * kTokens;
       planes[1] += 32 * kTokens;
     }
+    prefetch_far(tile + walk.scales(g));
     const __m512 scale = load_halves(tile + walk.scales(g));
     unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
       if constexpr (kChains == 2) {
@@ -138,6 +140,73 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(top[t]), _mm512_set1_ps(65536.0f));
       value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(mid[t]), _mm512_set1_ps(256.0f), value);
       value = _mm512_add_ps(_mm512_cvtepi32_ps(rest[t]), value);
+      value = _mm512_mul_ps(value, broadcast_f32(scale_of(record, t, kTokens)));
+      total[t] = _mm512_fmadd_ps(value, scale, total[t]);
+    });
+  }
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
+}
+
+// nf3 as two bytes (nf3_pair.h) against two activation planes, all four products.
+template <int kTokens>
+void tile_pair(const PairTables& tables, const std::byte* tile, const GroupWalk<false>& walk,
+               const std::byte* block, const IntRecords& records, const Epilogue& epilogue,
+               std::int64_t token, std::int64_t tile_index) {
+  using Codes = Unpack<3>;
+  const __m512i table[2] = {_mm512_load_si512(tables.first), _mm512_load_si512(tables.second)};
+  // A sum gets one product per quad: two chains for one token, or the latency shows.
+  constexpr int kChains = kTokens == 1 ? 2 : 1;
+  __m512 total[kTokens];
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
+  auto next = Codes::plane(tile, walk.inputs(0), 0);
+  for (std::int64_t g = 0; g < walk.groups; ++g) {
+    const std::int64_t inputs = walk.inputs(g);
+    const std::byte* codes = tile + walk.codes(g);
+    const std::byte* record = block + g * records.bytes;
+    const std::byte* planes[2] = {record + 16 * kTokens, record + (16 + walk.group) * kTokens};
+    const std::int64_t following = g + 1 < walk.groups ? g + 1 : g;
+    __m512i sum[kTokens][2][2][kChains];  // [token][byte of the weight][plane][chain]
+    unroll<kTokens * 4 * kChains>([&](auto i) LOWBIT_LAMBDA {
+      constexpr int kOf = i / kChains;
+      sum[kOf / 4][kOf / 2 % 2][kOf % 2][i % kChains] =
+          kOf % 2 == 1 && i % kChains == 0 ? broadcast(init_of(record, kOf / 4, kTokens))
+                                           : _mm512_setzero_si512();
+    });
+    for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
+      prefetch_block<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
+      // A block ahead: some thirty cycles of latency, more than the schedulers see.
+      const auto plane = next;
+      next = b + 1 < inputs / kInputBlock
+                 ? Codes::plane(codes, inputs, b + 1)
+                 : Codes::plane(tile + walk.codes(following), walk.inputs(following), 0);
+      unroll<8>([&](auto i) LOWBIT_LAMBDA {
+        const __m512i index = Codes::template index<i>(codes, b, plane);
+        const __m512i weights[2] = {_mm512_permutexvar_epi8(index, table[0]),
+                                    _mm512_permutexvar_epi8(index, table[1])};
+        unroll<kTokens * 4>([&](auto j) LOWBIT_LAMBDA {
+          constexpr int t = j / 4, w = j / 2 % 2, p = j % 2;
+          __m512i& to = sum[t][w][p][i % kChains];
+          to = _mm512_dpbusd_epi32(to, weights[w], broadcast(planes[p] + (i * kTokens + t) * 4));
+        });
+      });
+      planes[0] += 32 * kTokens;
+      planes[1] += 32 * kTokens;
+    }
+    prefetch_far(tile + walk.scales(g));
+    const __m512 scale = load_halves(tile + walk.scales(g));
+    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+      __m512 part[2];
+      unroll<2>([&](auto w) LOWBIT_LAMBDA {
+        if constexpr (kChains == 2) {
+          unroll<2>([&](auto p) LOWBIT_LAMBDA {
+            sum[t][w][p][0] = _mm512_add_epi32(sum[t][w][p][0], sum[t][w][p][1]);
+          });
+        }
+        part[w] = _mm512_cvtepi32_ps(
+            _mm512_add_epi32(sum[t][w][1][0], _mm512_slli_epi32(sum[t][w][0][0], 8)));
+      });
+      __m512 value = _mm512_mul_ps(part[1], _mm512_set1_ps(Nf3Pair::kSecond));
+      value = _mm512_fmadd_ps(part[0], _mm512_set1_ps(Nf3Pair::kFirst), value);
       value = _mm512_mul_ps(value, broadcast_f32(scale_of(record, t, kTokens)));
       total[t] = _mm512_fmadd_ps(value, scale, total[t]);
     });
@@ -175,15 +244,15 @@ void run_int(const RowBlock& rows, const Activations& a, std::int64_t first_toke
 }
 
 template <Format F, int kTokensMax>
-void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_token,
-              std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
-              std::int64_t token_end, std::int64_t, std::byte*) {
-  const ByteTables& tables = byte_tables<F>();
+void run_codebook(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+                  std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
+                  std::int64_t token_end, std::int64_t, std::byte*) {
+  constexpr bool kPair = F == Format::kNf3;
   const GroupWalk<false> walk(rows.layout);
   const std::int64_t per_block = block_tokens(a.m, kTokensMax);
   const IntRecords records(a, 2, per_block, 0);
-  // The dot product of the three planes comes out in units of 2^-23 (almost) times 1/256.
-  const Epilogue epilogue(rows, static_cast<float>(256.0 / kWideScale));
+  // The dot product of three planes comes out in units of 2^-23 (almost) times 1/256.
+  const Epilogue epilogue(rows, kPair ? 1.0f : static_cast<float>(256.0 / kWideScale));
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
     for (std::int64_t t = token_begin; t < token_end; t += per_block) {
@@ -191,8 +260,12 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
       const std::int64_t left = token_end - t;
       const std::int64_t nt = left < per_block ? left : per_block;
       unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
-        if (nt == i + 1) {
-          tile_wide<F, kTokensMax, i + 1>(tables, bytes, walk, block, records, epilogue,
+        if (nt != i + 1) return;
+        if constexpr (kPair) {
+          tile_pair<i + 1>(pair_tables(), bytes, walk, block, records, epilogue, first_token + t,
+                           tile);
+        } else {
+          tile_wide<F, kTokensMax, i + 1>(byte_tables<F>(), bytes, walk, block, records, epilogue,
                                           first_token + t, tile);
         }
       });
@@ -219,16 +292,17 @@ constexpr Path int_path(const char* name, const char* activations) {
 }
 
 template <Format F>
-constexpr Path wide_path(const char* name) {
+constexpr Path codebook_path(const char* name) {
+  constexpr bool kPair = F == Format::kNf3;
   return {name,
-          "avx512.int8x2.t4.split",
+          kPair ? "avx512.int8x2.t4.z128" : "avx512.int8x2.t4.split",
           int_activation_bytes<2, kTokens2>,
-          prepare_int<2, kTokens2, 0, 0, Init2::kSplit>,
-          no_scratch,
-          run_wide<F, kTokens2>,
-          1,
-          1,
-          false};
+          prepare_int < 2,
+          kTokens2,
+          0,
+          kPair ? Nf3Pair::kZero : 0,
+          kPair ? Init2::kNone : Init2::kSplit >
+          , no_scratch, run_codebook<F, kTokens2>, 1, 1, false};
 }
 
 #define LOWBIT_NAME(kind, format) "avx512vnni." kind "." format
@@ -254,8 +328,8 @@ constexpr Path kInt8x2[kFormatCount] = {
                                    "avx512.int8x2.t4.z0"),
     int_path<Format::kSymInt8, 2>(LOWBIT_NAME("int8x2.decode", "sym_int8"),
                                   "avx512.int8x2.t4.z128"),
-    wide_path<Format::kNf3>(LOWBIT_NAME("int8x2.decode", "nf3")),
-    wide_path<Format::kNf4>(LOWBIT_NAME("int8x2.decode", "nf4")),
+    codebook_path<Format::kNf3>(LOWBIT_NAME("int8x2.decode", "nf3")),
+    codebook_path<Format::kNf4>(LOWBIT_NAME("int8x2.decode", "nf4")),
     int_path<Format::kFp4, 2>(LOWBIT_NAME("int8x2.decode", "fp4"), "avx512.int8x2.t4.z128"),
 };
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/generic/group_walk.h"
+#include "cpu/generic/prefetch.h"
 #include "cpu/linear_kernels.h"
 #include "lowbit/format.h"
 
@@ -34,16 +35,7 @@ LOWBIT_INLINE __mmask16 mask16(std::int64_t count) {
   return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
 }
 
-// How far ahead of use lines of packed weights are fetched: hides the latency where the hardware
-// prefetcher stops at a page border.
-constexpr std::int64_t kPrefetch = 4096;
-
-LOWBIT_INLINE void prefetch_ahead(const std::byte* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
-}
-
-// The lines of a block of codes. Those of the scales between groups are left to the hardware:
-// asking for them, out of order, cost sym_int8 a sixth of the bandwidth.
+// The lines of a block of codes.
 template <std::int64_t kBlockBytes>
 LOWBIT_INLINE void prefetch_block(const std::byte* block) {
   unroll<static_cast<int>(kBlockBytes / 64)>(

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/generic/avx512.h"
+#include "cpu/generic/nf3_pair.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -194,6 +195,24 @@ inline ByteTables make_byte_tables(Format format, float value_scale) {
 template <Format F>
 const ByteTables& byte_tables() {
   static const ByteTables tables = make_byte_tables(F, Grouped<F>::kValueScale);
+  return tables;
+}
+
+// nf3 as two bytes.
+struct PairTables {
+  alignas(64) std::uint8_t first[64];
+  alignas(64) std::uint8_t second[64];
+};
+
+inline const PairTables& pair_tables() {
+  static const PairTables tables = [] {
+    PairTables made;
+    for (int i = 0; i < 64; ++i) {
+      made.first[i] = static_cast<std::uint8_t>(Nf3Pair::first[i % 8] + Nf3Pair::kZero);
+      made.second[i] = static_cast<std::uint8_t>(Nf3Pair::second[i % 8] + Nf3Pair::kZero);
+    }
+    return made;
+  }();
   return tables;
 }
 

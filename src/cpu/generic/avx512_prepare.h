@@ -128,104 +128,132 @@ LOWBIT_INLINE __m512i packed_order(DType dtype) {
                                 0x3332313023222120, 0x1312111003020100);
 }
 
-template <int kPlanes, int kTokens, int kChunk, int kZero, Init2 kInit2>
-void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
+// What a group of one token became.
+template <int kPlanes>
+struct Quantized {
+  float step;
+  std::int32_t sums[kPlanes];  // of the bytes of a plane
+  LOWBIT_INLINE std::int32_t sum() const {
+    return kPlanes == 1 ? sums[0] : 256 * sums[0] + sums[kPlanes - 1];
+  }
+};
+
+// Quantizes `inputs` activations from element `from` on, of which `left` exist. put(plane, k,
+// bytes, whole) gets the bytes of inputs k .. k + 63 (not whole: k + 31).
+template <int kPlanes, class Put>
+LOWBIT_INLINE Quantized<kPlanes> quantize_group(const Tokens& tokens, std::int64_t from,
+                                                std::int64_t left, std::int64_t inputs,
+                                                __m512i order, Put&& put) {
   constexpr float kLevels = kPlanes == 1 ? 127.0f : 127.0f * 256.0f;
   // Below this the reciprocal of the step would overflow; such a group counts as zero.
   constexpr float kTiny = 0x1p-100f;
+  const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
+  const __m512i ones = _mm512_set1_epi8(1);
+  alignas(64) float held[256];  // the largest group
+  __m512i largest = _mm512_setzero_si512();
+  for (std::int64_t k = 0; k < inputs; k += 32) {
+    __m512 x, y;
+    load32(tokens.x, tokens.dtype, from + k, left - k, x, y);
+    _mm512_store_ps(held + k, x);
+    _mm512_store_ps(held + k + 16, y);
+    largest = _mm512_max_epu32(
+        largest, _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(x), magnitude_bits),
+                                  _mm512_and_si512(_mm512_castps_si512(y), magnitude_bits)));
+  }
+  const std::uint32_t top = _mm512_reduce_max_epu32(largest);
+  const float absmax =
+      _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(top))));
+  const bool finite = top < 0x7f800000u;
+  const bool zero = !finite || absmax < kTiny;
+  Quantized<kPlanes> result;
+  result.step = finite ? (zero ? 0.0f : absmax / kLevels) : __builtin_nanf("");
+  if constexpr (kPlanes == 1) result.step = to_22_bits(result.step);
+  const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : kLevels / absmax);
+  const __mmask16 keep = zero ? 0 : 0xffff;
+  __m512i sums[kPlanes];
+  unroll<kPlanes>([&](auto plane) LOWBIT_LAMBDA { sums[plane] = _mm512_setzero_si512(); });
+  for (std::int64_t k = 0; k < inputs; k += 64) {
+    const bool whole = k + 64 <= inputs;
+    const auto words = [&](std::int64_t at) LOWBIT_LAMBDA {
+      const auto sixteen = [&](std::int64_t i) LOWBIT_LAMBDA {
+        return _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(_mm512_load_ps(held + i), inverse));
+      };
+      return _mm512_packs_epi32(sixteen(at), sixteen(at + 16));
+    };
+    const __m512i first = words(k);
+    const __m512i second = whole ? words(k + 32) : _mm512_setzero_si512();
+    __m512i bytes[kPlanes];
+    if constexpr (kPlanes == 1) {
+      bytes[0] = _mm512_packs_epi16(first, second);
+    } else {
+      const auto high = [](__m512i q) LOWBIT_LAMBDA {
+        return _mm512_srai_epi16(_mm512_add_epi16(q, _mm512_set1_epi16(128)), 8);
+      };
+      const __m512i high0 = high(first), high1 = high(second);
+      bytes[0] = _mm512_packs_epi16(high0, high1);
+      bytes[1] = _mm512_packs_epi16(_mm512_sub_epi16(first, _mm512_slli_epi16(high0, 8)),
+                                    _mm512_sub_epi16(second, _mm512_slli_epi16(high1, 8)));
+    }
+    unroll<kPlanes>([&](auto plane) LOWBIT_LAMBDA {
+      sums[plane] = _mm512_dpbusd_epi32(sums[plane], ones, bytes[plane]);
+      put(plane, k, _mm512_permutexvar_epi8(order, bytes[plane]), whole);
+    });
+  }
+  unroll<kPlanes>([&](auto plane)
+                      LOWBIT_LAMBDA { result.sums[plane] = _mm512_reduce_add_epi32(sums[plane]); });
+  return result;
+}
+
+// The arrays of a record of nt tokens, entry `slot`.
+template <int kPlanes, int kZero, Init2 kInit2>
+LOWBIT_INLINE void put_arrays(std::byte* record, std::int64_t nt, std::int64_t slot,
+                              const Quantized<kPlanes>& q) {
+  const auto put = [&](int array, auto value) LOWBIT_LAMBDA {
+    __builtin_memcpy(record + 4 * (array * nt + slot), &value, 4);
+  };
+  put(0, q.step);
+  if constexpr (kInit2 == Init2::kSplit) {
+    put(1, -128 * q.sums[0]);
+    put(2, -128 * q.sums[kPlanes - 1]);
+  } else {
+    put(1, (kPlanes == 1 ? kBiasBits : 0) - kZero * q.sum());
+    if constexpr (kInit2 == Init2::kSum) put(2, q.step * static_cast<float>(q.sum()));
+    if constexpr (kPlanes == 1) put(3, -kBias * q.step);
+  }
+}
+
+template <int kPlanes, int kTokens, int kChunk, int kZero, Init2 kInit2>
+void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t per_block = block_tokens(a.m, kTokens);
   const IntRecords records(a, kPlanes, per_block, kChunk);
-  const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
   const __m512i order = packed_order(tokens.dtype);
-  const __m512i ones = _mm512_set1_epi8(1);
   // What a record of nt tokens holds of token t, which is number `slot` of them.
   const auto fill = [&](std::byte* record, std::int64_t nt, std::int64_t slot, std::int64_t t,
                         std::int64_t k0, std::int64_t inputs) LOWBIT_LAMBDA {
-    const std::int64_t from = t * tokens.stride + k0;
     std::byte* planes = record + 16 * nt + 4 * slot;
-    alignas(64) float held[256];  // the largest group
-    __m512i largest = _mm512_setzero_si512();
-    for (std::int64_t k = 0; k < inputs; k += 32) {
-      __m512 x, y;
-      load32(tokens.x, tokens.dtype, from + k, a.k - k0 - k, x, y);
-      _mm512_store_ps(held + k, x);
-      _mm512_store_ps(held + k + 16, y);
-      largest = _mm512_max_epu32(
-          largest, _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(x), magnitude_bits),
-                                    _mm512_and_si512(_mm512_castps_si512(y), magnitude_bits)));
-    }
-    const std::uint32_t top = _mm512_reduce_max_epu32(largest);
-    const float absmax =
-        _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(top))));
-    const bool finite = top < 0x7f800000u;
-    const bool zero = !finite || absmax < kTiny;
-    float step = finite ? (zero ? 0.0f : absmax / kLevels) : __builtin_nanf("");
-    if constexpr (kPlanes == 1) step = to_22_bits(step);
-    const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : kLevels / absmax);
-    const __mmask16 keep = zero ? 0 : 0xffff;
-    __m512i sums[kPlanes];
-    unroll<kPlanes>([&](auto plane) LOWBIT_LAMBDA { sums[plane] = _mm512_setzero_si512(); });
-    for (std::int64_t k = 0; k < inputs; k += 64) {
-      const bool whole = k + 64 <= inputs;
-      const auto words = [&](std::int64_t at) LOWBIT_LAMBDA {
-        const auto sixteen = [&](std::int64_t i) LOWBIT_LAMBDA {
-          return _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(_mm512_load_ps(held + i), inverse));
-        };
-        return _mm512_packs_epi32(sixteen(at), sixteen(at + 16));
-      };
-      const __m512i first = words(k);
-      const __m512i second = whole ? words(k + 32) : _mm512_setzero_si512();
-      __m512i bytes[kPlanes];
-      if constexpr (kPlanes == 1) {
-        bytes[0] = _mm512_packs_epi16(first, second);
-      } else {
-        const auto high = [](__m512i q) LOWBIT_LAMBDA {
-          return _mm512_srai_epi16(_mm512_add_epi16(q, _mm512_set1_epi16(128)), 8);
-        };
-        const __m512i high0 = high(first), high1 = high(second);
-        bytes[0] = _mm512_packs_epi16(high0, high1);
-        bytes[1] = _mm512_packs_epi16(_mm512_sub_epi16(first, _mm512_slli_epi16(high0, 8)),
-                                      _mm512_sub_epi16(second, _mm512_slli_epi16(high1, 8)));
+    const auto put = [&](int plane, std::int64_t k, __m512i bytes, bool whole) LOWBIT_LAMBDA {
+      std::byte* to = planes + (plane * a.group + k) * nt;
+      if (nt == 1) {
+        _mm512_mask_storeu_epi32(to, whole ? 0xffff : 0x00ff, bytes);
+        return;
       }
-      unroll<kPlanes>([&](auto plane) LOWBIT_LAMBDA {
-        sums[plane] = _mm512_dpbusd_epi32(sums[plane], ones, bytes[plane]);
-        const __m512i ordered = _mm512_permutexvar_epi8(order, bytes[plane]);
-        std::byte* to = planes + (plane * a.group + k) * nt;
-        if (nt == 1) {
-          _mm512_mask_storeu_epi32(to, whole ? 0xffff : 0x00ff, ordered);
-          return;
-        }
-        // By way of memory, which the compiler would spare: taking words out of a register needs
-        // the pipes that everything else needs.
-        struct Quads {
-          alignas(64) std::uint32_t at[16];
-        } quads;
-        _mm512_store_si512(quads.at, ordered);
-        __asm__("" : "+m"(quads));
+      // By way of memory, which the compiler would spare: taking words out of a register needs
+      // the pipes that everything else needs.
+      struct Quads {
+        alignas(64) std::uint32_t at[16];
+      } quads;
+      _mm512_store_si512(quads.at, bytes);
+      __asm__("" : "+m"(quads));
+      unroll<8>([&](auto i) LOWBIT_LAMBDA { __builtin_memcpy(to + i * nt * 4, quads.at + i, 4); });
+      if (whole) {
+        to += 32 * nt;
         unroll<8>([&](auto i)
-                      LOWBIT_LAMBDA { __builtin_memcpy(to + i * nt * 4, quads.at + i, 4); });
-        if (whole) {
-          to += 32 * nt;
-          unroll<8>([&](auto i)
-                        LOWBIT_LAMBDA { __builtin_memcpy(to + i * nt * 4, quads.at + 8 + i, 4); });
-        }
-      });
-    }
-    std::int32_t total[2] = {_mm512_reduce_add_epi32(sums[0]), 0};
-    if constexpr (kPlanes == 2) total[1] = _mm512_reduce_add_epi32(sums[1]);
-    const std::int32_t sum = kPlanes == 1 ? total[0] : 256 * total[0] + total[1];
-    const auto put = [&](int array, auto value) LOWBIT_LAMBDA {
-      __builtin_memcpy(record + 4 * (array * nt + slot), &value, 4);
+                      LOWBIT_LAMBDA { __builtin_memcpy(to + i * nt * 4, quads.at + 8 + i, 4); });
+      }
     };
-    put(0, step);
-    if constexpr (kInit2 == Init2::kSplit) {
-      put(1, -128 * total[0]);
-      put(2, -128 * total[1]);
-    } else {
-      put(1, (kPlanes == 1 ? kBiasBits : 0) - kZero * sum);
-      if constexpr (kInit2 == Init2::kSum) put(2, step * static_cast<float>(sum));
-      if constexpr (kPlanes == 1) put(3, -kBias * step);
-    }
+    put_arrays<kPlanes, kZero, kInit2>(
+        record, nt, slot,
+        quantize_group<kPlanes>(tokens, t * tokens.stride + k0, a.k - k0, inputs, order, put));
   };
   for (std::int64_t t = begin; t < end;) {
     const std::int64_t block = t / per_block, slot = t - block * per_block;

@@ -11,6 +11,7 @@
 
 #include "cpu/generic/convert.h"
 #include "cpu/generic/group_walk.h"
+#include "cpu/generic/prefetch.h"
 #include "cpu/linear_kernels.h"
 #include "lowbit/format.h"
 
@@ -38,8 +39,6 @@ LOWBIT_INLINE void settle(__m256i& sum) {
 LOWBIT_INLINE void settle(__m256& sum) {
   __asm__("" : "+x"(sum));
 }
-
-constexpr std::int64_t kPrefetch = 4096;  // bytes ahead, as measured for avx512vnni
 
 LOWBIT_INLINE std::int64_t align64(std::int64_t bytes) {
   return (bytes + 63) / 64 * 64;
@@ -73,9 +72,7 @@ LOWBIT_INLINE __m256 load_halves(const std::byte* p) {
 
 template <std::int64_t kBytes>
 LOWBIT_INLINE void prefetch(const std::byte* at) {
-  unroll<static_cast<int>(kBytes / 64)>([&](auto i) LOWBIT_LAMBDA {
-    _mm_prefetch(reinterpret_cast<const char*>(at + i * 64 + kPrefetch), _MM_HINT_T0);
-  });
+  unroll<static_cast<int>(kBytes / 64)>([&](auto i) LOWBIT_LAMBDA { prefetch_ahead(at + i * 64); });
 }
 
 // Elements i .. i + 7 of which the first `count` exist; the others read as zero.

@@ -78,7 +78,7 @@ template <Format F, int kPlanes, int kCount>
     const std::int64_t inputs = walk.inputs(g);
     const std::byte* codes = tile + walk.codes(g);
     const std::byte* scales = tile + walk.scales(g);
-    _mm_prefetch(reinterpret_cast<const char*>(scales + kPrefetch), _MM_HINT_T0);
+    prefetch_far(scales);
     unroll<2 / kHalves>([&](auto first) LOWBIT_LAMBDA {
       Sum<Is::kLargest> sum[kCount][kPlanes][kHalves][kChains];
       unroll<kCount * kPlanes * kHalves * kChains>([&](auto i) LOWBIT_LAMBDA {
