@@ -79,6 +79,7 @@ struct Run {
 };
 
 void fill_bias(const Tokens& tokens, const RowBlock& block);
+std::byte* thread_scratch(std::int64_t bytes);
 
 }  // namespace
 
@@ -199,23 +200,30 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
         }
       };
       if (workers == 1 || steps * splits == 1) {
-        run_steps(0, steps, 0, a.m, -1, thread_workspace(1, scratch));
+        run_steps(0, steps, 0, a.m, -1, thread_scratch(scratch));
         continue;
       }
       std::atomic<bool> out_of_memory{false};
       if (head_path.panel) {
         // Panels are handed out a few at a time: a thread that the host slows down takes fewer, and
         // the panels of one turn share what they read of the activations.
-        constexpr std::int64_t kMostPanels = 4, kTurnsPerWorker = 8;
-        const std::int64_t turn =
-            splits > 1
-                ? 1
-                : std::clamp<std::int64_t>(steps / (kTurnsPerWorker * workers), 1, kMostPanels);
+        constexpr std::int64_t kTurnsPerWorker = 8, kFewTurnsPerWorker = 3;
+        const std::int64_t most = head_path.most_blocks;
+        std::int64_t turn = 1;
+        if (splits == 1 && most <= 4) {
+          turn = std::clamp<std::int64_t>(steps / (kTurnsPerWorker * workers), 1, most);
+        } else if (splits == 1) {
+          // Much to share: as large as may be, equally large and as many for each thread.
+          const std::int64_t least =
+              std::max((steps + most - 1) / most, std::min(kFewTurnsPerWorker * workers, steps));
+          const std::int64_t equal = round_up(least, workers);
+          turn = (steps + equal - 1) / equal;
+        }
         const std::int64_t turns = (steps + turn - 1) / turn * splits;
         std::atomic<std::int64_t> next{0};
         threads.run(std::min<std::int64_t>(workers, turns), [&](std::int64_t) {
           try {
-            std::byte* memory = thread_workspace(1, scratch);
+            std::byte* memory = thread_scratch(scratch);
             // One item is held in advance, so that its bytes can be fetched.
             std::int64_t ahead = next.fetch_add(1, std::memory_order_relaxed);
             while (ahead < turns) {
@@ -238,7 +246,7 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
         threads.run(tasks, [&](std::int64_t task) {
           try {
             run_steps(steps * task / tasks, steps * (task + 1) / tasks, 0, a.m, -1,
-                      thread_workspace(1, scratch));
+                      thread_scratch(scratch));
           } catch (...) {
             out_of_memory = true;
           }
@@ -253,6 +261,13 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
 }
 
 namespace {
+
+std::byte* thread_scratch(std::int64_t bytes) {
+  constexpr std::int64_t kZeroed = 64;
+  std::byte* memory = thread_workspace(1, std::max(bytes, kZeroed));
+  std::memset(memory, 0, kZeroed);
+  return memory;
+}
 
 void fill_bias(const Tokens& tokens, const RowBlock& block) {
   for (std::int64_t t = 0; t < tokens.m; ++t) {

@@ -49,7 +49,8 @@ struct Path {
   std::int64_t (*activation_bytes)(const Activations& a);
   // Prepares tokens [begin, end) of a; begin is a multiple of token_block.
   void (*prepare)(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end);
-  // Working memory of one thread.
+  // Working memory of one thread. Its first 64 bytes are zero before a thread's first run of a call
+  // of linear_multi.
   std::int64_t (*scratch_bytes)(const RowBlock& rows, const Activations& a);
   // Outputs of row tiles [tile_begin, tile_end) for tokens [token_begin, token_end); token_begin
   // is a multiple of token_block and tile_begin of tile_block. a holds the tokens from
@@ -58,9 +59,10 @@ struct Path {
   void (*run)(const RowBlock& rows, const Activations& a, std::int64_t first_token,
               std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
               std::int64_t token_end, std::int64_t next_tile, std::byte* scratch);
-  int tile_block;   // row tiles that are computed together
-  int token_block;  // tokens that are computed together
-  bool panel;       // expands weights into scratch first: worth splitting over tokens too
+  int tile_block;       // row tiles that are computed together
+  int token_block;      // tokens that are computed together
+  bool panel;           // expands weights into scratch first: worth splitting over tokens too
+  int most_blocks = 4;  // panels only: blocks of tiles that gain from one thread computing them
 };
 
 using SelectFn = const Path* (*)(const Layout& layout, Precision precision, std::int64_t m);

@@ -4,11 +4,25 @@
 #include "cpu/linear_driver.h"
 
 namespace lowbit::cpu {
+namespace {
+
+// Tokens from which expanding weights to bf16 beats the kernels that read them packed: those need a
+// pass for every eight (four) tokens, and the NormalFloats three times the products.
+std::int64_t bf16_from(const FormatInfo& info) {
+  if (!info.grouped()) return 5;
+  return info.format == Format::kNf3 || info.format == Format::kNf4 ? 7 : 13;
+}
+
+}  // namespace
 
 const Path* select_linear_amx(const Layout& layout, Precision precision, std::int64_t m) {
+  const FormatInfo& info = format_info(layout.format);
   switch (resolve_precision(layout.format, precision, m)) {
     case Precision::kInt8:
+      if (info.grouped()) return nullptr;
+      [[fallthrough]];  // the float types have no int8 kernels
     case Precision::kBf16:
+      return m >= bf16_from(info) ? amx::panel_bf16(layout.format) : nullptr;
     default:
       return nullptr;
   }

@@ -3,4 +3,8 @@
 
 #include "cpu/linear_kernels.h"
 
-namespace lowbit::cpu::amx {}
+namespace lowbit::cpu::amx {
+
+const Path* panel_bf16(Format format);
+
+}  // namespace lowbit::cpu::amx

@@ -13,6 +13,12 @@ template <int kTile>
 LOWBIT_INLINE void tile_load(const void* from, std::int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
 }
+// Of what will not be read again soon: passes by L1 instead of taking the place of something else.
+template <int kTile>
+LOWBIT_INLINE void tile_load_once(const void* from, std::int64_t stride) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile)
+                   : "memory");
+}
 template <int kTile>
 LOWBIT_INLINE void tile_store(void* to, std::int64_t stride) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");

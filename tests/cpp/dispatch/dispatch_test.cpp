@@ -100,6 +100,15 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
             "avxvnni.int8x2.asym_int5");
   EXPECT_EQ(name(Isa::kAvxVnni, Format::kFp8E4M3, Precision::kInt8, 7), "avx2.fp32.fp8_e4m3");
   EXPECT_EQ(name(Isa::kScalar, Format::kNf3, Precision::kInt8, 7), "scalar.fp32");
+  if (!cpu::isa_info(Isa::kAmx).compiled) return;
+  // Tiles where there are tokens to fill them; few read packed weights.
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 5), "amx.bf16.panel.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp16, Precision::kInt8, 16), "amx.bf16.panel.fp16");
+  EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 4), "avx512vnni.fp32.decode.bf16");
+  EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, 12),
+            "avx512vnni.int8x2.decode.sym_int4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, 13), "amx.bf16.panel.sym_int4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 7), "amx.bf16.panel.nf4");
 }
 #endif
 
