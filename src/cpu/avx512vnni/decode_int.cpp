@@ -148,14 +148,14 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
 }
 
 // nf3 as two bytes (nf3_pair.h) against two activation planes, all four products.
-template <int kTokens>
+// A sum gets one product per quad: two chains for one token, or the latency shows. (A parameter: as
+// a constant of the function, some compilers do not take it for one inside the lambdas.)
+template <int kTokens, int kChains = kTokens == 1 ? 2 : 1>
 void tile_pair(const PairTables& tables, const std::byte* tile, const GroupWalk<false>& walk,
                const std::byte* block, const IntRecords& records, const Epilogue& epilogue,
                std::int64_t token, std::int64_t tile_index) {
   using Codes = Unpack<3>;
   const __m512i table[2] = {_mm512_load_si512(tables.first), _mm512_load_si512(tables.second)};
-  // A sum gets one product per quad: two chains for one token, or the latency shows.
-  constexpr int kChains = kTokens == 1 ? 2 : 1;
   __m512 total[kTokens];
   unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
   auto next = Codes::plane(tile, walk.inputs(0), 0);
