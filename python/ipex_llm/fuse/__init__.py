@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ipex_llm.fuse.attention import is_causal, written_out
 from ipex_llm.fuse.cache import FORMATS
 from ipex_llm.fuse.describe import Description
 from ipex_llm.fuse.learn import wait
-from ipex_llm.fuse.observe import Unobservable, knows_inputs, observe, rerun
+from ipex_llm.fuse.observe import Observation, Unobservable, knows_inputs
 from ipex_llm.fuse.recognise import (
     Unrecognised,
     expert_parameters,
@@ -132,49 +133,124 @@ def _quantize_caches(model: nn.Module, kv_cache_dtype: str) -> None:
 
 
 def _fuse(model: nn.Module, entries: list[dict[str, Any]], prefix: str) -> None:
-    seen = observe(model)
-    config = model.config.get_text_config()
-    known: list[Description] = []
-    done: list[str] = []
-    begin = len(entries)
-    for name, module in model.named_modules():
-        if name not in seen or any(name.startswith(d + ".") for d in done):
-            continue
-        if isinstance(module, nn.ModuleList):
-            continue
-        if not _takes_hidden(module, seen[name]):
-            continue
-        if accept_into(module, prefix + name, seen[name], config, known, entries):
-            done.append(name)
-    for name, module in model.named_modules():
-        for child, blocks in module.named_children():
-            if isinstance(blocks, nn.ModuleList) and _is_stack(name, child, blocks, seen):
-                _accept_stack(module, child, config)
-    if done:
-        _check_running(model, entries[begin:])
+    """Two passes: blocks are recognised, and each compared on a prompt, with what one run showed.
 
-
-def _check_running(model: nn.Module, entries: list[dict[str, Any]]) -> None:
-    """Undoes everything if the model does not run any more: it may use what a block left out."""
+    Then the fused model makes the other runs, and one block of every kind is proved on what it was
+    given in all of them.
+    """
+    observation = Observation(model)
+    seen = observation.first()
+    fusing = _Fusing(model, seen, entries, prefix)
     try:
-        rerun(model)
-    except Exception as error:
-        _log.debug("fused model raises", exc_info=True)
-        for module in model.modules():
-            module.__dict__.pop(forward.STATE, None)
-            module.__dict__.pop(forward.STACK, None)
-        for entry in entries:
-            if entry["fused"]:
-                entry["fused"] = ""
-                entry["reason"] = f"the model raised {type(error).__name__} with it: {error}"
+        runs: dict[str, list] = {}
+        while fusing.accept():
+            try:
+                again = observation.again(fusing.done)
+            except Exception as error:
+                _log.debug("fused model raises", exc_info=True)
+                fusing.undo(f"the model raised {type(error).__name__} with it: {error}")
+                return
+            runs = {name: [*seen[name], *again.get(name, [])] for name in fusing.done}
+            if fusing.confirm(runs):
+                break
+        fusing.sort()
+        for name, module in model.named_modules():
+            for child, blocks in module.named_children():
+                if isinstance(blocks, nn.ModuleList) and _is_stack(name, child, blocks, runs):
+                    _accept_stack(module, child, fusing.config)
+    finally:
+        prove.forget()
 
 
-def accept_into(module, name, scenarios, config, known, entries) -> bool:
-    """Fuses one module if it is recognised and proved, and writes the entry of the report."""
+class _Fusing:
+    """What was fused in a model so far, and what was refused."""
+
+    def __init__(self, model: nn.Module, seen, entries: list[dict[str, Any]], prefix: str) -> None:
+        self.model, self.seen, self.prefix = model, seen, prefix
+        self.entries, self.begin = entries, len(entries)
+        self.config = model.config.get_text_config()
+        self.known: list[_Kind] = []
+        self.done: dict[str, nn.Module] = {}
+        self.looked: dict[str, dict[str, Any]] = {}  # entries by name
+
+    def accept(self) -> bool:
+        """Looks at all modules that nobody has looked at; whether anything is fused."""
+        for name, module in self.model.named_modules():
+            if name not in self.seen or name in self.looked or isinstance(module, nn.ModuleList):
+                continue
+            if any(name == d or name.startswith(d + ".") for d in self.done):
+                continue
+            if not _takes_hidden(module, self.seen[name]):
+                continue
+            full = self.prefix + name
+            if accept_into(module, full, self.seen[name], self.config, self.known, self.entries,
+                           confirmed_later=True):  # fmt: skip
+                self.done[name] = module
+            self.looked[name] = self.entries[-1]
+        return bool(self.done)
+
+    def confirm(self, runs) -> bool:
+        """Whether one of each kind is proved on all runs; what is not is no longer fused."""
+        good = True
+        kinds: dict[str, list[str]] = {}
+        for name in self.done:
+            kinds.setdefault(self.looked[name]["like"], []).append(name)
+        for names in kinds.values():
+            for name in names:
+                reason = self._proved(name, runs[name])
+                if not reason:
+                    break  # the others are alike
+                good = False
+                self._leave(name, reason)
+        return good
+
+    def _proved(self, name: str, scenarios) -> str:
+        """Why the fused form of a module is refused; "" if it is not."""
+        module, entry = self.done[name], self.looked[name]
+        state = module.__dict__[forward.STATE]
+        try:
+            if len(scenarios) < 2:
+                raise Unrecognised("not called in every run")
+            dtype = _dtype_of(module, scenarios)
+            proof = prove.prove(module, state.description, scenarios, self.config, dtype)
+        except Unrecognised as error:
+            return str(error)
+        except Exception as error:
+            _log.debug("confirming %s", name, exc_info=True)
+            return f"{type(error).__name__}: {error}"
+        state.forget()
+        entry["agreement"] = max(entry["agreement"], proof.agreement)
+        entry["error_ratio"] = proof.error_ratio
+        return ""
+
+    def _leave(self, name: str, reason: str) -> None:
+        self.done.pop(name).__dict__.pop(forward.STATE, None)
+        entry = self.looked[name]
+        entry.update({"fused": "", "reason": reason})
+        self.known = [kind for kind in self.known if kind.like != entry["like"]]
+
+    def undo(self, reason: str) -> None:
+        for name in [*self.done]:
+            self._leave(name, reason)
+
+    def sort(self) -> None:
+        """Entries in the order of the modules, if some were looked at late."""
+        order = {self.prefix + n: i for i, (n, _) in enumerate(self.model.named_modules())}
+        own = self.entries[self.begin :]
+        self.entries[self.begin :] = sorted(own, key=lambda e: order.get(e["name"], 0))
+
+
+def accept_into(
+    module, name, scenarios, config, known, entries, confirmed_later: bool = False
+) -> bool:
+    """Fuses one module if it is recognised and proved, and writes the entry of the report.
+
+    `confirmed_later`: the proof is in float32 on the scenarios that there are, others follow.
+    """
     entry = {"name": name, "module": type(module).__name__, "fused": "", "reason": ""}
     entries.append(entry)
     try:
-        description, proof = _accept(module, scenarios, config, known)
+        description, proof, like = _accept(module, name, scenarios, config, known, confirmed_later)
     except Unrecognised as error:
         entry["reason"] = str(error)
     except Exception as error:
@@ -184,6 +260,7 @@ def accept_into(module, name, scenarios, config, known, entries) -> bool:
         swap_class(module, forward.Fused)
         module.__dict__[forward.STATE] = forward.State(description)
         entry["fused"] = description.parts()
+        entry["like"] = like
         entry["agreement"] = proof.agreement
         entry["error_ratio"] = proof.error_ratio
     return bool(entry["fused"])
@@ -238,23 +315,62 @@ def _takes_hidden(module: nn.Module, scenarios) -> bool:
     return not any(isinstance(m, nn.ModuleList) and len(m) > 0 for m in module.children())
 
 
-def _accept(module, scenarios, config, known: list[Description]):
+@dataclass
+class _Kind:
+    """Modules that share a full proof: of one description, with the same classes and settings."""
+
+    description: Description
+    like: str  # the first of them
+    traits: tuple
+
+
+def _traits(module: nn.Module) -> tuple:
+    """Classes and settings of a module and what is below it, but for places in the model."""
+    return tuple(
+        (
+            name,
+            type(inner),
+            tuple(
+                (key, value)
+                for key, value in inner.__dict__.items()
+                if type(value) in (int, float, bool, str) and not _is_place(key)
+            ),
+        )
+        for name, inner in module.named_modules()
+    )
+
+
+def _is_place(key: str) -> bool:
+    return (
+        key.startswith("_") or key == "training" or "idx" in key or key.endswith(("_id", "index"))
+    )
+
+
+def _accept(module, name, scenarios, config, known, confirmed_later: bool):
+    """(description, proof, name of the first module of its kind)"""
     dtype = _dtype_of(module, scenarios)
-    lengths = {len(steps) for steps in scenarios}
-    if not lengths:
+    if not scenarios[0]:
         raise Unrecognised("never called")
     # A sibling of a module that was proved: the same description, a short proof.
-    for description in known:
-        copied = Description.from_dict(description.to_dict())
+    traits = _traits(module)
+    for place, kind in enumerate(known):
+        copied = Description.from_dict(kind.description.to_dict())
         try:
-            proof = prove.prove(module, copied, scenarios, config, dtype, short=True)
+            proof = prove.prove_alike(module, copied, scenarios[0], config)
+            if kind.traits != traits:
+                if not confirmed_later:
+                    proof = prove.prove(module, copied, scenarios, config, dtype)
+                kind = _Kind(copied, name, traits)
+                known.insert(0, kind)
+            else:
+                known.insert(0, known.pop(place))
         except Exception:
             continue
-        return copied, proof
+        return copied, proof, kind.like
     description = _recognise(module, scenarios, config)
-    proof = prove.prove(module, description, scenarios, config, dtype)
-    known.insert(0, description)
-    return description, proof
+    proof = prove.prove(module, description, scenarios, config, dtype, exact_only=confirmed_later)
+    known.insert(0, _Kind(description, name, traits))
+    return description, proof, name
 
 
 def _recognise(module, scenarios, config) -> Description:

@@ -6,9 +6,11 @@ arguments, so the worst that can happen is the speed of the unfused model.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,7 +107,11 @@ def parts_of(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the positional parameters of the module's own forward."""
-    forward = original_class(module).forward
+    return _names_of(original_class(module).forward)
+
+
+@functools.lru_cache(256)
+def _names_of(forward) -> tuple[str, ...]:
     try:
         parameters = list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -193,6 +199,8 @@ class Fused(Mixin):
             return super().forward(*args, **kwargs)
         if self.training and not state.description.any_mode:
             return super().forward(*args, **kwargs)
+        if _local.watch is not None:
+            _local.watch(self, args, kwargs)
         stack = _local.stack
         if stack is not None:
             out = stack.step(self, state, args, kwargs)
@@ -376,9 +384,25 @@ def _with_bias(mask, bias, x: torch.Tensor, heads: int) -> torch.Tensor | None:
 class _Local(threading.local):
     stack: Stack | None = None
     stacks = 0  # runs of a stack so far, for tests and proofs
+    watch: Callable[[nn.Module, tuple, dict[str, Any]], None] | None = None
 
 
 _local = _Local()
+
+
+@contextlib.contextmanager
+def watched_by(note: Callable[[nn.Module, tuple, dict[str, Any]], None]):
+    """Inside, `note` gets every fused module that this thread calls, with its arguments.
+
+    Not by a hook: a hook on a module may send its call to the original.
+    """
+    _local.watch = note
+    try:
+        yield
+    finally:
+        _local.watch = None
+
+
 STACK = "_lowbit_stack"
 # More tokens than this do not notice 20 us per block, and go block by block.
 _STACK_TOKENS = 8

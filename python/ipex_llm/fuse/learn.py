@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse import forward
-from ipex_llm.fuse.describe import Description
 from ipex_llm.fuse.observe import worth_watching
 from ipex_llm.fuse.prove import Step, hidden_name, named
 from ipex_llm.fuse.recognise import Unrecognised
@@ -28,7 +27,7 @@ _log = logging.getLogger(__name__)
 class Waiting:
     """What a block needs to know when it is called: its name, and what was found beside it."""
 
-    def __init__(self, name: str, entries: list[dict[str, Any]], known: list[Description]):
+    def __init__(self, name: str, entries: list[dict[str, Any]], known: list[Any]):
         self.name, self.entries, self.known = name, entries, known
 
 
@@ -62,7 +61,7 @@ def blocks_of(model: nn.Module, known: list[nn.Module]) -> list[tuple[str, nn.Mo
 
 def wait(model: nn.Module, entries: list[dict[str, Any]], known: list[nn.Module]) -> bool:
     """Lets the blocks of `model` learn at their first call; False if there are none."""
-    found: list[Description] = []
+    found: list[Any] = []
     blocks = blocks_of(model, known)
     for name, block in blocks:
         block.__dict__[_WAITING] = Waiting(name, entries, found)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipex_llm.fuse import forward
 from ipex_llm.fuse.prove import Step
 from ipex_llm.fuse.recognise import expert_parameters
 from ipex_llm.fuse.trace import preserved, undisturbed
@@ -41,75 +42,105 @@ def knows_inputs(model: nn.Module) -> bool:
     return getattr(model, "config", None) is not None and hasattr(model, "main_input_name")
 
 
-# (batch, prompt, one token, several, padding at the left)
-_RUNS = ((1, (7, 1, 2), 0), (2, (6, 1, 2), 3))
+# (batch, lengths of the steps: a prompt, a token, several; padding at the left)
+_FIRST = ((1, (7, 1), 0),)
+_AGAIN = ((2, (6, 1, 2), 3),)
+_WITHOUT_SEVERAL = ((2, (6, 1), 3),)
 _SOURCE = 14  # tokens of an encoder: no length that a decoder has
 
 
-def observe(model: nn.Module) -> dict[str, list[list[Step]]]:
-    """Module name -> scenarios of steps, for every module worth watching that was called."""
-    inputs = _Inputs(model)
-    watched = {name: m for name, m in model.named_modules() if name and worth_watching(m)}
-    seen: dict[str, list[list[Step]]] = {name: [] for name in watched}
-    training = [m for m in model.modules() if m.training]
-    handles = []
-    current: dict[str, list[Step]] = {}
+class Observation:
+    """Runs of a model with the arguments of its modules written down."""
 
-    def note(name):
-        def hook(module, args, kwargs):
-            steps = current.setdefault(name, [])
-            steps.append(Step(args, kwargs, inputs.valid(args, kwargs)))
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inputs = _Inputs(model)
+        self.current: dict[str, list[Step]] = {}
 
-        return hook
+    def first(self) -> dict[str, list[list[Step]]]:
+        """Module name -> scenarios of steps, for every module worth watching that was called.
 
-    try:
-        for module in training:
-            module.training = False
-        for name, module in watched.items():
-            handles.append(module.register_forward_pre_hook(note(name), with_kwargs=True))
-        with preserved(model), undisturbed(None):
-            for run in _RUNS:
-                current.clear()
-                try:
-                    inputs.run(*run)
-                except Exception:
-                    # Models without attention have no length to ask their cache for.
-                    if not inputs.cached or any(seen.values()):
-                        raise
-                    inputs.cached = False
-                    current.clear()
-                    inputs.run(*run)
-                for name, steps in current.items():
-                    seen[name].append(list(steps))
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        raise Unobservable(
-            f"running it raised {type(error).__name__}: {text[0] if text else ''}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
-    return {name: scenarios for name, scenarios in seen.items() if scenarios}
+        One scenario: a prompt and a token.
+        """
+        watched = {n: m for n, m in self.model.named_modules() if n and worth_watching(m)}
+        handles = [
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, module in watched.items()
+        ]
+        try:
+            return self._run(_FIRST)
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            raise Unobservable(
+                f"running it raised {type(error).__name__}: {text[0] if text else ''}"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
 
+    def again(self, fused: dict[str, nn.Module]) -> dict[str, list[list[Step]]]:
+        """The same of a batch with padding, for modules that are fused.
 
-def rerun(model: nn.Module) -> None:
-    """Runs what observe() ran first, for its own sake."""
-    training = [m for m in model.modules() if m.training]
-    try:
-        for module in training:
-            module.training = False
-        with preserved(model), undisturbed(None):
-            inputs = _Inputs(model)
+        Raises what the model raises. A prompt, a token, several tokens.
+        """
+        names = {id(module): name for name, module in fused.items()}
+
+        def note(module, args, kwargs):
+            if id(module) in names:
+                self._note(names[id(module)], args, kwargs)
+
+        with forward.watched_by(note):
             try:
-                inputs.run(*_RUNS[0])
+                return self._run(_AGAIN)
             except Exception:
-                inputs.cached = False
-                inputs.run(*_RUNS[0])
-    finally:
-        for module in training:
-            module.training = True
+                if not self._raises_anyway(fused):
+                    raise
+            return self._run(_WITHOUT_SEVERAL)
+
+    def _raises_anyway(self, fused: dict[str, nn.Module]) -> bool:
+        """Whether the unfused model takes no several tokens on a cache, as some do."""
+        states = [(m.__dict__, m.__dict__.pop(forward.STATE)) for m in fused.values()]
+        try:
+            self._run(_AGAIN)
+        except Exception:
+            return True
+        finally:
+            for attributes, state in states:
+                attributes[forward.STATE] = state
+        return False
+
+    def _hook(self, name: str):
+        return lambda module, args, kwargs: self._note(name, args, kwargs)
+
+    def _note(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        steps = self.current.setdefault(name, [])
+        steps.append(Step(args, kwargs, self.inputs.valid(args, kwargs)))
+
+    def _run(self, runs) -> dict[str, list[list[Step]]]:
+        seen: dict[str, list[list[Step]]] = {}
+        training = [m for m in self.model.modules() if m.training]
+        try:
+            for module in training:
+                module.training = False
+            with preserved(self.model), undisturbed(None):
+                for run in runs:
+                    self.current = {}
+                    try:
+                        self.inputs.run(*run)
+                    except Exception:
+                        # Models without attention have no length to ask their cache for.
+                        if not self.inputs.cached or runs is not _FIRST:
+                            raise
+                        self.inputs.cached = False
+                        self.current = {}
+                        self.inputs.run(*run)
+                    for name, steps in self.current.items():
+                        seen.setdefault(name, []).append(steps)
+        finally:
+            self.current = {}
+            for module in training:
+                module.training = True
+        return seen
 
 
 class _Inputs:

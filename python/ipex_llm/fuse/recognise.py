@@ -93,7 +93,7 @@ def norm_of(call: Seen, width: int) -> Norm | None:
     if any(p is not None for n, p in module._parameters.items() if n not in ("weight", "bias")):
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((4, width), generator=generator)
+    x = torch.randn((4, width), generator=generator, dtype=torch.float32)
     # Small rows, where eps decides, a large one, and one far from zero mean.
     x = x * torch.tensor([[1.0], [1e-3], [50.0], [1.0]]) + torch.tensor([[0.0], [0], [0], [3.0]])
     x = x.reshape(1, 4, width)
