@@ -19,7 +19,8 @@ const Path* select_linear_amx(const Layout& layout, Precision precision, std::in
   const FormatInfo& info = format_info(layout.format);
   switch (resolve_precision(layout.format, precision, m)) {
     case Precision::kInt8:
-      if (info.grouped()) return nullptr;
+      // Up to eight tokens unpacked operands are used where they are.
+      if (info.grouped()) return m >= 9 ? amx::panel_int8(layout.format) : nullptr;
       [[fallthrough]];  // the float types have no int8 kernels
     case Precision::kBf16:
       return m >= bf16_from(info) ? amx::panel_bf16(layout.format) : nullptr;

@@ -5,6 +5,7 @@
 
 namespace lowbit::cpu::amx {
 
+const Path* panel_int8(Format format);  // types with groups
 const Path* panel_bf16(Format format);
 
 }  // namespace lowbit::cpu::amx

@@ -31,6 +31,11 @@ template <int kTo, int kA, int kB>
 LOWBIT_INLINE void tile_multiply() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
 }
+// Signed bytes.
+template <int kTo, int kA, int kB>
+LOWBIT_INLINE void tile_multiply_int8() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
+}
 
 struct TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -47,6 +52,15 @@ struct TileSession {
     for (int tile = 0; tile < 8; ++tile) {
       config.row_bytes[tile] = 64;
       config.rows[tile] = 16;
+    }
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+  }
+  // Tiles 4 and 7 (A) and 5 and 6 (B) of `depth` bytes along the sum.
+  explicit TileSession(int depth) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.row_bytes[tile] = static_cast<std::uint16_t>(tile == 4 || tile == 7 ? depth : 64);
+      config.rows[tile] = static_cast<std::uint8_t>(tile == 5 || tile == 6 ? depth / 4 : 16);
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(config));
   }

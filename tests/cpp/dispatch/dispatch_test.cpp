@@ -99,6 +99,12 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
   EXPECT_EQ(name(Isa::kAvxVnni, Format::kAsymInt5, Precision::kBf16, 64),
             "avxvnni.int8x2.asym_int5");
   EXPECT_EQ(name(Isa::kAvxVnni, Format::kFp8E4M3, Precision::kInt8, 7), "avx2.fp32.fp8_e4m3");
+  if (cpu::isa_info(Isa::kAmx).compiled) {
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 8),
+              "avx512vnni.int8.decode.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 9), "amx.int8.panel.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf3, Precision::kInt8, 64), "amx.int8.panel.nf3");
+  }
   EXPECT_EQ(name(Isa::kScalar, Format::kNf3, Precision::kInt8, 7), "scalar.fp32");
   if (!cpu::isa_info(Isa::kAmx).compiled) return;
   // Tiles where there are tokens to fill them; few read packed weights.

@@ -142,6 +142,22 @@ TEST_P(Linear, LargeShapes) {
   }
 }
 
+// More activations than the second-level cache is counted on to hold.
+TEST_P(Linear, ManyTokensAndInputs) {
+  if (!GetParam().starts_with("avx512") && GetParam() != "amx") {
+    GTEST_SKIP() << "this level does the same for any number of tokens and inputs";
+  }
+  std::mt19937_64 rng(9);
+  for (Format format : {Format::kSymInt4, Format::kAsymInt5}) {
+    const Weights w = random_weights(format, 70, 4500, 64, rng);
+    Floats2d x(DType::kBFloat16, 250, 4500);
+    x.fill_normal(rng);
+    Floats2d out(DType::kBFloat16, 250, 70);
+    linear(linear_args(x, w, nullptr, out, Precision::kInt8), SpawnThreads(2));
+    expect_within_bound(x, w, nullptr, out, Precision::kInt8);
+  }
+}
+
 TEST_P(Linear, DoesNotDependOnTheThreadCount) {
   std::mt19937_64 rng(3);
   for (const FormatInfo& info : formats()) {

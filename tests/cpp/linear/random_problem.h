@@ -259,6 +259,8 @@ inline double error_bound(const std::vector<double>& x, const Weights& w, const 
       bound += info.grouped() ? activation * (0.5 / 127 + 6 * unit24) +
                                     (table ? codebook * 0.5 / 127 * (1 + 1.0 / 127) : 0.0)
                               : std::max(bf16, fp32);
+      // Minima and what they are multiplied by, each as the sum of two bfloat16.
+      if (info.scale_kind == ScaleKind::kGroupMinimum) bound += std::ldexp(size, -16);
       break;
     case Precision::kBf16:
       bound += std::max(bf16, fp32);  // a kernel may be as precise as fp32 instead
