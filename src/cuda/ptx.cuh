@@ -210,13 +210,11 @@ __device__ __forceinline__ void stmatrix_x4_transposed(std::uint32_t address, st
       : "memory");
 #endif
 }
-__device__ __forceinline__ void stmatrix_x2_transposed(std::uint32_t address, std::uint32_t a,
-                                                       std::uint32_t b) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address),
-               "r"(a), "r"(b)
-               : "memory");
-#endif
+// An 8x8 matrix of 16-bit elements, element (lane / 4, 2 (lane % 4) + {0, 1}) per lane, transposed.
+__device__ __forceinline__ std::uint32_t transpose8x8(std::uint32_t pair) {
+  std::uint32_t turned;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+  return turned;
 }
 
 // Lets the next kernel of the stream start as soon as there is room for it.
@@ -233,18 +231,48 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// In two steps: between them a thread may do what depends on nobody.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Four floats to an address, 16-byte aligned, of the own thread block or of block `rank` of the
+// cluster; visible there after the cluster's barrier.
+__device__ __forceinline__ void store4_in_cluster(std::uint32_t to, int rank, float a, float b,
+                                                  float c, float d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};\n}" ::"r"(to),
+      "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void store4_shared(std::uint32_t to, float a, float b, float c,
+                                              float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+__device__ __forceinline__ float4 load4_shared(std::uint32_t from) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+
 // All threads of all blocks of the cluster meet; shared-memory writes before are visible after.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-#endif
-}
-
-// The same without an order of memory accesses.
-__device__ __forceinline__ void cluster_meet() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
                    : "memory");
 #endif
 }
@@ -256,20 +284,6 @@ __device__ __forceinline__ float load_from_cluster(std::uint32_t address, int ra
   std::uint32_t remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-#endif
-  return value;
-}
-
-// Four floats, 16-byte aligned, likewise.
-__device__ __forceinline__ float4 load4_from_cluster(std::uint32_t address, int rank) {
-  float4 value = {};
-#if __CUDA_ARCH__ >= 900
-  std::uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-               : "r"(remote)
-               : "memory");
 #endif
   return value;
 }

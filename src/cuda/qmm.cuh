@@ -59,6 +59,7 @@ struct QmmParams {
   bool minima;
   bool weights_once;  // no other thread block reads the same weights
   bool vector_out;    // out's rows are aligned to 16 bytes
+  bool pair_out;      // to 4
 };
 
 struct QmmMaps {
@@ -80,24 +81,31 @@ LOWBIT_HD constexpr int qmm_scale_room(Kind kind, Scales scales, int tokens) {
 LOWBIT_HD constexpr int qmm_turns(Kind kind, int tokens, int groups) {
   return is_raw(kind) ? 1 : groups == 1 ? 4 : tokens <= 128 ? 2 : 1;
 }
-// A warpgroup transposes its results in shared memory, so many tokens at a time.
+// Sums move between warps as they lie in registers: for a run of 8 tokens four floats per lane.
+LOWBIT_HD constexpr int qmm_run_bytes(int groups) {
+  return groups * 4 * kLanes * 16;
+}
+// Runs that the turns exchange at a time.
+LOWBIT_HD constexpr int qmm_pass_runs(int tokens) {
+  return tokens < 64 ? tokens / 8 : 8;
+}
+// From 128 tokens on results are transposed in shared memory: with turns all of a token's outputs,
+// a row of so many bytes; without, per warpgroup, so many tokens at a time.
+LOWBIT_HD constexpr int qmm_out_bytes(int groups) {
+  return groups * 64 * 2 + 16;
+}
 constexpr int kQmmFlip = 32;
 constexpr int kQmmFlipBytes = 64 * 2 + 16;  // of a token: 64 outputs and, against conflicts, 16
-// Floats between the tokens of a thread block's sums; lanes of one store fall into different banks.
-LOWBIT_HD constexpr int qmm_run(int groups) {
-  return groups * 64 + 4;
-}
 
-// Tokens whose sums one turn hands to the other at a time.
-LOWBIT_HD constexpr int qmm_turn_tokens(int tokens) {
-  return tokens < 64 ? tokens : 64;
+LOWBIT_HD constexpr int qmm_end_bytes(Kind kind, int tokens, int groups) {
+  const int turns = qmm_turns(kind, tokens, groups);
+  if (turns == 1) return groups * kQmmFlip * kQmmFlipBytes;
+  const int sums = (turns - 1) * qmm_pass_runs(tokens) * qmm_run_bytes(groups);
+  const int out = tokens >= 128 ? tokens * qmm_out_bytes(groups) : 0;
+  return sums > out ? sums : out;
 }
-
 LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens, int groups) {
-  const int sums =
-      qmm_turns(kind, tokens, groups) > 1 ? qmm_turn_tokens(tokens) * qmm_run(groups) * 4 : 0;
-  return 1024 + table_bytes(kind) +
-         groups * (tokens < kQmmFlip ? tokens : kQmmFlip) * kQmmFlipBytes + sums + 256;
+  return 1024 + table_bytes(kind) + qmm_end_bytes(kind, tokens, groups) + 256;
 }
 LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens, int groups) {
   return (is_raw(kind) ? 1 : qmm_stage_blocks(kind, tokens)) * tokens * 128 +
@@ -116,6 +124,21 @@ LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens, int group
 LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, Scales scales, int tokens, int groups) {
   return qmm_fixed_bytes(kind, tokens, groups) +
          qmm_ring(kind, scales, tokens, groups) * qmm_stage_bytes(kind, scales, tokens, groups);
+}
+
+// A cluster's sums: a thread block owns so many of the runs, and the others write theirs to where
+// its ring was.
+LOWBIT_HD constexpr int qmm_owned_runs(int tokens, int splits) {
+  return tokens / 8 >= splits ? tokens / 8 / splits : 1;
+}
+// Thread blocks that can share a tile: what they write must fit there.
+LOWBIT_HD constexpr int qmm_most_splits(Kind kind, Scales scales, int tokens, int groups) {
+  const int room =
+      qmm_ring(kind, scales, tokens, groups) * qmm_stage_bytes(kind, scales, tokens, groups);
+  int splits = 8;
+  while (splits > 1 && (splits - 1) * qmm_owned_runs(tokens, splits) * qmm_run_bytes(groups) > room)
+    splits /= 2;
+  return splits;
 }
 
 // A group's scale (and minimum) of one row, ready to multiply pairs of weights.
@@ -180,8 +203,8 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   constexpr int kActBytes = (kRaw ? 1 : kBlocks) * kTokens * 128;
   constexpr int kCodeBytes = kTiles * kBlocks * kBlockBytes;
   constexpr int kScaleBytes = kTiles * qmm_scale_room(kKind, kScales, kTokens);
-  constexpr int kFlip = kTokens < kQmmFlip ? kTokens : kQmmFlip;
-  constexpr int kRun = qmm_run(kGroups);
+  constexpr int kRuns = kTokens / 8;
+  constexpr int kRunBytes = qmm_run_bytes(kGroups);
   constexpr bool kGrouped = !has_row_scale(kKind);
   constexpr bool kScaleSums = kGrouped && ((kScales == Scales::kPlain && kTokens <= 64) ||
                                            (kScales == Scales::kMinima && kTokens <= 16));
@@ -194,10 +217,8 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   std::uint8_t* const codes_ring = acts + kRing * kActBytes;
   std::uint8_t* const scales_ring = codes_ring + kRing * kCodeBytes;
   std::uint8_t* const table_base = scales_ring + kRing * kScaleBytes;
-  std::uint8_t* const flips = table_base + table_bytes(kKind);
-  std::uint8_t* const turn_sums = flips + kGroups * kFlip * kQmmFlipBytes;
-  const std::uint32_t barriers =
-      shared_address(turn_sums) + (kTurns > 1 ? qmm_turn_tokens(kTokens) * kRun * 4 : 0);
+  std::uint8_t* const end_base = table_base + table_bytes(kKind);  // the turns' sums, or flips
+  const std::uint32_t barriers = shared_address(end_base) + qmm_end_bytes(kKind, kTokens, kGroups);
   const auto full = [&](int slot) { return barriers + slot * 8; };
   const auto empty = [&](int slot) { return barriers + (kRing + slot) * 8; };
 
@@ -254,85 +275,77 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
 
   allow_next_kernel();
   if (threadIdx.x >= kThreads) {
-    // ---- the warp that copies. All its lanes follow, so that the compiler sees uniform values;
-    // one starts the copies. It need not wait for the others: they for its barriers.
+    // ---- the warps that copy, one the weights and one the activations: weights do not depend on
+    // the previous kernel, activations do, and neither shall wait for the other. All lanes follow,
+    // so that the compiler sees uniform values; one starts the copies.
     give_registers<kTurns == 1 ? 40 : 32>();
-    if (threadIdx.x / kLanes != kThreads / kLanes) return;
-    if (threadIdx.x % kLanes < kRing) {
-      barrier_init(full(threadIdx.x % kLanes), 1);
-      barrier_init(empty(threadIdx.x % kLanes), kTiles);
+    const int copier = __shfl_sync(0xffffffffu, threadIdx.x / kLanes, 0) - kThreads / kLanes;
+    if (copier > 1) return;
+    if (copier == 0) {
+      if (threadIdx.x % kLanes < kRing) {
+        barrier_init(full(threadIdx.x % kLanes), 2);
+        barrier_init(empty(threadIdx.x % kLanes), kTiles);
+      }
+      if (threadIdx.x == kThreads) {
+        prefetch_map(&maps.codes);
+        if constexpr (kGrouped) prefetch_map(&maps.scales);
+      }
       barrier_init_fence();
+      __syncwarp();
+      named_barrier_arrive(1, kThreads + kLanes);
+      named_barrier_arrive(4, 2 * kLanes);
+    } else {
+      if (threadIdx.x == kThreads + kLanes) prefetch_map(&maps.x);
+      named_barrier(4, 2 * kLanes);
     }
-    if (threadIdx.x == kThreads) {
-      prefetch_map(&maps.codes);
-      if constexpr (kGrouped) prefetch_map(&maps.scales);
-      prefetch_map(&maps.x);
-    }
-    __syncwarp();
-    named_barrier_arrive(1, kThreads + kLanes);
     const bool leader = elect_lane();
-    const std::uint64_t policy = p.weights_once ? evict_first_policy() : evict_normal_policy();
-    const std::uint32_t bytes = kActBytes + p.tiles * (kBlocks * kBlockBytes + p.scale_bytes);
-    const std::uint32_t acts_at = shared_address(acts);
-    const std::uint32_t codes_at = shared_address(codes_ring);
-    const std::uint32_t scales_at = shared_address(scales_ring);
-    Job job{};
-    const auto copy_weights = [&](int step, int slot) {
-      const int stage = job.begin + step;
-      const int tile = job.first_tile + job.first_row / 16;
-      barrier_expect(full(slot), bytes);
-      tensor_load(codes_at + slot * kCodeBytes, &maps.codes, stage * (kBlocks * kBlockBytes / 8),
-                  tile, full(slot), policy);
-      if constexpr (kGrouped) {
-        const int group = stage * (kBlocks * kBlockInputs) >> p.group_shift;
-        tensor_load(scales_at + slot * kScaleBytes, &maps.scales, group * (p.group_bytes / 4), tile,
-                    full(slot), policy);
-      }
-    };
-    const auto copy_activations = [&](int step, int slot) {
-      constexpr int kBoxes = kRaw ? 1 : kBlocks;
-      constexpr int kBoxInputs = kRaw ? 2 * kBlockInputs : kBlockInputs;
-#pragma unroll
-      for (int i = 0; i < kBoxes; ++i) {
-        tensor_load(acts_at + slot * kActBytes + i * (kTokens * 128), &maps.x,
-                    ((job.begin + step) * kBoxes + i) * kBoxInputs, job.first_token, full(slot));
-      }
-    };
-    // The ring is filled once without waiting: weights do not depend on the previous kernel,
-    // activations do.
-    int ahead = 0;
-    const auto fill = [&](auto copy) {
+    const auto each_stage = [&](auto copy) {
       int slot = 0;
+      std::uint32_t parity = 1;  // the first time round nothing has to be released
+      Job job{};
 #pragma unroll 1
-      for (int round = 0; slot < kRing && job_at(round, job); ++round) {
+      for (int round = 0; job_at(round, job); ++round) {
 #pragma unroll 1
-        for (int step = 0; slot < kRing && step < job.steps; ++step, ++slot) {
-          if (leader) copy(step, slot);
+        for (int step = 0; step < job.steps; ++step) {
+          barrier_wait(empty(slot), parity);
+          if (leader) copy(job, job.begin + step, slot);
+          if (++slot == kRing) {
+            slot = 0;
+            parity ^= 1;
+          }
         }
       }
-      ahead = slot;
     };
-    if (p.ends != nullptr) wait_for_previous_kernel();
-    fill(copy_weights);
-    wait_for_previous_kernel();
-    fill(copy_activations);
-    int slot = 0;
-    std::uint32_t parity = 0;  // of the release to wait for
-#pragma unroll 1
-    for (int round = 0, skip = ahead; job_at(round, job); ++round) {
-#pragma unroll 1
-      for (int step = min(skip, job.steps); step < job.steps; ++step) {
-        barrier_wait(empty(slot), parity);
-        if (leader) {
-          copy_weights(step, slot);
-          copy_activations(step, slot);
+    if (copier == 0) {
+      const std::uint64_t policy = p.weights_once ? evict_first_policy() : evict_normal_policy();
+      const std::uint32_t bytes = p.tiles * (kBlocks * kBlockBytes + p.scale_bytes);
+      const std::uint32_t codes_at = shared_address(codes_ring);
+      const std::uint32_t scales_at = shared_address(scales_ring);
+      if (p.ends != nullptr) wait_for_previous_kernel();
+      each_stage([&](const Job& job, int stage, int slot) {
+        const int tile = job.first_tile + job.first_row / 16;
+        barrier_expect(full(slot), bytes);
+        tensor_load(codes_at + slot * kCodeBytes, &maps.codes, stage * (kBlocks * kBlockBytes / 8),
+                    tile, full(slot), policy);
+        if constexpr (kGrouped) {
+          const int group = stage * (kBlocks * kBlockInputs) >> p.group_shift;
+          tensor_load(scales_at + slot * kScaleBytes, &maps.scales, group * (p.group_bytes / 4),
+                      tile, full(slot), policy);
         }
-        if (++slot == kRing) {
-          slot = 0;
-          parity ^= 1;
+      });
+    } else {
+      const std::uint32_t acts_at = shared_address(acts);
+      wait_for_previous_kernel();
+      each_stage([&](const Job& job, int stage, int slot) {
+        constexpr int kBoxes = kRaw ? 1 : kBlocks;
+        constexpr int kBoxInputs = kRaw ? 2 * kBlockInputs : kBlockInputs;
+        barrier_expect(full(slot), kActBytes);
+#pragma unroll
+        for (int i = 0; i < kBoxes; ++i) {
+          tensor_load(acts_at + slot * kActBytes + i * (kTokens * 128), &maps.x,
+                      (stage * kBoxes + i) * kBoxInputs, job.first_token, full(slot));
         }
-      }
-      skip -= min(skip, job.steps);
+      });
     }
     return;
   }
@@ -585,142 +598,173 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     const auto row_bias = [&](int row) {
       return row < rows ? bias_at(p.bias, p.bias_dtype, first_row + row) : 0.0f;
     };
-    // Visits accumulators and their places in `sums`, [token][row] from token `from` on.
-    const auto each_sum = [&](float* sums, int from, auto count, auto visit) {
-#pragma unroll
-      for (int t = 0; t < decltype(count)::value / 8; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          visit(sums[(t * 8 + lane % 4 * 2 + i % 2) * kRun + tile * 16 + lane / 4 + i / 2 * 8],
-                acc[4 * (from / 8 + t) + i]);
-        }
-      }
-    };
-    const auto write_sum = [](float& sum, float mine) { sum = mine; };
+    // Which turn ends up with the sums of a run.
+    const auto mine = [&](int run) { return kTurns == 1 || run % kTurns == turn; };
+    const std::uint32_t lane_place = (tile * kLanes + lane) * 16;
+    // The last job may be shared: nobody of the cluster sends before all have left their rings.
+    if (job.split >= 0) {
+      named_barrier(1, kThreads);
+      cluster_arrive();
+    }
     if constexpr (kTurns > 1) {
-      constexpr std::integral_constant<int, qmm_turn_tokens(kTokens)> kPass;
-      auto* const sums = reinterpret_cast<float*>(turn_sums);
+      constexpr int kPass = qmm_pass_runs(kTokens);
+      const std::uint32_t exchange = shared_address(end_base) + lane_place;
 #pragma unroll
-      for (int from = 0; from < kTokens; from += kPass.value) {
+      for (int from = 0; from < kRuns; from += kPass) {
 #pragma unroll
-        for (int other = 1; other < kTurns; ++other) {
-          if (turn == other) each_sum(sums, from, kPass, write_sum);
-          named_barrier(1, kThreads);
-          if (turn == 0) each_sum(sums, from, kPass, [](float& sum, float& mine) { mine += sum; });
-          named_barrier(1, kThreads);
+        for (int run = from; run < from + kPass; ++run) {
+          if (!mine(run)) {
+            const int sender = turn < run % kTurns ? turn : turn - 1;
+            store4_shared(exchange + ((run - from) * (kTurns - 1) + sender) * kRunBytes,
+                          acc[4 * run], acc[4 * run + 1], acc[4 * run + 2], acc[4 * run + 3]);
+          }
         }
+        named_barrier(1, kThreads);
+#pragma unroll
+        for (int run = from; run < from + kPass; ++run) {
+          if (mine(run)) {
+#pragma unroll
+            for (int sender = 0; sender < kTurns - 1; ++sender) {
+              const float4 part =
+                  load4_shared(exchange + ((run - from) * (kTurns - 1) + sender) * kRunBytes);
+              acc[4 * run] += part.x;
+              acc[4 * run + 1] += part.y;
+              acc[4 * run + 2] += part.z;
+              acc[4 * run + 3] += part.w;
+            }
+          }
+        }
+        named_barrier(1, kThreads);
       }
     }
 
-    if (job.split < 0) {
-      if (kTurns == 1 || turn == 0) {
-        // Transposed per warpgroup, kFlip tokens at a time, so that a token's 64 outputs are stored
-        // together.
-        const int group = tile / 4;
-        std::uint8_t* const flip = flips + group * (kFlip * kQmmFlipBytes);
-        const int row = tile * 16 + lane / 4;
-        const float factor[2] = {row_factor(row), row_factor(row + 8)};
-        const float bias[2] = {row_bias(row), row_bias(row + 8)};
-        const auto packed = [&](int t, int half) {
-          return float_pair<kBf16>(fmaf(acc[4 * t + 2 * half], factor[half], bias[half]),
-                                   fmaf(acc[4 * t + 2 * half + 1], factor[half], bias[half]));
-        };
-        const std::uint32_t to = shared_address(flip) + (lane / 16 * 8 + lane % 8) * kQmmFlipBytes +
-                                 tile % 4 * 32 + lane / 8 % 2 * 16;
+    int owned_from = 0, owned_to = tokens;
+    if (job.split >= 0) {
+      const int owned = qmm_owned_runs(kTokens, p.splits);
+      const int owned_shift = 31 - __clz(owned);
+      const int first = job.split * owned;  // runs of 8 tokens
+      owned_from = first * 8;
+      owned_to = min(tokens, owned_from + owned * 8);
+      const std::uint32_t landing = shared_address(acts) + lane_place;
+      cluster_wait();
 #pragma unroll
-        for (int from = 0; from < kTokens; from += kFlip) {
-          if (from < tokens) {
-            if constexpr (kTokens == 8) {
-              stmatrix_x2_transposed(to, packed(0, 0), packed(0, 1));
-            } else {
+      for (int run = 0; run < kRuns; ++run) {
+        const int owner = run >> owned_shift;
+        if (mine(run) && owner != job.split && run * 8 < tokens) {
+          const int place = (job.split - (job.split > owner)) * owned + run - owner * owned;
+          store4_in_cluster(landing + place * kRunBytes, owner, acc[4 * run], acc[4 * run + 1],
+                            acc[4 * run + 2], acc[4 * run + 3]);
+        }
+      }
+      cluster_arrive();
+      cluster_wait();
+      // Its own sums first, then the others' by rank.
+      std::uint32_t at = landing;
+#pragma unroll 1
+      for (int other = 1; other < p.splits; ++other) {
 #pragma unroll
-              for (int t = 0; t < kFlip / 8; t += 2) {
-                const int at = from / 8 + t;
-                stmatrix_x4_transposed(to + t * (8 * kQmmFlipBytes), packed(at, 0), packed(at, 1),
-                                       packed(at + 1, 0), packed(at + 1, 1));
+        for (int run = 0; run < kRuns; ++run) {
+          if (mine(run) && run >= first && run < first + owned) {
+            const float4 part = load4_shared(at + (run - first) * kRunBytes);
+            acc[4 * run] += part.x;
+            acc[4 * run + 1] += part.y;
+            acc[4 * run + 2] += part.z;
+            acc[4 * run + 3] += part.w;
+          }
+        }
+        at += owned * kRunBytes;
+      }
+    }
+    const int row = tile * 16 + lane / 4;
+    const float factor[2] = {row_factor(row), row_factor(row + 8)};
+    const float bias[2] = {row_bias(row), row_bias(row + 8)};
+    const auto packed = [&](int run, int half) {
+      return float_pair<kBf16>(fmaf(acc[4 * run + 2 * half], factor[half], bias[half]),
+                               fmaf(acc[4 * run + 2 * half + 1], factor[half], bias[half]));
+    };
+    auto* const out = reinterpret_cast<std::uint16_t*>(p.out) + first_row;
+    // 8 outputs of a token, 16 bytes in shared memory.
+    const auto store_piece = [&](int token, int first, const std::uint8_t* piece) {
+      if (token < owned_from || token >= owned_to || first >= rows) return;
+      std::uint16_t* const at = out + (first_token + token) * p.out_stride + first;
+      if (p.vector_out && first + 8 <= rows) {
+        *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(piece);
+      } else {
+        const int count = min(8, rows - first);
+        for (int e = 0; e < count; ++e) at[e] = reinterpret_cast<const std::uint16_t*>(piece)[e];
+      }
+    };
+    if constexpr (kTurns > 1 && kTokens >= 128) {
+      constexpr int kOutBytes = qmm_out_bytes(kGroups);
+      const std::uint32_t to =
+          shared_address(end_base) + lane % 8 * kOutBytes + tile * 32 + lane / 8 % 2 * 16;
+#pragma unroll
+      for (int run = 0; run < kRuns; run += 2 * kTurns) {
+#pragma unroll
+        for (int own = 0; own < kTurns; ++own) {
+          const int a = run + own, b = run + own + kTurns;
+          if (mine(a) && a * 8 < owned_to && b * 8 >= owned_from) {
+            stmatrix_x4_transposed(to + (lane < 16 ? a : b) * (8 * kOutBytes), packed(a, 0),
+                                   packed(a, 1), packed(b, 0), packed(b, 1));
+          }
+        }
+      }
+      named_barrier(1, kThreads);
+      constexpr int kPieces = kTiles * 2;
+#pragma unroll
+      for (int i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
+        store_piece(i / kPieces, i % kPieces * 8,
+                    end_base + i / kPieces * kOutBytes + i % kPieces * 16);
+      }
+      named_barrier(1, kThreads);
+    } else if constexpr (kTurns > 1) {
+      // A warp transposes a run, 16 outputs x 8 tokens: then four lanes have 8 outputs of a token.
+      const int pair_row = tile * 16 + lane % 4 * 2;
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run) {
+        if (mine(run) && run * 8 >= owned_from && run * 8 < owned_to) {
+          const std::uint32_t pairs[2] = {transpose8x8(packed(run, 0)),
+                                          transpose8x8(packed(run, 1))};
+          const int token = run * 8 + lane / 4;
+          if (token < owned_to) {
+            std::uint16_t* const to = out + (first_token + token) * p.out_stride + pair_row;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int left = rows - pair_row - 8 * half;
+              if (p.pair_out && left >= 2) {
+                *reinterpret_cast<std::uint32_t*>(to + 8 * half) = pairs[half];
+              } else {
+                if (left >= 1) to[8 * half] = static_cast<std::uint16_t>(pairs[half]);
+                if (left >= 2) to[8 * half + 1] = static_cast<std::uint16_t>(pairs[half] >> 16);
               }
             }
-            named_barrier(2 + group, 128);
-#pragma unroll
-            for (int i = threadIdx.x % 128; i < kFlip * 8; i += 128) {
-              const int token = from + i / 8;
-              const int first = group * 64 + i % 8 * 8;
-              if (token < tokens && first < rows) {
-                const std::uint8_t* piece = flip + i / 8 * kQmmFlipBytes + i % 8 * 16;
-                auto* out = reinterpret_cast<std::uint16_t*>(p.out) +
-                            (first_token + token) * p.out_stride + first_row + first;
-                if (p.vector_out && first + 8 <= rows) {
-                  *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(piece);
-                } else {
-                  const int count = min(8, rows - first);
-                  for (int e = 0; e < count; ++e) {
-                    out[e] = reinterpret_cast<const std::uint16_t*>(piece)[e];
-                  }
-                }
-              }
-            }
-            named_barrier(2 + group, 128);
           }
         }
       }
     } else {
-      // The last job: nobody needs the ring any more, which is where the sums go.
-      if constexpr (kTurns == 1) named_barrier(1, kThreads);
-      auto* const sums = reinterpret_cast<float*>(acts);
-      constexpr std::integral_constant<int, kTokens> kAll;
-      if (turn == 0) each_sum(sums, 0, kAll, write_sum);
-      cluster_barrier();
-      // The thread blocks share the tokens; a thread has four outputs of a token.
-      constexpr int kRows = kTiles * 16;
-      const int first = threadIdx.x % (kRows / 4) * 4;
-      float factor[4], bias[4];
+      // Per warpgroup, kQmmFlip tokens at a time, so that a token's 64 outputs are stored together.
+      const int group = tile / 4;
+      std::uint8_t* const flip = end_base + group * (kQmmFlip * kQmmFlipBytes);
+      const std::uint32_t to = shared_address(flip) + (lane / 16 * 8 + lane % 8) * kQmmFlipBytes +
+                               tile % 4 * 32 + lane / 8 % 2 * 16;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        factor[i] = row_factor(first + i);
-        bias[i] = row_bias(first + i);
-      }
-      const std::uint32_t sums_at = shared_address(sums);
-      for (int token = job.split + threadIdx.x / (kRows / 4) * p.splits;
-           token < tokens && first < rows; token += kThreads / (kRows / 4) * p.splits) {
-        float4 sum = {0, 0, 0, 0};
+      for (int from = 0; from < kTokens; from += kQmmFlip) {
+        if (from < owned_to && from + kQmmFlip > owned_from) {
 #pragma unroll
-        for (int from = 0; from < 8; from += 4) {
-          float4 parts[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (from + i < p.splits) {
-              parts[i] = load4_from_cluster(sums_at + 4 * (token * kRun + first), from + i);
-            }
+          for (int t = 0; t < kQmmFlip / 8; t += 2) {
+            const int at = from / 8 + t;
+            stmatrix_x4_transposed(to + t * (8 * kQmmFlipBytes), packed(at, 0), packed(at, 1),
+                                   packed(at + 1, 0), packed(at + 1, 1));
           }
+          named_barrier(2 + group, 128);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (from + i < p.splits) {
-              sum.x += parts[i].x;
-              sum.y += parts[i].y;
-              sum.z += parts[i].z;
-              sum.w += parts[i].w;
-            }
+          for (int i = threadIdx.x % 128; i < kQmmFlip * 8; i += 128) {
+            store_piece(from + i / 8, group * 64 + i % 8 * 8,
+                        flip + i / 8 * kQmmFlipBytes + i % 8 * 16);
           }
-        }
-        const std::uint32_t low =
-            float_pair<kBf16>(fmaf(sum.x, factor[0], bias[0]), fmaf(sum.y, factor[1], bias[1]));
-        const std::uint32_t high =
-            float_pair<kBf16>(fmaf(sum.z, factor[2], bias[2]), fmaf(sum.w, factor[3], bias[3]));
-        auto* out = reinterpret_cast<std::uint16_t*>(p.out) + (first_token + token) * p.out_stride +
-                    first_row + first;
-        if (p.vector_out && first + 4 <= rows) {
-          *reinterpret_cast<uint2*>(out) = make_uint2(low, high);
-        } else {
-          const std::uint16_t values[4] = {
-              static_cast<std::uint16_t>(low), static_cast<std::uint16_t>(low >> 16),
-              static_cast<std::uint16_t>(high), static_cast<std::uint16_t>(high >> 16)};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (first + e < rows) out[e] = values[e];
-          }
+          named_barrier(2 + group, 128);
         }
       }
-      cluster_meet();  // nobody leaves while its sums are being read
     }
   }
 }

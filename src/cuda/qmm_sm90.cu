@@ -171,6 +171,7 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   p.format = geometry.format;
   p.weights_once = args.ends != nullptr ? args.m <= std::int64_t{args.experts} * shape.tokens
                                         : p.token_groups == 1;
+  p.pair_out = reinterpret_cast<std::uintptr_t>(args.out) % 4 == 0 && args.out_stride % 2 == 0;
   p.vector_out = reinterpret_cast<std::uintptr_t>(args.out) % 16 == 0 && args.out_stride % 8 == 0;
 
   const int block_bytes = 2 * kBlockInputs * kind_bits(geometry.kind);
@@ -210,7 +211,9 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   if (!encoded) return static_cast<int>(cudaErrorNotSupported);
 
   // Tiles that all thread blocks have for themselves, and clusters for what remains.
-  p.splits = shape.splits;
+  const Scales scales = has_row_scale(kind) ? Scales::kPlain : qmm_scales(p);
+  p.splits =
+      std::min(shape.splits, qmm_most_splits(kind, scales, shape.tokens, shape.rows <= 64 ? 1 : 2));
   const int at_once = args.sm_count / p.splits * p.splits;
   if (args.ends != nullptr) {
     p.rounds = works > at_once ? 1 : 0;  // thread blocks go on while there is work

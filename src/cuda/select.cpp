@@ -92,12 +92,16 @@ double qmm_block_cycles(const Geometry& geometry, int rows, int tokens) {
     case Kind::kLut4:
       cycles = tokens == 128 ? 780 : tokens == 64 ? 650 : 400;
       break;
+    case Kind::kE4M3:
+    case Kind::kE5M2:
+      cycles = tokens == 128 ? 620 : tokens == 64 ? 520 : 420;
+      break;
     default:
       cycles = tokens == 128 ? 740 : tokens == 64 ? 610 : 440;
       break;
   }
   if (minima) cycles += 90;
-  if (rows <= 64) cycles *= tokens == 64 ? 0.58 : tokens == 32 ? 0.5 : 0.38;
+  if (rows <= 64) cycles *= tokens == 64 ? 0.54 : tokens == 32 ? 0.5 : 0.38;
   return cycles;
 }
 
@@ -124,7 +128,10 @@ double qmm_cycles(const Problem& problem, const QmmShape& shape, double block_cy
   // An SM's share of the memory's bandwidth is 13 bytes a cycle.
   const double stream = static_cast<double>(problem.geometry.tiles * problem.geometry.tile_bytes) /
                         (13.0 * problem.sm_count);
-  return 5800 + std::max(busy, stream) + (sums ? 5000 + 0.25 * shape.tokens * shape.rows : 0);
+  // One SM alone gets 19 bytes a cycle.
+  const double share = waves * static_cast<double>(rows * problem.geometry.tile_bytes) / 19.0;
+  return 5800 + std::max({busy, stream, share}) +
+         (sums ? 5500 + 0.1 * shape.tokens * shape.rows : 0);
 }
 
 // The same for the fp8 tensor cores: bound by the bytes of the weights up to 128 tokens.
@@ -141,11 +148,14 @@ QmmShape select_qmm(const Problem& problem) {
   double best_cycles = 1e300;
   for (const int tokens : {8, 16, 32, 64, 128, 256}) {
     const bool covers = tokens >= problem.m;
-    if (!covers && tokens < 64) continue;  // several tiles of so few tokens never paid
+    // Several tiles of so few tokens paid for sym_int4 alone, two of 32.
+    const bool halves = tokens == 32 && problem.m <= 64 && problem.geometry.kind == Kind::kInt4 &&
+                        problem.geometry.group_scale_bytes == 32;
+    if (!covers && tokens < 64 && !halves) continue;
     for (const int rows : {64, 128}) {
       if (rows == 64 && tokens > 64) continue;
       for (const int splits : {1, 2, 4}) {
-        if (blocks < splits * 4) break;
+        if (blocks < splits * 4 || (splits > 2 && tokens == 256)) break;
         const QmmShape shape{rows, tokens, splits, true};
         const double cycles =
             qmm_cycles(problem, shape, qmm_block_cycles(problem.geometry, rows, tokens));
@@ -223,7 +233,8 @@ Choice select(const Problem& problem) {
   // starts sooner; qmm, 16 of them at once, lasts.
   const std::int64_t bytes = problem.geometry.tiles * problem.geometry.tile_bytes;
   const bool wide = kind_bits(kind) == 8;
-  const bool starts = problem.m <= 8 && (!wide || bytes < (std::int64_t{48} << 20));
+  const bool starts =
+      problem.m <= (kind == Kind::kLut4 ? 4 : 8) && (!wide || bytes < (std::int64_t{48} << 20));
   // Up to 64 tokens the bytes of the weights decide, whatever multiplies.
   const bool eight = (kind == Kind::kE4M3 || kind == Kind::kE5M2) && shape_fits &&
                      problem.sm >= 90 && problem.sm < 100 && problem.exponent == 0 &&
