@@ -75,7 +75,7 @@ def core(full: bool, threads: int) -> list[dict]:
     return json.loads(result.read_text())
 
 
-def alternate(contenders: dict, seconds: float) -> dict[str, list[float]]:
+def alternate(contenders: dict, seconds: float, clock=time.perf_counter) -> dict[str, list[float]]:
     """Times of each contender's calls, one call of each per round, in a changing order."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
@@ -83,9 +83,9 @@ def alternate(contenders: dict, seconds: float) -> dict[str, list[float]]:
     rounds = 0
     while time.perf_counter() < end or rounds < 7:
         for name in order:
-            began = time.perf_counter()
+            began = clock()
             contenders[name]()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
         order.append(order.pop(0))
         rounds += 1
     return {name: taken[1:] for name, taken in times.items()}  # the first round warms up
@@ -94,9 +94,16 @@ def alternate(contenders: dict, seconds: float) -> dict[str, list[float]]:
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 
 
-def ops(full: bool) -> list[dict]:
-    """Our operator at precision `auto` against torch's bf16 F.linear: every number of tokens for
-    the types with groups, which claim to be faster at each; one and 512 for the float types."""
+def ops(
+    full: bool,
+    shapes: list[tuple[int, int]],
+    names: list[str],
+    tokens: list[int],
+    precision: str,
+    clock,
+) -> list[dict]:
+    """Our operator against torch's bf16 F.linear; unless `tokens` says so, the float types are
+    timed at one and 512 only."""
     import torch
     from peers import torch_int4pack
 
@@ -104,26 +111,29 @@ def ops(full: bool) -> list[dict]:
 
     rows = []
     print(f"\n{'operator':<12}{'shape':>12}{'M':>5}{'us':>10}{'GB/s':>8}{'of torch bf16':>15}")
-    for n, k in FULL_SHAPES if full else [SHAPE]:
+    number = ops.PRECISIONS.index(precision)
+    for n, k in shapes or (FULL_SHAPES if full else [SHAPE]):
         generator = torch.Generator().manual_seed(n + k)
         weight = torch.randn(n, k, generator=generator) * 0.02
         dense = weight.bfloat16()
         dense_ring = [dense.clone() for _ in range(RING_BYTES // dense.nbytes + 1)]
-        activations = {m: torch.randn(m, k, generator=generator).bfloat16() for m in TOKENS}
-        for name in ops.FORMATS:
+        activations = {
+            m: torch.randn(m, k, generator=generator).bfloat16() for m in tokens or TOKENS
+        }
+        for name in names or ops.FORMATS:
             packed, exponent = ops.quantize(weight, name)
             info = ops.FORMATS[name]
             group = ops.default_group_size(name)
             numbers = (n, k, info.number, group, exponent)
             exact = ops.dequantize(packed, (n, k), info.number, group, exponent, torch.float32)
             ring = [packed.clone() for _ in range(RING_BYTES // packed.nbytes + 1)]
-            for m in TOKENS if full or group else (1, 512):
+            for m in tokens or (TOKENS if full or group else (1, 512)):
                 x = activations[m]
                 at = {"ours": 0, "torch": 0}
 
                 def ours():
                     at["ours"] = (at["ours"] + 1) % len(ring)
-                    return ops.linear(x, ring[at["ours"]], None, *numbers)
+                    return ops.linear(x, ring[at["ours"]], None, *numbers, number)
 
                 def bf16():
                     at["torch"] = (at["torch"] + 1) % len(dense_ring)
@@ -131,7 +141,14 @@ def ops(full: bool) -> list[dict]:
 
                 expected = x.float() @ exact.t()
                 error = float((ours().float() - expected).abs().max() / expected.abs().max())
-                row = {"format": name, "n": n, "k": k, "m": m, "error": error}
+                row = {
+                    "format": name,
+                    "n": n,
+                    "k": k,
+                    "m": m,
+                    "precision": precision,
+                    "error": error,
+                }
                 rows.append(row)
                 if not error < PRECISION_ERROR:
                     row["wrong"] = True
@@ -140,7 +157,7 @@ def ops(full: bool) -> list[dict]:
                 contenders = {"ours": ours, "torch": bf16}
                 if name == "sym_int4" and (n % 16, k % 64) == (0, 0):
                     contenders["int4pack"] = torch_int4pack.contender(weight, x, RING_BYTES)
-                times = alternate(contenders, 1.0 if full else 0.5)
+                times = alternate(contenders, 1.0 if full else 0.5, clock)
                 median = {who: statistics.median(taken) for who, taken in times.items()}
                 ratios = [t / o for o, t in zip(times["ours"], times["torch"], strict=True)]
                 row["seconds"] = median
@@ -250,6 +267,16 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="other engines on the same work")
     parser.add_argument("--part", choices=["core", "ops", "model", "peers"], action="append")
     parser.add_argument("--contenders", default="", help="peers whose names contain one of a,b")
+    parser.add_argument("--shapes", default="", help="of the ops part: 4096x4096,14336x4096")
+    parser.add_argument("--formats", default="", help="of the ops part")
+    parser.add_argument("--tokens", default="", help="of the ops part: 1,16,512")
+    parser.add_argument("--precision", default="auto", help="of the ops part")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="of the ops part; cpu: one thread, by its processor time, whatever else runs beside",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of the peers part")
     parser.add_argument("--json", metavar="FILE", help="default: .cache/bench-<time>.json")
     options = parser.parse_args()
@@ -258,6 +285,8 @@ def main() -> None:
 
     from ipex_llm import ops as operators
 
+    if options.clock == "cpu":
+        torch.set_num_threads(1)
     threads = torch.get_num_threads()
     parts = options.part or (["model", "peers"] if options.peers else ["core", "ops", "model"])
     record = {
@@ -275,7 +304,14 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in record.items()), flush=True)
     measure = {
         "core": lambda: core(options.full, threads),
-        "ops": lambda: ops(options.full),
+        "ops": lambda: ops(
+            options.full,
+            [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",") if shape],
+            [name for name in options.formats.split(",") if name],
+            [int(m) for m in options.tokens.split(",") if m],
+            options.precision,
+            time.thread_time if options.clock == "cpu" else time.perf_counter,
+        ),
         "model": lambda: model(options.full, options.peers),
         "peers": lambda: peers(options.rounds, options.contenders),
     }
