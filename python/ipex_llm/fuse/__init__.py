@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse import forward, prove
-from ipex_llm.fuse.attention import is_causal, written_out
+from ipex_llm.fuse.attention import is_causal, split_bias, written_out
 from ipex_llm.fuse.cache import FORMATS
 from ipex_llm.fuse.describe import Description
 from ipex_llm.fuse.learn import wait
@@ -392,6 +392,9 @@ def _recognise(module, scenarios, config) -> Description:
                     call.output = call.output[None]
         if expert_parameters(copied):
             return find_experts(seen, arguments, x)
+        given = next((arguments[k] for k in forward._MASK & arguments.keys()), None)
+        for call in seen.attention:
+            split_bias(call, arguments, given)
         seen.attention = seen.attention or written_out(seen, arguments)
         if len(linears(seen)) < 2:
             raise Unrecognised("fewer than two low-bit products")
@@ -421,13 +424,13 @@ def _recognise(module, scenarios, config) -> Description:
             if seen.attention and arguments[name].shape[1] > 1:
                 call = seen.attention[0]
                 description.causal = call.causal if call.mask is None else None
-                mask = next((arguments[k] for k in forward._MASK & arguments.keys()), None)
-                if isinstance(mask, torch.Tensor) and mask.dim() != 4 and call.mask is None:
-                    if not is_causal(mask):
+                if isinstance(given, torch.Tensor) and given.dim() != 4 and call.mask is None:
+                    if not is_causal(given):
                         raise Unrecognised("a mask that does not reach the attention")
                     description.flag = True
                 if description.attention is not None and call.bias is not None:
                     description.bias = next(k for k, v in arguments.items() if v is call.bias)
+                    description.bias_at = _place_of(call.bias, seen.result)
             return description
     raise Unrecognised(reasons[0] if seen.attention else reasons[-1])
 
@@ -447,10 +450,19 @@ def _check_mask(copied, arguments, x, name: str, config, call) -> None:
         for key in forward._CACHE & visible.keys():
             visible[key] = prove.fresh_cache(visible[key], config)
         seen = record(copied, (), visible)
+        for seen_call in seen.attention:
+            split_bias(seen_call, visible, every)
         calls = seen.attention or written_out(seen, visible)
         if calls and _shows_all(calls[0].mask):
             return
     raise Unrecognised("a mask of its own making")
+
+
+def _place_of(value: torch.Tensor, result) -> int:
+    """Where a tuple has a tensor behind its first element; 0 where it does not."""
+    if not isinstance(result, tuple):
+        return 0
+    return next((i for i, v in enumerate(result) if i and v is value), 0)
 
 
 def _is_mask(value) -> bool:

@@ -130,6 +130,39 @@ def _fit(scores, product, seen, arguments, settings: Iterable[float]) -> _Fit | 
     return None
 
 
+def split_bias(call: Attended, arguments: dict[str, Any], given) -> None:
+    """Tells a bias that is an argument from the mask that it was put into."""
+    mask = call.mask
+    if mask is None or mask.dtype is torch.bool or mask.dim() != 4:
+        return
+    batch, heads, tokens, _ = call.query.shape
+    positions = call.key.shape[2]
+    if mask.shape[2:] != (tokens, positions):
+        return
+    hidden = mask <= _MASKED
+    if isinstance(given, torch.Tensor) and given.dim() == 4:
+        shown, causal = (given if given.dtype is torch.bool else given == 0), False
+        if not torch.equal(hidden, (~shown).expand(hidden.shape)):
+            return
+    elif given is None:
+        future = torch.ones((tokens, positions), dtype=torch.bool).triu(1 + positions - tokens)
+        causal = bool(hidden.any())
+        if causal and not torch.equal(hidden, future.expand(hidden.shape)):
+            return
+    else:
+        return
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor) or "mask" in name or value.dim() != 4:
+            continue
+        bias = bias_for(value, batch, heads, tokens, positions)
+        if bias is None or not mask.shape[1] == heads:
+            continue
+        difference = (bias.float() - mask.float())[~hidden.expand(bias.shape)]
+        if not difference.numel() or not bool(difference.any()):
+            call.bias, call.mask, call.causal = value, given, causal
+            return
+
+
 def is_causal(mask) -> bool:
     """Whether a mask is a float [n, n] that says nothing but causal."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not mask.is_floating_point():

@@ -215,6 +215,8 @@ class Description:
     # Whether what else the original returns are tensors (attention weights), left out here.
     drops: bool = False
     bias: str = ""  # the argument that is added to the scores
+    # Where the result, a tuple, has that argument as it came; 0: nowhere.
+    bias_at: int = 0
     # Positions from which on the attention depends on them beyond its rotation; 0: it never does.
     limit: int = 0
     length_limit: int = 0  # the same for positions that are counted by the cache

@@ -266,7 +266,12 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
             return None
         raise translate(error) from None
     count = description.returns
-    return out if count == 0 else (out, *(None,) * (count - 1))
+    if count == 0:
+        return out
+    others = [None] * (count - 1)
+    if description.bias_at:
+        others[description.bias_at - 1] = call.bias
+    return (out, *others)
 
 
 def _run_experts(call: Call, number: int, precision: int) -> torch.Tensor | None:
@@ -285,7 +290,8 @@ def _run_attention(state: State, call: Call, number: int, precision: int):
     a = description.attention
     if description.limit and not _within(call.positions, description.limit):
         return None
-    x, mask, past = call.hidden, call.mask, call.past
+    x, mask = call.hidden, call.mask
+    past = getattr(call.past, "self_attention_cache", call.past)
     batch, tokens, _ = x.shape
     cos, sin = call.cos, call.sin
     if a.rope != "none":
@@ -304,12 +310,13 @@ def _run_attention(state: State, call: Call, number: int, precision: int):
             return None
         if mask.stride(3) != 1:
             mask = mask.contiguous()
+    unmasked = mask is None
     if description.bias:
         mask = _with_bias(mask, call.bias, x, a.heads)
         if mask is None:
             return None
     causal = False
-    if mask is None and tokens > 1:
+    if unmasked and tokens > 1:
         if description.causal is None:
             return None
         causal = description.causal
@@ -373,9 +380,8 @@ def _with_bias(mask, bias, x: torch.Tensor, heads: int) -> torch.Tensor | None:
         return bias if bias is None or bias.stride(3) == 1 else bias.contiguous()
     if mask.shape[3] != bias.shape[3]:
         return None
-    if mask.dtype is torch.bool:
-        return torch.where(mask, bias, -torch.inf)
-    return mask + bias
+    both = torch.where(mask, bias, -torch.inf) if mask.dtype is torch.bool else mask + bias
+    return both if both.stride(3) == 1 else both.contiguous()
 
 
 # ---- all blocks in one operator ------------------------------------------------------------------

@@ -203,13 +203,14 @@ def _keeps(kept: dict[nn.Module, torch.Tensor]):
     return hook
 
 
-def count_of(result) -> int:
+def count_of(result, bias_at: int = 0) -> int:
     """Description.returns for a result."""
     if isinstance(result, torch.Tensor):
         return 0
     if type(result) is tuple and result and isinstance(result[0], torch.Tensor):
         # Attention weights may be among them, which `output_attentions` asks for or hooks read.
-        if all(value is None or _is_weights(value, result[0]) for value in result[1:]):
+        others = (value for i, value in enumerate(result) if i not in (0, bias_at))
+        if all(value is None or _is_weights(value, result[0]) for value in others):
             return len(result)
         raise Unrecognised("returns more than the hidden states")
     raise Unrecognised(f"returns a {type(result).__name__}")
@@ -224,9 +225,18 @@ def _is_weights(value, hidden: torch.Tensor) -> bool:
     )
 
 
-def drops(result) -> bool:
+def drops(result, bias_at: int = 0) -> bool:
     """Whether a fused form leaves out something that `result` has."""
-    return not isinstance(result, torch.Tensor) and any(v is not None for v in result[1:])
+    if isinstance(result, torch.Tensor):
+        return False
+    return any(value is not None for i, value in enumerate(result) if i not in (0, bias_at))
+
+
+def _same_bias(want, have, bias_at: int) -> bool:
+    """Whether both results hand on the bias they were given."""
+    return bias_at == 0 or (
+        isinstance(want[bias_at], torch.Tensor) and torch.equal(want[bias_at], have[bias_at])
+    )
 
 
 def tensor_of(result) -> torch.Tensor:
@@ -253,8 +263,9 @@ def prove(
         swap_class(fused, Fused)
         for seed, steps in enumerate(scenarios):
             expected, cache = outputs(original, steps, torch.float32, config, 100 * seed)
-            description.returns = count_of(expected[0][1])
-            description.drops = drops(expected[0][1])
+            at = description.bias_at
+            description.returns = count_of(expected[0][1], at)
+            description.drops = drops(expected[0][1], at)
             if a is not None and seed == 0:
                 a.layer_idx = -1 if cache is None else filled_layer(cache)
             if seed == 0 and a is not None:
@@ -266,7 +277,7 @@ def prove(
             state.required = True
             got, fused_cache = outputs(fused, steps, torch.float32, config, 100 * seed)
             for step, (x, want), (_, have) in zip(steps, expected, got, strict=True):
-                if count_of(want) != count_of(have):
+                if count_of(want, at) != count_of(have, at) or not _same_bias(want, have, at):
                     raise Unrecognised("returns other things")
                 want, have = tensor_of(want), tensor_of(have)
                 update = _update(description, x, want)
@@ -304,16 +315,19 @@ def prove_alike(module: nn.Module, description: Description, steps: list[Step], 
                     copied, [far], torch.float32, config, 0, torch.float32, length=_FAR
                 )
                 expected = x, want
-        if expected is None or count_of(expected[1]) != description.returns:
+        at = description.bias_at
+        if expected is None or count_of(expected[1], at) != description.returns:
             return prove(module, description, [steps[:1]], config, torch.float32)
         x, want = expected
-        if drops(want) != description.drops:
+        if drops(want, at) != description.drops:
             return prove(module, description, [steps[:1]], config, torch.float32)
         if a is not None:
             a.layer_idx = -1 if cache is None else filled_layer(cache)
         swap_class(copied, Fused)
         copied.__dict__[STATE] = state
         ((_, have),), fused_cache = outputs(copied, [step], torch.float32, config, 0)
+        if not _same_bias(want, have, at):
+            raise Unrecognised("hands on another bias")
         want, have = tensor_of(want), tensor_of(have)
         worst = difference(have, want, _update(description, x, want), step.valid)
         if not worst <= TOLERANCE:

@@ -1107,12 +1107,14 @@ def find_mlp_module(record: Record, x: torch.Tensor) -> Description:
     out = first_result(record)
     if out.shape != x.shape or record.attention:
         raise Unrecognised("not an MLP")
-    a = _factor(out, torch.zeros_like(out), last.output.reshape(out.shape))
-    if a is None:
-        raise Unrecognised("the MLP's result is changed after its last linear")
-    mlp.multiplier = a
-    mlp.residual = False
-    return Description(mlp=mlp)
+    for residual in (False, True):
+        base = x if residual else torch.zeros_like(x)
+        found = _last_sum(record, base, last.output.reshape(out.shape), out)
+        if found is not None:
+            mlp.multiplier, mlp.out_norm, mlp.post_norm = found
+            mlp.residual = residual
+            return Description(mlp=mlp)
+    raise Unrecognised("the MLP's result is changed after its last linear")
 
 
 # ---- experts -------------------------------------------------------------------------------------

@@ -907,3 +907,46 @@ def test_another_default_dtype_changes_nothing():
         torch.set_default_dtype(before)
     parts = [entry["fused"] for entry in ipex_llm.optimization_report(fused).fused]
     assert parts == ["attention and MLP"] * 2
+
+
+def seq2seq_pair(kind, **more):
+    settings = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 3}
+    models = []
+    for fusing in (False, True):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(
+            kind, **settings, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0, **more
+        )
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.normal_(1.0, 0.3)
+                if "relative_attention_bias" in name:
+                    parameter.normal_(0.0, 2.0)
+        models.append(ipex_llm.optimize_model(model, optimize_llm=fusing))
+    return models
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_a_bias_that_blocks_hand_on(kind, monkeypatch):
+    """T5's first block makes the bias of relative positions; the others get it, and return it."""
+    plain, fused = seq2seq_pair(kind)
+    parts = {e["name"]: e["fused"] for e in ipex_llm.optimization_report(fused).fused}
+    for stack in ("encoder", "decoder"):
+        assert f"{stack}.block.0.layer.0" not in parts
+        assert [parts[f"{stack}.block.{i}.layer.0"] for i in (1, 2)] == ["attention"] * 2
+    calls = Calls(monkeypatch)
+    source, mask = ids(2, 40), torch.ones((2, 40), dtype=torch.long)
+    mask[1, 25:] = 0
+    target = ids(2, 70, 1)
+    with torch.no_grad():
+        want, have = (
+            m(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
+            for m in (plain, fused)
+        )
+    assert close(have, want)
+    assert calls.served >= 8
+    for how in ({}, {"num_beams": 3}, {"use_cache": False}):
+        more = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **how}
+        assert torch.equal(plain.generate(source, **more), fused.generate(source, **more))
