@@ -109,6 +109,14 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
   if (!cpu::isa_info(Isa::kAmx).compiled) return;
   // Tiles where there are tokens to fill them; few read packed weights.
   EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 5), "amx.bf16.panel.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 4),
+            "avx512vnni.fp32.decode.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kInt8, 4),
+            "avx512vnni.fp32.decode.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kFp32, 8),
+            "avx512vnni.fp32.decode.fp8_e5m2");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kFp32, 9),
+            "avx512vnni.fp32.panel.fp8_e5m2");
   EXPECT_EQ(name(Isa::kAmx, Format::kFp16, Precision::kInt8, 16), "amx.bf16.panel.fp16");
   EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 4), "avx512vnni.fp32.decode.bf16");
   EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, 12),
