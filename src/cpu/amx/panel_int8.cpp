@@ -177,8 +177,8 @@ LOWBIT_INLINE Panel make_panel(std::byte* scratch, const Shape& shape) {
 
 std::int64_t scratch_bytes(const RowBlock&, const Activations& a) {
   const Shape shape(a);
-  return make_panel(nullptr, shape).kept - static_cast<std::byte*>(nullptr) +
-         kPanels * shape.blocks * kBlockBytes;
+  return kCodeBytes + 2 * kSumBytes + 2 * kStepFloats * 4 +
+         kPanels * (kTiles * 2 * shape.deep() * kTileBytes + shape.blocks * kBlockBytes);
 }
 
 // Signed operands of groups [begin, end) of one row tile.
