@@ -103,10 +103,26 @@ struct Brain {
       const auto plane = Floats<F>::plane(codes, walk.inputs(g), block);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
         __m512 weights[4];
-        floats.template quad<i>(codes, block, plane, weights);
+        quad<i>(floats, codes, block, plane, weights);
         _mm512_store_si512(to + i * 128, interleave(weights[0], weights[1]));
         _mm512_store_si512(to + i * 128 + 64, interleave(weights[2], weights[3]));
       });
+    }
+  }
+  // As Floats::quad. Four bits become a float32 by a look-up, which ignores the bits above them, in
+  // place of a mask and a conversion.
+  template <int I, class Plane>
+  LOWBIT_INLINE static void quad(const Floats<F>& floats, const std::byte* codes,
+                                 std::int64_t block, const Plane& plane, __m512 (&out)[4]) {
+    if constexpr (Grouped<F>::kBits == 4 && !Grouped<F>::kTable) {
+      const __m512 values = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      const __m512i index = Unpack<4>::index<I>(codes, block, plane);
+      unroll<4>([&](auto k) LOWBIT_LAMBDA {
+        const __m512i lane = k == 0 ? index : _mm512_srli_epi32(index, 8 * k);
+        out[k] = _mm512_fmadd_ps(_mm512_permutexvar_ps(lane, values), floats.scale, floats.offset);
+      });
+    } else {
+      floats.template quad<I>(codes, block, plane, out);
     }
   }
   // Row r's lane: first in its low half, second in its high half.
