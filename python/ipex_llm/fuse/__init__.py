@@ -28,6 +28,7 @@ from ipex_llm.fuse.recognise import (
     expert_parameters,
     find_attention_module,
     find_block,
+    find_cross_module,
     find_experts,
     find_mlp_module,
     linears,
@@ -409,6 +410,7 @@ def _recognise(module, scenarios, config) -> Description:
         for find in (
             lambda: find_block(seen, x, tables, memories),
             lambda: find_attention_module(seen, x, tables),
+            lambda: find_cross_module(seen, x, memories),
             lambda: find_mlp_module(seen, x),
         ):
             try:
@@ -419,7 +421,7 @@ def _recognise(module, scenarios, config) -> Description:
             except Unrecognised as error:
                 reasons.append(str(error))
                 continue
-            if description.attention is not None:
+            if description.first is not None:
                 _check_mask(copied, arguments, x, name, config, seen.attention[0])
             if seen.attention and arguments[name].shape[1] > 1:
                 call = seen.attention[0]
@@ -428,7 +430,7 @@ def _recognise(module, scenarios, config) -> Description:
                     if not is_causal(given):
                         raise Unrecognised("a mask that does not reach the attention")
                     description.flag = True
-                if description.attention is not None and call.bias is not None:
+                if description.first is not None and call.bias is not None:
                     description.bias = next(k for k, v in arguments.items() if v is call.bias)
                     description.bias_at = _place_of(call.bias, seen.result)
             return description

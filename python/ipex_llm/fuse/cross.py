@@ -83,6 +83,27 @@ def run(module: nn.Module, state, call, attention: Callable, precision: int):
     )
 
 
+def run_alone(module: nn.Module, state, call, precision: int):
+    """A cross attention that is a module of its own; None if the original has to be asked."""
+    description, x, memory, mask = state.description, call.hidden, call.memory, call.mask
+    kept = call.past if hasattr(call.past, "cross_attention_cache") else None
+    if state.hooked or (call.past is not None and kept is None) or call.cos is not None:
+        return None
+    if kept is not None and description.cross.layer_idx < 0:
+        return None
+    if type(memory) is not torch.Tensor or memory.dim() != 3 or memory.dtype is not x.dtype:
+        return None
+    if memory.shape[0] != x.shape[0]:
+        return None
+    if mask is not None:
+        if mask.dim() != 4 or mask.shape[3] != memory.shape[1]:
+            return None
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()
+    keys, values = _of_memory(module, description, memory, kept)
+    number = state.handle.number
+    return _blocks(x, [number], None, None, [keys], [values], 0, None, mask, False, precision)
+
+
 def _served(state, call) -> bool:
     description = state.description
     if call.past is not None or call.bias is not None or description.causal is None:
@@ -136,7 +157,7 @@ def _of_memory(module, description: Description, memory: torch.Tensor, kept: Any
         if pair[0] in kept:
             return [_heads(kept[projection], a) for projection in pair]
         return [_heads(projection(memory), a) for projection in pair]
-    index = description.attention.layer_idx
+    index = description.first.layer_idx
     if kept is not None and kept.is_updated.get(index):
         layer = kept.cross_attention_cache.layers[index]
         return layer.keys, layer.values

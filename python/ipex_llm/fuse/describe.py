@@ -202,7 +202,7 @@ class Description:
 
     attention: Attention | None = None
     mlp: Mlp | None = None
-    cross: Attention | None = None  # between the two
+    cross: Attention | None = None  # between the two, or alone
     memory: Memory | None = None  # of `cross`
     parallel: bool = False
     # What the module's forward returns: 0 the tensor itself, n a tuple of it and n - 1 times None.
@@ -255,6 +255,11 @@ class Description:
             names.append("experts" if self.mlp.experts else "MLP")
         return ", ".join(names[:-1]) + " and " + names[-1] if names[1:] else names[0]
 
+    @property
+    def first(self) -> Attention | None:
+        """The attention whose cache a call fills: its own, or a cross attention that is alone."""
+        return self.attention or self.cross
+
     def products(self) -> set[str]:
         """Names of all linears that the fused form computes."""
         names: list[str] = []
@@ -281,6 +286,8 @@ class Description:
         """What is registered: a cross attention comes between the halves, as a block of its own."""
         if self.cross is None:
             return [self]
+        if self.attention is None:
+            return [Description(self.cross, self.mlp)]
         return [Description(self.attention), Description(self.cross, self.mlp)]
 
 

@@ -236,7 +236,7 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
         return None  # a hook may be there for the attention weights
     if call.refused is not None or x.dtype not in _FLOATS or not x.is_cpu:
         return None
-    if x.dim() != 3 and not (x.dim() == 2 and state.description.attention is None):
+    if x.dim() != 3 and not (x.dim() == 2 and state.description.first is None):
         return None
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
         return None
@@ -245,7 +245,15 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
     number = state.handle.number
     precision = _state.precision
     try:
-        if attention is None:
+        if attention is None and description.cross is not None:
+            if description.bias:
+                call.mask = _with_bias(call.mask, call.bias, x, description.cross.heads)
+                if call.mask is None:
+                    return None
+            out = cross.run_alone(module, state, call, precision)
+            if out is None:
+                return None
+        elif attention is None:
             if call.past is not None or call.mask is not None or call.cos is not None:
                 return None
             if description.choice is not None:

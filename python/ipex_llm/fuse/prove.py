@@ -139,11 +139,16 @@ def forget() -> None:
     _made[:] = None, None
 
 
+def _part(cache, description: Description):
+    """The cache that the description's first attention fills."""
+    which = "cross" if description.attention is None else "self"
+    return getattr(cache, f"{which}_attention_cache", cache)
+
+
 def filled_layer(cache) -> int:
     """The only layer that holds something; -1 for a cache that has no layers."""
     if type(cache) is dict:
         return -1
-    cache = getattr(cache, "self_attention_cache", cache)
     filled = [i for i, layer in enumerate(cache.layers) if getattr(layer, "is_initialized", False)]
     if len(filled) != 1:
         raise Unrecognised(f"{len(filled)} layers of the cache are written in one call")
@@ -255,7 +260,7 @@ def prove(
 
     `exact_only`: in float32, not in the working dtype as well.
     """
-    a = description.attention
+    a = description.first
     worst = 0.0
     with undisturbed():
         original = _unfused(module)
@@ -267,7 +272,7 @@ def prove(
             description.returns = count_of(expected[0][1], at)
             description.drops = drops(expected[0][1], at)
             if a is not None and seed == 0:
-                a.layer_idx = -1 if cache is None else filled_layer(cache)
+                a.layer_idx = -1 if cache is None else filled_layer(_part(cache, description))
             if seed == 0 and a is not None:
                 description.limit = _limit(original, steps[0], expected[0], config)
                 description.length_limit = _length_limit(original, steps[0], expected[0], config)
@@ -285,7 +290,7 @@ def prove(
             if worst > TOLERANCE or worst != worst:
                 raise Unrecognised(f"differs from the original by {worst:.1e} of its update")
             if cache is not None:
-                _same_cache(cache, fused_cache, a.layer_idx)
+                _same_cache(_part(cache, description), _part(fused_cache, description), a.layer_idx)
     if dtype == torch.float32 or exact_only:
         return Proof(worst)
     return Proof(worst, _working_error(module, description, scenarios, config, dtype))
@@ -297,7 +302,7 @@ def prove_alike(module: nn.Module, description: Description, steps: list[Step], 
     One run of each side where nothing depends on positions or on the length of the cache: the
     original is given large ones, which a fused form does not look at.
     """
-    a = description.attention
+    a = description.first
     with undisturbed():
         copied = _unfused(module)
         state = State(description)
@@ -322,7 +327,7 @@ def prove_alike(module: nn.Module, description: Description, steps: list[Step], 
         if drops(want, at) != description.drops:
             return prove(module, description, [steps[:1]], config, torch.float32)
         if a is not None:
-            a.layer_idx = -1 if cache is None else filled_layer(cache)
+            a.layer_idx = -1 if cache is None else filled_layer(_part(cache, description))
         swap_class(copied, Fused)
         copied.__dict__[STATE] = state
         ((_, have),), fused_cache = outputs(copied, [step], torch.float32, config, 0)
@@ -333,7 +338,7 @@ def prove_alike(module: nn.Module, description: Description, steps: list[Step], 
         if not worst <= TOLERANCE:
             return prove(module, description, [steps[:1]], config, torch.float32)
         if cache is not None:
-            _same_cache(cache, fused_cache, a.layer_idx)
+            _same_cache(_part(cache, description), _part(fused_cache, description), a.layer_idx)
     return Proof(worst)
 
 
@@ -354,7 +359,8 @@ def _far(module: nn.Module, step: Step) -> Step:
 
 def _update(description: Description, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """What the module adds to its input, or all it gives."""
-    halves = [half for half in (description.attention, description.mlp) if half is not None]
+    halves = (description.attention, description.cross, description.mlp)
+    halves = [half for half in halves if half is not None]
     residual = all(half.residual and half.post_norm.kind == "none" for half in halves)
     return result - x if residual else result
 
@@ -481,8 +487,6 @@ def _kept(tensor: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 def _same_cache(cache, fused_cache, index: int) -> None:
     if type(cache) is dict:
         return  # the modules' own outputs, in the next token's attention
-    cache = getattr(cache, "self_attention_cache", cache)
-    fused_cache = getattr(fused_cache, "self_attention_cache", fused_cache)
     want, have = cache.layers[index], fused_cache.layers[index]
     if want.get_seq_length() != have.get_seq_length() or want.keys.shape != have.keys.shape:
         raise Unrecognised("leaves the cache with another length")

@@ -1102,6 +1102,24 @@ def find_attention_module(record: Record, x: torch.Tensor, tables) -> Descriptio
     raise Unrecognised("the attention's result is changed after its last linear")
 
 
+def find_cross_module(record: Record, x: torch.Tensor, memories) -> Description:
+    """A module that is a cross attention alone."""
+    if len(record.attention) != 1 or not memories:
+        raise Unrecognised("no cross attention")
+    cross, memory, last = find_cross(record, x, memories, 0)
+    out = first_result(record)
+    if out.shape != x.shape:
+        raise Unrecognised("the result has another shape than the hidden states")
+    for residual in (False, True):
+        base = x if residual else torch.zeros_like(x)
+        found = _last_sum(record, base, last.output.reshape(x.shape), out)
+        if found is not None:
+            cross.multiplier, cross.out_norm, cross.post_norm = found
+            cross.residual = residual
+            return Description(cross=cross, memory=memory)
+    raise Unrecognised("the attention's result is changed after its last linear")
+
+
 def find_mlp_module(record: Record, x: torch.Tensor) -> Description:
     mlp, last = find_mlp(record, x)
     out = first_result(record)

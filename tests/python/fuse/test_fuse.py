@@ -936,6 +936,7 @@ def test_a_bias_that_blocks_hand_on(kind, monkeypatch):
     for stack in ("encoder", "decoder"):
         assert f"{stack}.block.0.layer.0" not in parts
         assert [parts[f"{stack}.block.{i}.layer.0"] for i in (1, 2)] == ["attention"] * 2
+    assert [parts[f"decoder.block.{i}.layer.1"] for i in (1, 2)] == ["cross attention"] * 2
     calls = Calls(monkeypatch)
     source, mask = ids(2, 40), torch.ones((2, 40), dtype=torch.long)
     mask[1, 25:] = 0
