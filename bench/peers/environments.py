@@ -37,14 +37,17 @@ class Environment:
             return Path(sys.executable)
         python = self.folder / "bin" / "python"
         ready = self.folder / ".ready"
-        wanted = "\n".join([*self.requirements, *self.alone, *self.removed])
+        settings = [value for _, value in self.variables] if self.compiled else []
+        wanted = "\n".join([*self.requirements, *self.alone, *self.removed, *settings])
         if ready.exists() and ready.read_text() == wanted:
             return python
         print(f"\nsetting up {self.folder.relative_to(ROOT)} {self.note}".rstrip(), flush=True)
         if not python.exists():
             self._step([sys.executable, "-m", "venv", str(self.folder)])
         pip = [str(python), "-m", "pip"]
-        binary = ["--no-binary", ",".join(self.compiled)] if self.compiled else []
+        # What was compiled with other settings is neither kept nor taken from pip's cache.
+        anew = ["--no-cache-dir", "--force-reinstall"]
+        binary = ["--no-binary", ",".join(self.compiled), *anew] if self.compiled else []
         self._step([*pip, "install", *binary, *self.requirements])
         if self.alone:
             self._step([*pip, "install", "--no-deps", *self.alone])

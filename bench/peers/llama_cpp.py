@@ -7,11 +7,19 @@ from pathlib import Path
 from .environments import OURS, Environment
 
 KINDS = {kind: f"llama.cpp {kind}" for kind in ("Q4_0", "Q4_1", "Q8_0")}
+# GCC 12 leaves out part of the tile configuration that llama.cpp sets up: its AMX code, for
+# prompts, dies of a general protection fault.
+_WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8"
 ENVIRONMENT = Environment(
     "llamacpp",
     ("llama-cpp-python==0.3.36",),
     compiled=("llama-cpp-python",),
-    variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),),
+    variables=(
+        (
+            "CMAKE_ARGS",
+            f'-DGGML_NATIVE=ON "-DCMAKE_C_FLAGS={_WITHOUT_AMX}" "-DCMAKE_CXX_FLAGS={_WITHOUT_AMX}"',
+        ),
+    ),
     note="(llama.cpp is compiled, about ten minutes, once)",
 )
 CONVERTER = OURS  # has torch and gguf
