@@ -1,9 +1,9 @@
 """What recognising and proving blocks costs: the first call of a loaded model, without its tokens.
 
-    python bench/fusing.py [--model DIR] [--low-bit sym_int4] [--threads 1] [--repeats 5]
+    python bench/fusing.py [--model DIR | --shape llama-1.1b] [--low-bit sym_int4] [--threads 1]
+                           [--repeats 5]
 
-Without --model, a Llama of 1.1 B parameters (22 blocks) with random weights. Every repeat fuses a
-copy of the same low-bit model; the median is reported.
+Every repeat fuses a copy of the same low-bit model; the median is reported.
 """
 
 from __future__ import annotations
@@ -18,40 +18,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
 import torch
+from decode import SHAPES, build
 
 import ipex_llm
 from ipex_llm import fuse
 
 
-def build(directory: str | None):
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    if directory is not None:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
+    parser.add_argument("--shape", default="llama-1.1b", choices=SHAPES)
     parser.add_argument("--low-bit", default="sym_int4")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = ipex_llm.optimize_model(build(arguments.model), arguments.low_bit, optimize_llm=False)
+    model = ipex_llm.optimize_model(build(arguments), arguments.low_bit, optimize_llm=False)
     times = []
     for _ in range(arguments.repeats):
         fused = copy.deepcopy(model)

@@ -206,12 +206,12 @@ class ExpertsForward(Mixin):
         return loop(self, *args, **kwargs)
 
     def _reads_packed_groups(self) -> bool:
+        if not ops.has_grouped_linear() or torch.is_grad_enabled():
+            return False
         weights = [w for w in self.parameters(recurse=False) if w.dim() == 3]
         moe = sys.modules.get("transformers.integrations.moe")
         return (
-            ops.has_grouped_linear()
-            and hasattr(moe, "grouped_mm_experts_forward")
-            and not torch.is_grad_enabled()
+            hasattr(moe, "grouped_mm_experts_forward")
             and len(weights) == 2
             and all(isinstance(w, LowBitTensor) and w.packed.is_cuda for w in weights)
         )

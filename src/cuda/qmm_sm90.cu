@@ -215,14 +215,14 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   p.splits =
       std::min(shape.splits, qmm_most_splits(kind, scales, shape.tokens, shape.rows <= 64 ? 1 : 2));
   const int at_once = args.sm_count / p.splits * p.splits;
-  if (args.ends != nullptr) {
-    p.rounds = works > at_once ? 1 : 0;  // thread blocks go on while there is work
-  } else if (works * p.splits > at_once) {
+  if (args.ends == nullptr && works * p.splits > at_once) {
     p.rounds = static_cast<int>(works / at_once);
     if (works % at_once * p.splits > at_once) p.splits = 1;
   }
   while ((1 << p.split_shift) < p.splits) ++p.split_shift;
-  const auto thread_blocks = static_cast<unsigned>(p.rounds > 0 ? at_once : works * p.splits);
+  // Those of experts go on while there is work.
+  const auto thread_blocks = static_cast<unsigned>(
+      p.rounds > 0 ? at_once : std::min<std::int64_t>(works * p.splits, at_once));
   switch (kind) {
     case Kind::kInt4:
       return launch_qmm<Kind::kInt4>(p, maps, bf16, shape, thread_blocks, stream);

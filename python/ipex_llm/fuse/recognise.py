@@ -1067,6 +1067,21 @@ def _last_sum(
     return None
 
 
+def _ends_with(part, record: Record, x: torch.Tensor, last, out: torch.Tensor) -> bool:
+    """Whether `out` is what `part` computes last, perhaps scaled, normed and added to x.
+
+    `part` is told what stands between.
+    """
+    for residual in (False, True):
+        base = x if residual else torch.zeros_like(x)
+        found = _last_sum(record, base, last.output.reshape(x.shape), out)
+        if found is not None:
+            part.multiplier, part.out_norm, part.post_norm = found
+            part.residual = residual
+            return True
+    return False
+
+
 def _sums(record: Record, x: torch.Tensor, update: torch.Tensor):
     """(tensor, a, norm): tensors of the record that are x + a * update, and norms of such."""
     seen: list[torch.Tensor] = []
@@ -1092,14 +1107,9 @@ def find_attention_module(record: Record, x: torch.Tensor, tables) -> Descriptio
     out = first_result(record)
     if out.shape != x.shape:
         raise Unrecognised("the result has another shape than the hidden states")
-    update = last.output.reshape(x.shape)
-    for residual in (False, True):
-        found = _last_sum(record, x if residual else torch.zeros_like(x), update, out)
-        if found is not None:
-            attention.multiplier, attention.out_norm, attention.post_norm = found
-            attention.residual = residual
-            return Description(attention=attention)
-    raise Unrecognised("the attention's result is changed after its last linear")
+    if not _ends_with(attention, record, x, last, out):
+        raise Unrecognised("the attention's result is changed after its last linear")
+    return Description(attention=attention)
 
 
 def find_cross_module(record: Record, x: torch.Tensor, memories) -> Description:
@@ -1110,14 +1120,9 @@ def find_cross_module(record: Record, x: torch.Tensor, memories) -> Description:
     out = first_result(record)
     if out.shape != x.shape:
         raise Unrecognised("the result has another shape than the hidden states")
-    for residual in (False, True):
-        base = x if residual else torch.zeros_like(x)
-        found = _last_sum(record, base, last.output.reshape(x.shape), out)
-        if found is not None:
-            cross.multiplier, cross.out_norm, cross.post_norm = found
-            cross.residual = residual
-            return Description(cross=cross, memory=memory)
-    raise Unrecognised("the attention's result is changed after its last linear")
+    if not _ends_with(cross, record, x, last, out):
+        raise Unrecognised("the attention's result is changed after its last linear")
+    return Description(cross=cross, memory=memory)
 
 
 def find_mlp_module(record: Record, x: torch.Tensor) -> Description:
@@ -1125,14 +1130,9 @@ def find_mlp_module(record: Record, x: torch.Tensor) -> Description:
     out = first_result(record)
     if out.shape != x.shape or record.attention:
         raise Unrecognised("not an MLP")
-    for residual in (False, True):
-        base = x if residual else torch.zeros_like(x)
-        found = _last_sum(record, base, last.output.reshape(out.shape), out)
-        if found is not None:
-            mlp.multiplier, mlp.out_norm, mlp.post_norm = found
-            mlp.residual = residual
-            return Description(mlp=mlp)
-    raise Unrecognised("the MLP's result is changed after its last linear")
+    if not _ends_with(mlp, record, x, last, out):
+        raise Unrecognised("the MLP's result is changed after its last linear")
+    return Description(mlp=mlp)
 
 
 # ---- experts -------------------------------------------------------------------------------------

@@ -72,12 +72,8 @@ std::int64_t activation_bytes(const Activations& a) {
 
 template <bool kMinimum>
 void prepare(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
-  // Below this the reciprocal of the step would overflow; such a group counts as zero.
-  constexpr float kTiny = 0x1p-100f;
   const Shape shape(a);
-  const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
   const __m512i order = packed_order(tokens.dtype);
-  const __m512i ones = _mm512_set1_epi8(1);
   const std::int64_t depth = shape.tile_bytes / kTokens;
   // The last block is filled up with zeros.
   const std::int64_t stop = end == a.m ? shape.blocks * kTokens : end;
@@ -96,46 +92,19 @@ void prepare(const Tokens& tokens, const Activations& a, std::int64_t begin, std
       std::byte* tile = record + 64 + slot * depth;
       const std::int64_t from = t * tokens.stride + g * shape.group;
       const std::int64_t inputs = t < a.m ? a.k - g * shape.group : 0;
-      alignas(64) float held[256];  // the largest group
-      __m512i largest = _mm512_setzero_si512();
-      for (std::int64_t k = 0; k < shape.group; k += 32) {
-        __m512 x, y;
-        load32(tokens.x, tokens.dtype, from + k, inputs - k, x, y);
-        _mm512_store_ps(held + k, x);
-        _mm512_store_ps(held + k + 16, y);
-        largest = _mm512_max_epu32(
-            largest, _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(x), magnitude_bits),
-                                      _mm512_and_si512(_mm512_castps_si512(y), magnitude_bits)));
-      }
-      const std::uint32_t top = _mm512_reduce_max_epu32(largest);
-      const float absmax =
-          _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(top))));
-      const bool finite = top < 0x7f800000u;
-      const bool zero = !finite || absmax < kTiny;
-      const float step = finite ? (zero ? 0.0f : absmax / 127.0f) : __builtin_nanf("");
-      const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : 127.0f / absmax);
-      const __mmask16 keep = zero ? 0 : 0xffff;
-      __m512i total = _mm512_setzero_si512();
-      for (std::int64_t k = 0; k < shape.group; k += 64) {
-        const auto words = [&](std::int64_t at) LOWBIT_LAMBDA {
-          const auto sixteen = [&](std::int64_t i) LOWBIT_LAMBDA {
-            return _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(_mm512_load_ps(held + i), inverse));
-          };
-          return _mm512_packs_epi32(sixteen(at), sixteen(at + 16));
-        };
-        const __m512i second = depth == 64 ? words(k + 32) : _mm512_setzero_si512();
-        const __m512i bytes = _mm512_packs_epi16(words(k), second);
-        if constexpr (kMinimum) total = _mm512_dpbusd_epi32(total, ones, bytes);
-        const __m512i ordered = _mm512_permutexvar_epi8(order, bytes);
-        if (depth == 64) {
-          _mm512_store_si512(tile + k / 64 * kTileBytes, ordered);
+      const auto put_bytes = [&](int, std::int64_t k, __m512i bytes, bool whole) LOWBIT_LAMBDA {
+        if (whole) {
+          _mm512_store_si512(tile + k / 64 * kTileBytes, bytes);
         } else {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(tile), _mm512_castsi512_si256(ordered));
+          _mm256_store_si256(reinterpret_cast<__m256i*>(tile), _mm512_castsi512_si256(bytes));
         }
-      }
+      };
+      const Quantized<1> quantized =
+          quantize_group<1>(tokens, from, inputs, shape.group, order, put_bytes);
+      const float step = quantized.step;
       __builtin_memcpy(record + slot * 4, &step, 4);
       if constexpr (kMinimum) {
-        const float sum = step * static_cast<float>(_mm512_reduce_add_epi32(total));
+        const float sum = step * static_cast<float>(quantized.sum());
         const auto put = [&](std::byte* part, float value) LOWBIT_LAMBDA {
           const __m128i bits = (__m128i)_mm_cvtneps_pbh(_mm_set_ss(value));
           const auto word = static_cast<std::uint16_t>(_mm_cvtsi128_si32(bits));

@@ -294,15 +294,17 @@ constexpr Path int_path(const char* name, const char* activations) {
 template <Format F>
 constexpr Path codebook_path(const char* name) {
   constexpr bool kPair = F == Format::kNf3;
+  constexpr int kZero = kPair ? Nf3Pair::kZero : 0;
+  constexpr Init2 kInit2 = kPair ? Init2::kNone : Init2::kSplit;
   return {name,
           kPair ? "avx512.int8x2.t4.z128" : "avx512.int8x2.t4.split",
           int_activation_bytes<2, kTokens2>,
-          prepare_int < 2,
-          kTokens2,
-          0,
-          kPair ? Nf3Pair::kZero : 0,
-          kPair ? Init2::kNone : Init2::kSplit >
-          , no_scratch, run_codebook<F, kTokens2>, 1, 1, false};
+          prepare_int<2, kTokens2, 0, kZero, kInit2>,
+          no_scratch,
+          run_codebook<F, kTokens2>,
+          1,
+          1,
+          false};
 }
 
 #define LOWBIT_NAME(kind, format) "avx512vnni." kind "." format

@@ -167,7 +167,6 @@ LOWBIT_INLINE Quantized<kPlanes> quantize_group(const Tokens& tokens, std::int64
   const bool zero = !finite || absmax < kTiny;
   Quantized<kPlanes> result;
   result.step = finite ? (zero ? 0.0f : absmax / kLevels) : __builtin_nanf("");
-  if constexpr (kPlanes == 1) result.step = to_22_bits(result.step);
   const __m512 inverse = _mm512_set1_ps(zero ? 0.0f : kLevels / absmax);
   const __mmask16 keep = zero ? 0 : 0xffff;
   __m512i sums[kPlanes];
@@ -251,9 +250,10 @@ void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin,
                       LOWBIT_LAMBDA { __builtin_memcpy(to + i * nt * 4, quads.at + 8 + i, 4); });
       }
     };
-    put_arrays<kPlanes, kZero, kInit2>(
-        record, nt, slot,
-        quantize_group<kPlanes>(tokens, t * tokens.stride + k0, a.k - k0, inputs, order, put));
+    auto quantized =
+        quantize_group<kPlanes>(tokens, t * tokens.stride + k0, a.k - k0, inputs, order, put);
+    if constexpr (kPlanes == 1) quantized.step = to_22_bits(quantized.step);
+    put_arrays<kPlanes, kZero, kInit2>(record, nt, slot, quantized);
   };
   for (std::int64_t t = begin; t < end;) {
     const std::int64_t block = t / per_block, slot = t - block * per_block;

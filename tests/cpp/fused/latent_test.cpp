@@ -315,7 +315,7 @@ TEST_P(Latent, ProjectedAndAttendedItIsTheSame) {
 }
 
 TEST_P(Latent, RefusesProductsThatDoNotFit) {
-  if (!latent) GTEST_SKIP();
+  if (!latent) GTEST_SKIP() << "a shape without latents";
   std::vector<float> k = keys, v = values;
   block.attention.latent.head_rows -= 1;
   EXPECT_THROW(run(k, v), Error);
