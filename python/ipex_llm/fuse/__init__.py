@@ -4,6 +4,7 @@ observe    how the model calls its modules
 recognise  what a module computes, from the tensors that flow through it
 prove      the fused form against the original
 forward    the class swap, and when a call goes to the original
+stack      all blocks of a model in one operator
 cache      keys and values that grow in place
 """
 
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm.fuse import forward, prove
+from ipex_llm.fuse import prove
 from ipex_llm.fuse.attention import is_causal, split_bias, written_out
 from ipex_llm.fuse.cache import FORMATS
+from ipex_llm.fuse.call import CACHE, MASK, ROPE
 from ipex_llm.fuse.describe import Description
+from ipex_llm.fuse.forward import Fused
 from ipex_llm.fuse.learn import wait
+from ipex_llm.fuse.loaded import PENDING, FusesAtFirstCall
 from ipex_llm.fuse.observe import Observation, Unobservable, knows_inputs
 from ipex_llm.fuse.recognise import (
     Unrecognised,
@@ -35,6 +39,8 @@ from ipex_llm.fuse.recognise import (
     with_matrices,
 )
 from ipex_llm.fuse.report import Report, optimization_report
+from ipex_llm.fuse.stack import STACK, RunsBlocks, RunsStack
+from ipex_llm.fuse.state import STATE, State
 from ipex_llm.fuse.trace import converted, record, shadow, undisturbed
 from ipex_llm.tensor import LowBitTensor, swap_class
 
@@ -88,9 +94,9 @@ def _begin_with(model, roots, report, kv_cache_dtype, now: bool) -> None:
         if now:
             fuse_root(root, report, name, kv_cache_dtype)
         else:
-            root.__dict__[forward.PENDING] = (report, name, kv_cache_dtype)
+            root.__dict__[PENDING] = (report, name, kv_cache_dtype)
             report["waiting"] = "done at the first call without gradients"
-            swap_class(root, forward.FusesAtFirstCall)
+            swap_class(root, FusesAtFirstCall)
     if "" not in roots:
         if wait(model, report["entries"], [*roots.values()]):
             report["waiting"] = "blocks are looked at when they are first called without gradients"
@@ -120,7 +126,7 @@ def _quantize_caches(model: nn.Module, kv_cache_dtype: str) -> None:
     """After all proofs, which are about the blocks and not about a cache that rounds."""
     attentions = 0
     for module in model.modules():
-        state = module.__dict__.get(forward.STATE)
+        state = module.__dict__.get(STATE)
         a = None if state is None else state.description.attention
         if a is not None and a.quantizes:
             state.cache_format = FORMATS[kv_cache_dtype]
@@ -208,7 +214,7 @@ class _Fusing:
     def _proved(self, name: str, scenarios) -> str:
         """Why the fused form of a module is refused; "" if it is not."""
         module, entry = self.done[name], self.looked[name]
-        state = module.__dict__[forward.STATE]
+        state = module.__dict__[STATE]
         try:
             if len(scenarios) < 2:
                 raise Unrecognised("not called in every run")
@@ -225,7 +231,7 @@ class _Fusing:
         return ""
 
     def _leave(self, name: str, reason: str) -> None:
-        self.done.pop(name).__dict__.pop(forward.STATE, None)
+        self.done.pop(name).__dict__.pop(STATE, None)
         entry = self.looked[name]
         entry.update({"fused": "", "reason": reason})
         self.known = [kind for kind in self.known if kind.like != entry["like"]]
@@ -258,8 +264,8 @@ def accept_into(
         _log.debug("fusing %s", name, exc_info=True)
         entry["reason"] = f"{type(error).__name__}: {error}"
     else:
-        swap_class(module, forward.Fused)
-        module.__dict__[forward.STATE] = forward.State(description)
+        swap_class(module, Fused)
+        module.__dict__[STATE] = State(description)
         entry["fused"] = description.parts()
         entry["like"] = like
         entry["agreement"] = proof.agreement
@@ -274,7 +280,7 @@ def _is_stack(name: str, child: str, blocks: nn.ModuleList, seen) -> bool:
     path = f"{name}.{child}" if name else child
     arguments = []
     for index, block in enumerate(blocks):
-        state = block.__dict__.get(forward.STATE)
+        state = block.__dict__.get(STATE)
         scenarios = seen.get(f"{path}.{index}")
         if state is None or scenarios is None:
             return False
@@ -286,7 +292,7 @@ def _is_stack(name: str, child: str, blocks: nn.ModuleList, seen) -> bool:
             return False
         arguments.append([prove.named(block, step) for steps in scenarios for step in steps])
     for step in zip(*arguments, strict=True):
-        for key in (*forward._MASK, *forward._ROPE, *forward._CACHE):
+        for key in (*MASK, *ROPE, *CACHE):
             first = step[0].get(key)
             if any(other.get(key) is not first for other in step[1:]):
                 return False
@@ -302,9 +308,9 @@ def _accept_stack(module: nn.Module, child: str, config) -> None:
     except Exception:
         _log.debug("no stack", exc_info=True)
         return
-    swap_class(module, forward.RunsStack)
-    swap_class(module._modules[child], forward.RunsBlocks)
-    module.__dict__[forward.STACK] = child
+    swap_class(module, RunsStack)
+    swap_class(module._modules[child], RunsBlocks)
+    module.__dict__[STACK] = child
 
 
 def _takes_hidden(module: nn.Module, scenarios) -> bool:
@@ -379,7 +385,7 @@ def _recognise(module, scenarios, config) -> Description:
         copied = shadow(module)
         arguments = converted(prove.named(copied, scenarios[0][0]), torch.float32)
         name = prove.hidden_name(arguments)
-        for key in forward._CACHE & arguments.keys():
+        for key in CACHE & arguments.keys():
             arguments[key] = prove.fresh_cache(arguments[key], config)
         x = prove.random_hidden(arguments[name].shape, 7)
         arguments[name] = x
@@ -393,7 +399,7 @@ def _recognise(module, scenarios, config) -> Description:
                     call.output = call.output[None]
         if expert_parameters(copied):
             return find_experts(seen, arguments, x)
-        given = next((arguments[k] for k in forward._MASK & arguments.keys()), None)
+        given = next((arguments[k] for k in MASK & arguments.keys()), None)
         for call in seen.attention:
             split_bias(call, arguments, given)
         seen.attention = seen.attention or written_out(seen, arguments)
@@ -442,14 +448,14 @@ def _check_mask(copied, arguments, x, name: str, config, call) -> None:
 
     With everything visible in the mask that it is given, nothing may be hidden.
     """
-    given = next((k for k in forward._MASK & arguments.keys() if _is_mask(arguments[k])), None)
+    given = next((k for k in MASK & arguments.keys() if _is_mask(arguments[k])), None)
     if call.mask is None:
         return
     if given is not None:
         mask = arguments[given]
         every = torch.ones_like(mask) if mask.dtype is torch.bool else torch.zeros_like(mask)
         visible = {**arguments, name: x, given: every}
-        for key in forward._CACHE & visible.keys():
+        for key in CACHE & visible.keys():
             visible[key] = prove.fresh_cache(visible[key], config)
         seen = record(copied, (), visible)
         for seen_call in seen.attention:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm.fuse import forward
 from ipex_llm.fuse.observe import worth_watching
 from ipex_llm.fuse.prove import Step, hidden_name, named
 from ipex_llm.fuse.recognise import Unrecognised
+from ipex_llm.fuse.state import STATE
 from ipex_llm.layers import Mixin
 from ipex_llm.tensor import swap_class
 
@@ -38,7 +38,7 @@ class Learns(Mixin):
         if _WAITING in self.__dict__:
             if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 _learn(self, args, kwargs)
-                if forward.STATE in self.__dict__:
+                if STATE in self.__dict__:
                     return self.forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 

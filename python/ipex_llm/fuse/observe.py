@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm.fuse import forward
 from ipex_llm.fuse.prove import Step
 from ipex_llm.fuse.recognise import expert_parameters
+from ipex_llm.fuse.state import STATE, watched_by
 from ipex_llm.fuse.trace import preserved, undisturbed
 from ipex_llm.tensor import LowBitTensor
 
@@ -89,7 +89,7 @@ class Observation:
             if id(module) in names:
                 self._note(names[id(module)], args, kwargs)
 
-        with forward.watched_by(note):
+        with watched_by(note):
             try:
                 return self._run(_AGAIN)
             except Exception:
@@ -99,14 +99,14 @@ class Observation:
 
     def _raises_anyway(self, fused: dict[str, nn.Module]) -> bool:
         """Whether the unfused model takes no several tokens on a cache, as some do."""
-        states = [(m.__dict__, m.__dict__.pop(forward.STATE)) for m in fused.values()]
+        states = [(m.__dict__, m.__dict__.pop(STATE)) for m in fused.values()]
         try:
             self._run(_AGAIN)
         except Exception:
             return True
         finally:
             for attributes, state in states:
-                attributes[forward.STATE] = state
+                attributes[STATE] = state
         return False
 
     def _hook(self, name: str):

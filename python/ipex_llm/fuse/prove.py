@@ -16,23 +16,12 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse import cache as caches
+from ipex_llm.fuse.call import CACHE, HIDDEN, POSITIONS, ROPE, parameter_names, parts_of
 from ipex_llm.fuse.describe import Description, Handle
-from ipex_llm.fuse.forward import (
-    _CACHE,
-    _HIDDEN,
-    _ROPE,
-    POSITIONS,
-    STACK,
-    STATE,
-    Fused,
-    RunsBlocks,
-    RunsStack,
-    State,
-    _local,
-    parameter_names,
-    parts_of,
-)
+from ipex_llm.fuse.forward import Fused
 from ipex_llm.fuse.recognise import Unrecognised
+from ipex_llm.fuse.stack import STACK, RunsBlocks, RunsStack
+from ipex_llm.fuse.state import STATE, State, local
 from ipex_llm.fuse.trace import converted, shadow, undisturbed
 from ipex_llm.tensor import swap_class
 
@@ -70,14 +59,14 @@ def named(module: nn.Module, step: Step) -> dict[str, Any]:
 
 def hidden_name(arguments: dict[str, Any]) -> str:
     for name, value in arguments.items():
-        if name in _HIDDEN and isinstance(value, torch.Tensor) and value.dim() in (2, 3):
+        if name in HIDDEN and isinstance(value, torch.Tensor) and value.dim() in (2, 3):
             if value.is_floating_point():
                 return name
     raise Unrecognised("called without hidden states [batch, tokens, size] or [tokens, size]")
 
 
 def tables_of(arguments: dict[str, Any]):
-    for name in _ROPE:
+    for name in ROPE:
         value = arguments.get(name)
         if isinstance(value, torch.Tensor) and value.is_complex():
             return tuple(t.float() for t in parts_of(value))
@@ -188,7 +177,7 @@ def _run(
             name = hidden_name(arguments)
             x = random_hidden(arguments[name].shape, seed + number).to(rounded).to(dtype)
             arguments[name] = x
-            for key in _CACHE & arguments.keys():
+            for key in CACHE & arguments.keys():
                 if number == 0:
                     cache = fresh_cache(arguments[key], config, length)
                     cache = kept if type(cache) is dict else cache
@@ -455,9 +444,9 @@ def prove_stack(module: nn.Module, child: str, config) -> None:
         results = []
         for cache in (first, second):
             x = random_hidden((2, 1, config.hidden_size), 1)
-            before = _local.stacks
+            before = local.stacks
             out = copied(inputs_embeds=x, past_key_values=cache, use_cache=True)
-            if cache is second and _local.stacks == before:
+            if cache is second and local.stacks == before:
                 raise Unrecognised("the stack was not used")
             results.append((out[0], cache.get_seq_length()))
             swap_class(copied, RunsStack)

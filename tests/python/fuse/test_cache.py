@@ -15,7 +15,7 @@ from test_fuse import build, close, ids, pair
 
 import ipex_llm
 from ipex_llm.fuse import cache as caches
-from ipex_llm.fuse import forward
+from ipex_llm.fuse.state import STATE, local
 
 transformers = pytest.importorskip("transformers")
 
@@ -74,9 +74,9 @@ def test_several_appends_across_growth_of_the_buffers(models, kind):
             yield call(ids(1, tokens, seed))
         assert cache.get_seq_length() == 563
 
-    before = forward._local.stacks
+    before = local.stacks
     expect_close(both(models, kind, steps), kind)
-    assert forward._local.stacks - before == 6  # up to 8 tokens, but for the first call
+    assert local.stacks - before == 6  # up to 8 tokens, but for the first call
 
 
 @KINDS
@@ -266,7 +266,7 @@ def test_smollm2_says_the_same_with_int8_keys_and_values(smollm2_dir):
     prompt = tokenizer(text, return_tensors="pt")["input_ids"]
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.bfloat16)
     ipex_llm.optimize_model(model.eval(), kv_cache_dtype="int8")
-    states = [m.__dict__[forward.STATE] for m in model.modules() if forward.STATE in m.__dict__]
+    states = [m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__]
     results = {}
     for kind, number in caches.FORMATS.items():
         for state in states:

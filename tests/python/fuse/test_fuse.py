@@ -12,6 +12,7 @@ from torch import nn
 import ipex_llm
 from ipex_llm import fuse
 from ipex_llm.fuse import forward
+from ipex_llm.fuse.state import STATE, local
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +56,7 @@ def pair(*args, low_bit="sym_int4", **kwargs):
 
 
 def fused_modules(model):
-    return [m for m in model.modules() if forward.STATE in m.__dict__]
+    return [m for m in model.modules() if STATE in m.__dict__]
 
 
 def close(a, b, tolerance=2e-3):
@@ -308,18 +309,18 @@ def test_bfloat16_is_no_worse_than_the_original():
 
 def test_decoding_runs_all_blocks_as_one_operator():
     plain, fused = pair(layers=3)
-    before = forward._local.stacks
+    before = local.stacks
     more = {"max_new_tokens": 8, "do_sample": False}
     want, have = plain.generate(ids(), **more), fused.generate(ids(), **more)
     assert torch.equal(want, have)
-    assert forward._local.stacks - before == 7  # every token but the first, which ends the prompt
+    assert local.stacks - before == 7  # every token but the first, which ends the prompt
 
 
 def test_blocks_run_one_by_one_where_somebody_looks_between_them():
     plain, fused = pair(layers=3)
     seen = []
     fused.model.layers[1].register_forward_hook(lambda m, args, out: seen.append(out))
-    before = forward._local.stacks
+    before = local.stacks
     for model in (plain, fused):
         model.cache = transformers.DynamicCache(config=model.config)
         with torch.no_grad():
@@ -328,7 +329,7 @@ def test_blocks_run_one_by_one_where_somebody_looks_between_them():
         want = plain(ids(1, 1), past_key_values=plain.cache, output_hidden_states=True)
         have = fused(ids(1, 1), past_key_values=fused.cache, output_hidden_states=True)
     assert len(seen) == 2
-    assert forward._local.stacks == before
+    assert local.stacks == before
     for a, b in zip(have.hidden_states, want.hidden_states, strict=True):
         assert close(a, b)
 
@@ -472,7 +473,7 @@ def test_one_block_computes_something_else():
 
     plain, fused = pair_of(change)
     assert len(ipex_llm.optimization_report(fused).fused) == 4
-    kinds = [m.__dict__[forward.STATE].description.mlp.activation for m in fused_modules(fused)]
+    kinds = [m.__dict__[STATE].description.mlp.activation for m in fused_modules(fused)]
     assert kinds == ["silu", "silu", "gelu", "silu"]
     with torch.no_grad():
         assert close(fused(ids()).logits, plain(ids()).logits)
@@ -612,7 +613,7 @@ def test_a_block_with_one_thing_different_is_not_fused_wrongly():
     plain = build()
     clamp(plain.model.layers[0])
     ipex_llm.optimize_model(plain, optimize_llm=False)
-    assert forward.STATE not in model.model.layers[0].__dict__
+    assert STATE not in model.model.layers[0].__dict__
     with torch.no_grad():
         assert close(model(ids()).logits, plain(ids()).logits)
 
@@ -745,7 +746,7 @@ def test_experts_in_one_tensor(tokens, dtype):
     small = {"num_experts": 12, "num_experts_per_tok": 10, "moe_intermediate_size": 32}
     plain, fused = pair("qwen3_moe", dtype, decoder_sparse_step=1, mlp_only_layers=[], **small)
     experts = [m.model.layers[1].mlp.experts for m in (plain, fused)]
-    assert forward.STATE in experts[1].__dict__, str(ipex_llm.optimization_report(fused))
+    assert STATE in experts[1].__dict__, str(ipex_llm.optimization_report(fused))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn((tokens, 64), generator=generator).to(dtype)
     # 12 stands for no expert.
@@ -770,9 +771,7 @@ def test_experts_with_clamped_gates(kind, place, tokens, dtype):
         more |= {"mlp_layer_types": ["sparse"] * 2, "dense_intermediate_size": 96}
     plain, fused = pair(kind, dtype, **more)
     name = f"model.layers.1.{place}"
-    assert forward.STATE in fused.get_submodule(name).__dict__, str(
-        ipex_llm.optimization_report(fused)
-    )
+    assert STATE in fused.get_submodule(name).__dict__, str(ipex_llm.optimization_report(fused))
     generator = torch.Generator().manual_seed(1)
     chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(tokens)])
     weights = torch.rand((tokens, 2), generator=generator).to(dtype)
@@ -882,7 +881,7 @@ def test_queries_that_the_length_of_the_cache_scales(monkeypatch):
         attention_chunk_size=4096,
         **settings,
     )
-    states = [m.__dict__[forward.STATE] for m in fused_modules(fused)]
+    states = [m.__dict__[STATE] for m in fused_modules(fused)]
     attentions = [s.description for s in states if s.description.attention is not None]
     assert [d.length_limit for d in attentions] == [128, 128]
     calls = Calls(monkeypatch)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ipex_llm
-from ipex_llm.fuse import cross, forward
+from ipex_llm.fuse import cross
+from ipex_llm.fuse.state import STATE
 
 whisper = pytest.importorskip("whisper")
 
@@ -216,4 +217,4 @@ def test_a_block_that_raises_is_left_and_another_length_is_tried():
     report = ipex_llm.optimization_report(fused)
     assert [e["fused"] for e in report.entries] == ["attention and MLP", ""]
     assert all("too large for me" in e["reason"] for e in report.left)
-    assert forward.STATE not in fused.encoder.blocks[1].__dict__
+    assert STATE not in fused.encoder.blocks[1].__dict__
