@@ -1,6 +1,7 @@
 // Quantized keys and values (the layout: lowbit/fused.h): single heads in, blocks out as floats.
-// Included by fused_simd.h, whose vectors it uses.
 #pragma once
+
+#include "cpu/generic/fused_product.h"
 
 namespace lowbit::cpu {
 namespace {

@@ -9,6 +9,8 @@
 // largest of the block, as two uint8 planes. Integer sums are exact: 32 channels or 64 positions.
 #pragma once
 
+#include "cpu/generic/fused_cache.h"
+
 namespace lowbit::cpu {
 namespace {
 
