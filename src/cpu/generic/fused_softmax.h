@@ -39,13 +39,10 @@ LOWBIT_INLINE void transpose16(__m512i (&rows)[16]) {
   });
 }
 
-// 2^x, 0 below -126, where the result would be subnormal. Relative error below 2^-18 by a
-// polynomial of degree 4, below 2^-22 of degree 5 (minimax on [-1/2, 1/2]).
+// 2^f for |f| <= 1/2, minimax: relative error below 2^-18 by a polynomial of degree 4, below 2^-22
+// of degree 5.
 template <int kDegree>
-LOWBIT_INLINE __m512 exp2_of(__m512 x) {
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const __m512 n = _mm512_roundscale_ps(x, 0);
-  const __m512 f = _mm512_sub_ps(x, n);
+LOWBIT_INLINE __m512 exp2_fraction(__m512 f) {
   constexpr float kFour[] = {9.999992614e-1f, 6.931218146e-1f, 2.402474484e-1f, 5.591786178e-2f,
                              9.570101877e-3f};
   constexpr float kFive[] = {1.000000072e+0f, 6.931469671e-1f, 2.402211972e-1f,
@@ -56,7 +53,15 @@ LOWBIT_INLINE __m512 exp2_of(__m512 x) {
     constexpr int kPower = kDegree - 1 - i;
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kDegree == 4 ? kFour[kPower] : kFive[kPower]));
   });
-  return _mm512_maskz_scalef_ps(normal, p, n);
+  return p;
+}
+
+// 2^x, 0 below -126, where the result would be subnormal.
+template <int kDegree>
+LOWBIT_INLINE __m512 exp2_of(__m512 x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m512 n = _mm512_roundscale_ps(x, 0);
+  return _mm512_maskz_scalef_ps(normal, exp2_fraction<kDegree>(_mm512_sub_ps(x, n)), n);
 }
 
 LOWBIT_INLINE __m512 tanh_of(__m512 x) {

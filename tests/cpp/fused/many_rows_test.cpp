@@ -267,11 +267,24 @@ TEST_F(ManyRowsTest, ARowThatIsNotFiniteStaysAlone) {
     for (int r = 0; r < one.rows; ++r) {
       if (r == 3) {
         EXPECT_FALSE(std::isfinite(one.acc[3 * 64] / one.sum[3]));
+        EXPECT_NE(one.sum[3], 0);  // which would mean that it sees nothing
       } else {
         one.check(r);
       }
     }
   }
+}
+
+TEST_F(ManyRowsTest, LaterMaximaMakeEarlierWeightsSmall) {
+  Case one(many->rows, 32, 512, DType::kFloat32, random, 0.01f);
+  // Scores that rise from block to block, by less and by more than what weights may grow.
+  for (int r = 0; r < one.rows; ++r) one.q[static_cast<std::size_t>(r * 32)] = 1;
+  for (int p = 0; p < 512; ++p) {
+    const int block = p / 64;
+    one.keys[static_cast<std::size_t>(p * 32)] = static_cast<float>(block < 4 ? block : 20 * block);
+  }
+  one.run(*many);
+  for (int r = 0; r < one.rows; ++r) one.check(r);
 }
 
 TEST_F(ManyRowsTest, KeysThatAreNotSeenHaveNoSay) {
