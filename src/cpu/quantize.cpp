@@ -91,7 +91,9 @@ void fill_table(const FormatInfo& info, Codec* codec) {
     const float threshold = thresholds[static_cast<std::size_t>(code) - 1];
     const int bin = static_cast<int>(threshold * codec->bin_mul + codec->bin_add);
     codec->bin_threshold[bin] = threshold;
-    for (int above = bin + 1; above < 32; ++above) codec->bin_code[above] = code;
+    const auto place = static_cast<std::uint8_t>(code);
+    for (int from = bin; from < 32; ++from) codec->place_code[32 + from] = place;
+    for (int after = bin + 1; after < 32; ++after) codec->place_code[after] = place;
   }
 }
 
@@ -238,23 +240,37 @@ reference::ScaleRange quantize_pass(const QuantizeKernels* kernels, const Matrix
                                     const Layout& layout, int exponent, std::byte* packed,
                                     const Threads& threads) {
   const Codec& codec = codec_of(layout.format);
-  const bool direct = weight.dtype != DType::kFloat64 && weight.col_stride == 1 && exponent == 0;
-  const std::int64_t per_thread = direct ? kTasksPerThread : 1;  // a copy buffer per task
-  const std::int64_t tasks = std::min<std::int64_t>(layout.tiles, threads.count() * per_thread);
+  const bool vectors = kernels != nullptr && weight.dtype != DType::kFloat64 && exponent == 0;
+  const bool direct = vectors && weight.col_stride == 1;
+  const bool columns = vectors && !direct && weight.row_stride == 1;
+  // Sources that are copied: a buffer per task.
+  const std::int64_t per_thread = direct || kernels == nullptr ? kTasksPerThread : 1;
+  // Two tiles of columns are a cache line of 16-bit weights.
+  const std::int64_t together = columns ? 2 : 1;
+  const std::int64_t shares = (layout.tiles + together - 1) / together;
+  const std::int64_t tasks = std::min<std::int64_t>(shares, threads.count() * per_thread);
   std::vector<reference::ScaleRange> ranges(static_cast<std::size_t>(tasks));
   std::atomic<bool> out_of_memory{false};
   threads.run(tasks, [&](std::int64_t task) {
     const FloatEnvironment environment;
     reference::ScaleRange& range = ranges[static_cast<std::size_t>(task)];
-    const Run run = run_of(task, tasks, layout.tiles);
+    const Run share = run_of(task, tasks, shares);
+    const Run run{share.begin * together, std::min(share.end * together, layout.tiles)};
     std::optional<Copies> copies;
-    if (kernels != nullptr && !direct) {
-      try {
-        copies.emplace(*kernels, weight, exponent);
-      } catch (...) {
-        out_of_memory = true;
-        return;
+    try {
+      if (columns) {
+        const std::int64_t row = run.begin * kTileRows;
+        const cpu::SourceColumns source{element_address(weight, row, 0), weight.dtype,
+                                        weight.col_stride,
+                                        std::min(run.end * kTileRows, layout.n) - row, layout.k};
+        std::byte* workspace = cpu::thread_workspace(1, kernels->columns_workspace(source, layout));
+        return kernels->quantize_columns(source, layout, codec,
+                                         packed + run.begin * layout.tile_bytes, workspace, &range);
       }
+      if (kernels != nullptr && !direct) copies.emplace(*kernels, weight, exponent);
+    } catch (...) {
+      out_of_memory = true;
+      return;
     }
     for (std::int64_t tile = run.begin; tile < run.end; ++tile) {
       std::byte* packed_tile = packed + tile * layout.tile_bytes;

@@ -41,8 +41,15 @@ struct Codec {
   // The same as a look-up: bin i of 32 is the floats x with i <= x * bin_mul + bin_add < i + 1. No
   // bin holds two thresholds.
   alignas(64) float bin_threshold[32];
-  alignas(64) std::int32_t bin_code[32];  // the code below the bin's threshold
+  alignas(64) std::uint8_t place_code[64];  // of bin i below its threshold, and from it on (+ 32)
   float bin_mul, bin_add;
+};
+
+// Whose codes lie side by side where those of four vectors are narrowed to bytes.
+enum class Order : int {
+  kInputs,   // the vectors' lanes one after the other
+  kEvenOdd,  // the same, of two vectors with even and two with odd inputs
+  kLanes,    // lane r of all four in bytes 4 r to 4 r + 3
 };
 
 // Up to 16 rows of weights with inner stride 1, of float32, float16 or bfloat16.
@@ -53,6 +60,14 @@ struct SourceTile {
   int rows;                 // 1 to 16
   std::int64_t cols;
   bool more;  // the rows of another tile follow, and are worth fetching
+};
+
+// Rows that lie side by side: those of one input are contiguous.
+struct SourceColumns {
+  const void* data;
+  DType dtype;              // float32, float16 or bfloat16
+  std::int64_t col_stride;  // elements
+  std::int64_t rows, cols;
 };
 
 struct TargetTile {
@@ -69,6 +84,11 @@ struct QuantizeKernels {
   // says that weights were not finite, or that an exponent is needed, the bytes mean nothing.
   void (*quantize_tile)(const SourceTile& source, const Layout& layout, const Codec& codec,
                         std::byte* packed_tile, reference::ScaleRange* range);
+  // The same for any number of tiles from columns. `workspace` has columns_workspace() bytes.
+  void (*quantize_columns)(const SourceColumns& source, const Layout& layout, const Codec& codec,
+                           std::byte* packed_tiles, std::byte* workspace,
+                           reference::ScaleRange* range);
+  std::int64_t (*columns_workspace)(const SourceColumns& source, const Layout& layout);
   // Weights are multiplied by `power` = 2^exponent.
   void (*dequantize_tile)(const std::byte* packed_tile, const Layout& layout, const Codec& codec,
                           float power, const TargetTile& target);

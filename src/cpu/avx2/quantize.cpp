@@ -31,7 +31,7 @@ struct V {
     return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(after(p, 16)))};
   }
   static F load_brain(const void* p) { return from_bits(shift_left<16>(load_codes16(p))); }
-  static constexpr bool kSplitsBrain = false;
+  static constexpr Order kBrainOrder = Order::kInputs;
   static void load_two_brain(const void* p, F& first, F& second) {
     first = load_brain(p);
     second = load_brain(after(p, 32));
@@ -40,7 +40,8 @@ struct V {
     _mm256_storeu_ps(p, v.a);
     _mm256_storeu_ps(p + 8, v.b);
   }
-  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
+  // GCC takes a function that only prefetches for one without effects, and its calls away.
+  [[gnu::always_inline]] static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
   static F set(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static I set_int(int v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
@@ -74,6 +75,36 @@ struct V {
   }
   static I rotate_left1(I v) { return or_(add(v, v), shift_right<31>(v)); }
   static I rotate_right1(I v) { return or_(shift_left<31>(v), shift_right<1>(v)); }
+  static I max_words(I x, I y) { return {_mm256_max_epu16(x.a, y.a), _mm256_max_epu16(x.b, y.b)}; }
+  static I max_signed_words(I x, I y) {
+    return {_mm256_max_epi16(x.a, y.a), _mm256_max_epi16(x.b, y.b)};
+  }
+  static I min_signed_words(I x, I y) {
+    return {_mm256_min_epi16(x.a, y.a), _mm256_min_epi16(x.b, y.b)};
+  }
+  static I rotate_words_left1(I v) {
+    const auto turn = [](__m256i x) {
+      return _mm256_or_si256(_mm256_add_epi16(x, x), _mm256_srli_epi16(x, 15));
+    };
+    return {turn(v.a), turn(v.b)};
+  }
+  static I rotate_words_right1(I v) {
+    const auto turn = [](__m256i x) {
+      return _mm256_or_si256(_mm256_slli_epi16(x, 15), _mm256_srli_epi16(x, 1));
+    };
+    return {turn(v.a), turn(v.b)};
+  }
+  static I flip_negative_words(I v) {
+    const auto flip = [](__m256i x) {
+      return _mm256_xor_si256(
+          x, _mm256_and_si256(_mm256_srai_epi16(x, 15), _mm256_set1_epi16(0x7fff)));
+    };
+    return {flip(v.a), flip(v.b)};
+  }
+  // The lowest seven bits of `low` under the sign of `t`.
+  static I with_sign(I low, F t) {
+    return or_(and_(low, set_int(0x7f)), and_(shift_right<24>(bits(t)), set_int(0x80)));
+  }
   static I and_(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
   static I or_(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
   template <int kBits>
@@ -148,25 +179,34 @@ struct V {
         blend(from_bits(brain_bits(v)), from_bits(set_int(0x7fff)), compare<_CMP_UNORD_Q>(v, v)));
   }
 
-  // 64 codes at once.
+  // 64 codes at once: packing leaves four codes of each vector in every 128-bit lane.
+  template <Order kOrder>
   static __m256i in_order(__m256i v) {
+    if constexpr (kOrder == Order::kLanes) {
+      return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                        0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    }
     return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
-  template <bool kSplit>
-  static B narrow(I a, I b, I c, I d) {
-    const auto two = [](I x, I y) {
-      return in_order(
-          _mm256_packus_epi16(_mm256_packus_epi32(x.a, x.b), _mm256_packus_epi32(y.a, y.b)));
-    };
-    return {two(a, b), two(c, d)};
+  // Calls two(w, x, y, z) for the registers whose codes become one.
+  template <Order kOrder, class Two>
+  static B narrow_by(I a, I b, I c, I d, Two&& two) {
+    if constexpr (kOrder == Order::kLanes) {
+      return {in_order<kOrder>(two(a.a, b.a, c.a, d.a)), in_order<kOrder>(two(a.b, b.b, c.b, d.b))};
+    }
+    return {in_order<kOrder>(two(a.a, a.b, b.a, b.b)), in_order<kOrder>(two(c.a, c.b, d.a, d.b))};
   }
-  template <bool kSplit>
+  template <Order kOrder>
+  static B narrow(I a, I b, I c, I d) {
+    return narrow_by<kOrder>(a, b, c, d, [](__m256i w, __m256i x, __m256i y, __m256i z) {
+      return _mm256_packus_epi16(_mm256_packus_epi32(w, x), _mm256_packus_epi32(y, z));
+    });
+  }
+  template <Order kOrder>
   static B narrow_signed(I a, I b, I c, I d) {
-    const auto two = [](I x, I y) {
-      return in_order(
-          _mm256_packs_epi16(_mm256_packs_epi32(x.a, x.b), _mm256_packs_epi32(y.a, y.b)));
-    };
-    return {two(a, b), two(c, d)};
+    return narrow_by<kOrder>(a, b, c, d, [](__m256i w, __m256i x, __m256i y, __m256i z) {
+      return _mm256_packs_epi16(_mm256_packs_epi32(w, x), _mm256_packs_epi32(y, z));
+    });
   }
   static B set_bytes(int value) {
     const __m256i all = _mm256_set1_epi8(static_cast<char>(value));
@@ -230,6 +270,7 @@ struct V {
     return index;
   }
   static I nearest(const Codec& codec, F t) { return {nearest8(codec, t.a), nearest8(codec, t.b)}; }
+  static B table_codes(const Codec&, B places) { return places; }  // codes already
 
   template <typename Op>
   static __m256 reduce8(const F* v, Op op) {

@@ -23,14 +23,15 @@ struct V {
     const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static constexpr bool kSplitsBrain = true;
+  static constexpr Order kBrainOrder = Order::kEvenOdd;
   static void load_two_brain(const void* p, F& even, F& odd) {
     const __m512i both = _mm512_loadu_si512(p);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(both, set_int(static_cast<int>(0xffff0000u))));
   }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-  static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
+  // GCC takes a function that only prefetches for one without effects, and its calls away.
+  [[gnu::always_inline]] static void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
 
   static F set(float v) { return _mm512_set1_ps(v); }
   static I set_int(int v) { return _mm512_set1_epi32(v); }
@@ -55,8 +56,22 @@ struct V {
   static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
   static I rotate_left1(I v) { return _mm512_rol_epi32(v, 1); }
   static I rotate_right1(I v) { return _mm512_ror_epi32(v, 1); }
+  static I max_words(I a, I b) { return _mm512_max_epu16(a, b); }
+  static I max_signed_words(I a, I b) { return _mm512_max_epi16(a, b); }
+  static I min_signed_words(I a, I b) { return _mm512_min_epi16(a, b); }
+  static I rotate_words_left1(I v) { return or_(_mm512_add_epi16(v, v), _mm512_srli_epi16(v, 15)); }
+  static I rotate_words_right1(I v) {
+    return or_(_mm512_slli_epi16(v, 15), _mm512_srli_epi16(v, 1));
+  }
+  static I flip_negative_words(I v) {
+    return _mm512_ternarylogic_epi32(v, _mm512_srai_epi16(v, 15), set_int(0x7fff7fff), 0x78);
+  }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+  // The lowest seven bits of `low` under the sign of `t`.
+  static I with_sign(I low, F t) {
+    return _mm512_ternarylogic_epi32(set_int(0x7f), low, _mm512_srli_epi32(bits(t), 24), 0xca);
+  }
   template <int kBits>
   static I shift_right(I v) {
     return _mm512_srli_epi32(v, kBits);
@@ -117,26 +132,29 @@ struct V {
     _mm256_storeu_si256(static_cast<__m256i*>(p), words);
   }
   // 64 codes at once: after two packings every 128-bit lane holds four codes of each vector.
-  // kSplit: a, c are the even and b, d the odd codes of 32.
-  template <bool kSplit>
+  template <Order kOrder>
   static B in_order(B v) {
-    if constexpr (kSplit) {
+    if constexpr (kOrder == Order::kEvenOdd) {
       const __m512i order = _mm512_set_epi64(
           0x3f3b3e3a3d393c38, 0x2f2b2e2a2d292c28, 0x1f1b1e1a1d191c18, 0x0f0b0e0a0d090c08,
           0x3733363235313430, 0x2723262225212420, 0x1713161215111410, 0x0703060205010400);
       return _mm512_permutexvar_epi8(order, v);
     }
+    if constexpr (kOrder == Order::kLanes) {
+      return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(
+                                        0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+    }
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, v);
   }
-  template <bool kSplit>
+  template <Order kOrder>
   static B narrow(I a, I b, I c, I d) {
-    return in_order<kSplit>(
+    return in_order<kOrder>(
         _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d)));
   }
-  template <bool kSplit>
+  template <Order kOrder>
   static B narrow_signed(I a, I b, I c, I d) {
-    return in_order<kSplit>(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
+    return in_order<kOrder>(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)));
   }
   static B set_bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
   static B min_signed(B a, B b) { return _mm512_min_epi8(a, b); }
@@ -173,17 +191,20 @@ struct V {
 
   static F look_up(const float*, F table, I code) { return _mm512_permutexvar_ps(code, table); }
 
-  // One bin of 32 by truncation, then one comparison with the bin's only threshold.
+  // The bin of 32 by truncation, plus 32 above the bin's only threshold. A scale that was rounded
+  // as a subnormal half can leave quotients outside the codebook; no threshold is as far as 1 -
+  // 2^-10, and from there on the position could round to a bin that does not exist.
   static I nearest(const Codec& codec, F t) {
-    const F position = multiply_add(t, set(codec.bin_mul), set(codec.bin_add));
-    // A scale that was rounded as a subnormal half can leave quotients outside the codebook.
-    const I bin = min_int(_mm512_max_epi32(_mm512_cvttps_epi32(position), set_int(0)), set_int(31));
+    constexpr int kSmallerMagnitude = 2;  // sign of the first operand
+    t = _mm512_range_ps(t, set(0x1.ff8p-1f), kSmallerMagnitude);
+    const I bin = _mm512_cvttps_epi32(multiply_add(t, set(codec.bin_mul), set(codec.bin_add)));
     const F threshold = _mm512_permutex2var_ps(_mm512_load_ps(codec.bin_threshold), bin,
                                                _mm512_load_ps(codec.bin_threshold + 16));
-    const I below = _mm512_permutex2var_epi32(_mm512_load_si512(codec.bin_code), bin,
-                                              _mm512_load_si512(codec.bin_code + 16));
     const __mmask16 above = _mm512_cmp_ps_mask(t, threshold, _CMP_GE_OQ);
-    return _mm512_mask_add_epi32(below, above, below, set_int(1));
+    return _mm512_mask_add_epi32(bin, above, bin, set_int(32));
+  }
+  static B table_codes(const Codec& codec, B places) {
+    return _mm512_permutexvar_epi8(places, _mm512_load_si512(codec.place_code));
   }
 
   // Lane r of the result is op over the lanes of v[r].

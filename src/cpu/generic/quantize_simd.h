@@ -8,11 +8,12 @@
 //               4. staging block -> units: a transpose of 16 rows x 16 words, then shifts and ors
 //   dequantize  4 and 3 backwards
 // Every float operation is one that the reference does, on the same operands, so the bytes are
-// equal; no operation contracts or approximates.
+// equal; where division is replaced, it is shown that no bit changes.
+// Sources whose rows lie side by side take another way: generic/quantize_columns.h.
 //
-// Needs V: types F (16 floats), I (16 int32), B (64 bytes), M (16 lanes of bool), and the
-// functions used below. Everything is in the anonymous namespace, so that no symbol of this file
-// is shared between objects with different -m flags.
+// Needs V: types F (16 floats), I (16 int32), B (64 bytes), and the functions used below.
+// Everything is in the anonymous namespace, so that no symbol of this file is shared between
+// objects with different -m flags.
 
 namespace lowbit::cpu {
 namespace {
@@ -42,7 +43,7 @@ inline F load(const char* at) {
 // Inputs 0 to 31 in two vectors: in order, or, where that is cheaper, the even ones and the odd
 // ones.
 template <DType kDType>
-constexpr bool kEvenOdd = kDType == DType::kBFloat16&& V::kSplitsBrain;
+constexpr Order kLoadOrder = kDType == DType::kBFloat16 ? V::kBrainOrder : Order::kInputs;
 template <DType kDType>
 inline void load_two(const char* at, F& a, F& b) {
   if constexpr (kDType == DType::kBFloat16) {
@@ -63,7 +64,7 @@ struct Extremes {
 // 16 row streams are more than the hardware prefetchers follow. To the second level: rows often lie
 // a multiple of 4 KiB apart, so that 16 of them compete for the same few lines of the first.
 template <DType kDType>
-inline void prefetch_row(const char* at, int inputs) {
+[[gnu::always_inline]] inline void prefetch_row(const char* at, int inputs) {
   for (int i = 0; i < inputs * kElementBytes<kDType>; i += 64) V::prefetch(at + i);
 }
 
@@ -119,10 +120,19 @@ inline Extremes find_extremes(const char* const (&rows)[16], std::int64_t begin,
 // 25 bits and s at most 11, so s m has more than the 24 of w, which is then a different multiple of
 // the last unit of s m, and |w - s m| / s is at least that unit divided by 2^11. Quotients of
 // subnormal weights are excepted; they are far below the first threshold of any code.
+//
+// Scales of rows (fp8) are any float32 s. The same q is off by less than 0.5 + 2^-22 units then, so
+// r = w - s q is exact, and q' = RN(q + r h) is w / s rounded: what is rounded is off by |r / s|
+// times the relative error of h, which is at most S 2^-48 for a mantissa S (24 bits) of s, and w /
+// s is d >= 1 / (2 S) units from every midpoint (never on one: S has too few bits). Next to a
+// midpoint |r / s| is 0.5 + d units, and (0.5 + d) S 2^-48 < d as S < 2^24. All that as long as
+// nothing underflows or overflows: scales from 2^-60 to 2^60 (weights so small that r is inexact
+// are far below the first threshold).
 struct Scales {
   alignas(64) float inverse[16];       // h; zero where the scale is, so that quotients are
   alignas(64) float inverse_rest[16];  // l
-  alignas(64) float divisor[16];       // fp8: the float32 scale, infinite where it is zero
+  alignas(64) float divisor[16];       // fp8: s, where `divides` infinite instead of zero
+  bool divides;                        // fp8: by IEEE division
   alignas(64) float minimum[16];
   alignas(64) std::uint16_t scale_half[16];
   alignas(64) std::uint16_t minimum_half[16];
@@ -145,7 +155,39 @@ struct Range {
     largest_minimum = V::max(largest_minimum, m);
     smallest_minimum = V::min(smallest_minimum, V::infinite_if_zero(m));
   }
+  // All 16 lanes: padding rows and inputs repeat real weights, and the lanes of 16-bit types are
+  // inputs.
+  void report(reference::ScaleRange* to) const {
+    alignas(64) float lanes[5][16];
+    V::store(lanes[0], largest);
+    V::store(lanes[1], smallest);
+    V::store(lanes[2], largest_minimum);
+    V::store(lanes[3], smallest_minimum);
+    V::store(lanes[4], magnitude);
+    for (int r = 0; r < 16; ++r) {
+      if (!(lanes[4][r] < __builtin_inff())) {
+        to->finite = false;  // the other lanes may be NaN: leave them out
+        return;
+      }
+      if (lanes[0][r] > to->largest) to->largest = lanes[0][r];
+      if (lanes[1][r] < to->smallest) to->smallest = lanes[1][r];
+      if (lanes[2][r] > to->largest_minimum) to->largest_minimum = lanes[2][r];
+      if (lanes[3][r] < to->smallest_minimum) to->smallest_minimum = lanes[3][r];
+    }
+  }
 };
+
+// h and l of a scale of groups, or of one of rows within bounds; zeros where the scale is.
+inline void invert(F scale, F factor, Scales* scales) {
+  const F one = V::set(1.0f);
+  const F inverse = V::div(one, scale);
+  const F rest = V::mul(V::negated_multiply_add(inverse, scale, one), inverse);
+  const auto unless_zero = [&](F v) {
+    return V::from_bits(V::zero_if_zero(V::bits(scale), V::bits(v)));
+  };
+  V::store(scales->inverse, V::mul(unless_zero(inverse), factor));
+  V::store(scales->inverse_rest, V::mul(unless_zero(rest), factor));
+}
 
 template <Coder kCoder>
 inline void choose_scales(const Codec& codec, const Extremes& e, Range* range, Scales* scales) {
@@ -164,35 +206,46 @@ inline void choose_scales(const Codec& codec, const Extremes& e, Range* range, S
     range->add(e.magnitude);
     scale = V::div(e.magnitude, V::set(codec.value_max));
   }
-  const F stored = V::round_to_half(scale, scales->scale_half);
-  const F one = V::set(1.0f);
-  const F inverse = V::div(one, stored);
-  const F rest = V::mul(V::negated_multiply_add(inverse, stored, one), inverse);
-  const auto unless_zero = [&](F v) {
-    return V::from_bits(V::zero_if_zero(V::bits(stored), V::bits(v)));
-  };
-  const F factor = V::set(kCoder == Coder::kMirrored ? 4.0f : 1.0f);
-  V::store(scales->inverse, V::mul(unless_zero(inverse), factor));
-  V::store(scales->inverse_rest, V::mul(unless_zero(rest), factor));
+  invert(V::round_to_half(scale, scales->scale_half),
+         V::set(kCoder == Coder::kMirrored ? 4.0f : 1.0f), scales);
 }
 
-// The nearest 8-bit float to a quotient, ties to even, as a code; `largest` at most. Sign above the
-// magnitude, kept even if that is zero.
+// The scales of rows, of which `rows` exist, to the head of their tile.
+inline void choose_row_scales(const Codec& codec, F magnitude, int rows, Range* range,
+                              Scales* scales, unsigned char* out) {
+  range->add(magnitude);
+  range->magnitude = V::max_bits(range->magnitude, magnitude);
+  const F scale = V::div(magnitude, V::set(codec.value_max));
+  alignas(64) float stored[16];
+  V::store(stored, scale);
+  scales->divides = false;
+  for (float s : stored) scales->divides |= !(s == 0 || (s >= 0x1p-60f && s <= 0x1p60f));
+  if (scales->divides) {
+    V::store(scales->divisor, V::infinite_if_zero(scale));
+  } else {
+    V::store(scales->divisor, scale);
+    invert(scale, V::set(1.0f), scales);
+  }
+  for (int r = rows; r < 16; ++r) stored[r] = 0;
+  __builtin_memcpy(out, stored, 64);
+}
+
+// The nearest 8-bit float to a quotient of magnitude at most `largest`, ties to even, as a code:
+// sign above the magnitude, kept even if that is zero.
 template <int kMantissaBits, int kLeastExponent>
-inline I encode_float(F t, int largest) {
+inline I encode_float(F t, F magnitude) {
   constexpr int kDrop = 23 - kMantissaBits;
-  const F magnitude = V::abs(t);
   // Adding 2^kDrop units of the result's last place leaves the number of those units in the low
   // bits, rounded; below the least exponent units shrink no further.
   const I exponent = V::max_int(V::and_(V::bits(magnitude), V::set_int(0x7f800000)),
                                 V::set_int((127 + kLeastExponent) << 23));
-  const F magic = V::from_bits(V::add(exponent, V::set_int(kDrop << 23)));
+  // A code is units + (exponent - least exponent) * 2^kMantissaBits. The exponent times that is
+  // what a shift by kDrop leaves of the sum, and the constants, even so that ties stay ties, enter
+  // as units to begin with: all of it modulo 128.
+  constexpr int kUnits = -((127 + kLeastExponent + kDrop) << kMantissaBits) & 127;
+  const F magic = V::from_bits(V::add(exponent, V::set_int((kDrop << 23) + kUnits)));
   const I sum = V::bits(V::add(magnitude, magic));
-  // units + (exponent - least exponent) * 2^kMantissaBits
-  const I steps = V::sub_int(V::shift_right<kDrop>(exponent), exponent);
-  constexpr int kOffset = -(kDrop << 23) - ((127 + kLeastExponent) << kMantissaBits);
-  const I code = V::min_int(V::add(V::add(sum, steps), V::set_int(kOffset)), V::set_int(largest));
-  return V::or_(code, V::and_(V::shift_right<24>(V::bits(t)), V::set_int(0x80)));
+  return V::with_sign(V::add(sum, V::shift_right<kDrop>(sum)), t);
 }
 
 // Codes of 16 quotients (kHalf, kBrain: of 16 weights), not all of them finished: see narrow().
@@ -204,8 +257,8 @@ inline I encode(const Codec& codec, F t) {
   }
   if constexpr (kCoder == Coder::kTable) return V::nearest(codec, t);
   if constexpr (kCoder == Coder::kMirrored) return V::add(V::floor_to_int(t), V::ceil_to_int(t));
-  if constexpr (kCoder == Coder::kFp8E4M3) return encode_float<3, -6>(t, 0x7e);
-  if constexpr (kCoder == Coder::kFp8E5M2) return encode_float<2, -14>(t, 0x7b);
+  if constexpr (kCoder == Coder::kFp8E4M3) return encode_float<3, -6>(t, V::abs(t));
+  if constexpr (kCoder == Coder::kFp8E5M2) return encode_float<2, -14>(t, V::abs(t));
   if constexpr (kCoder == Coder::kHalf) return V::half_bits(t);
   if constexpr (kCoder == Coder::kBrain) return V::brain_bits(t);
 }
@@ -222,20 +275,21 @@ struct Bounds {
 // Four times 16 codes as bytes. Integers are clamped here, where it costs a quarter: packing
 // saturates, and quotients are far inside int32 (below 2^29: a group's weights are within the
 // rounding of a half of its minimum and 31 scales, and no scale but zero is below 2^-24).
-template <Coder kCoder, bool kSplit>
-inline B narrow(const Bounds& bounds, I a, I b, I c, I d) {
+template <Coder kCoder, Order kOrder>
+inline B narrow(const Codec& codec, const Bounds& bounds, I a, I b, I c, I d) {
   if constexpr (kCoder == Coder::kSymmetric || kCoder == Coder::kInteger ||
                 kCoder == Coder::kMinimum) {
-    const B q = V::template narrow_signed<kSplit>(a, b, c, d);
+    const B q = V::template narrow_signed<kOrder>(a, b, c, d);
     return V::add_bytes(V::min_signed(V::max_signed(q, bounds.low), bounds.high),
                         bounds.zero_point);
   }
   // E2M1: the thresholds are multiples of 1/4, and quotients come times four. floor + ceil is twice
   // an integer where the quotient is one and odd between: all that decides, ties included.
   if constexpr (kCoder == Coder::kMirrored) {
-    return V::e2m1_codes(V::template narrow_signed<kSplit>(a, b, c, d));
+    return V::e2m1_codes(V::template narrow_signed<kOrder>(a, b, c, d));
   }
-  const B codes = V::template narrow<kSplit>(a, b, c, d);
+  const B codes = V::template narrow<kOrder>(a, b, c, d);
+  if constexpr (kCoder == Coder::kTable) return V::table_codes(codec, codes);
   if constexpr (kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2) {
     return V::zero_where(codes, 0x80);
   }
@@ -248,18 +302,37 @@ constexpr bool kWide = kCoder == Coder::kHalf || kCoder == Coder::kBrain;
 template <Coder kCoder>
 constexpr bool kRowScale = kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2;
 
+// What weights are divided by, of one row in all lanes or of 16 rows in theirs.
+struct Divisor {
+  F inverse, rest, divisor, minimum;
+};
+
+// Codes of 16 weights, not all of them finished: see narrow(). kDivides: Scales::divides.
+template <Coder kCoder, bool kDivides>
+inline I encode_weights(const Codec& codec, const Divisor& by, F w) {
+  if constexpr (kWide<kCoder>) return encode<kCoder>(codec, w);
+  if constexpr (kCoder == Coder::kMinimum) w = V::sub(w, by.minimum);
+  if constexpr (kDivides) {
+    // Of a subnormal scale the quotient may be beyond the largest value.
+    const F t = V::div(w, by.divisor);
+    const F magnitude = V::min(V::abs(t), V::set(codec.value_max));
+    return kCoder == Coder::kFp8E4M3 ? encode_float<3, -6>(t, magnitude)
+                                     : encode_float<2, -14>(t, magnitude);
+  }
+  F q = V::multiply_add(w, by.inverse, V::mul(w, by.rest));
+  if constexpr (kRowScale<kCoder>) {
+    q = V::multiply_add(V::negated_multiply_add(q, by.divisor, w), by.inverse, q);
+  }
+  return encode<kCoder>(codec, q);
+}
+
 // Codes of row r of a chunk.
-template <Coder kCoder, DType kDType>
+template <Coder kCoder, DType kDType, bool kDivides>
 inline void encode_row(const Codec& codec, const Bounds& bounds, const char* at, int inputs,
                        const Scales& scales, int r, unsigned char* codes) {
-  const F d = V::set(kRowScale<kCoder> ? scales.divisor[r] : scales.inverse[r]);
-  const F rest = V::set(scales.inverse_rest[r]);
-  const F m = V::set(scales.minimum[r]);
-  const auto sixteen = [&](F w) {
-    if constexpr (kCoder == Coder::kMinimum) w = V::sub(w, m);
-    return encode<kCoder>(
-        codec, kRowScale<kCoder> ? V::div(w, d) : V::multiply_add(w, d, V::mul(w, rest)));
-  };
+  const Divisor by{V::set(scales.inverse[r]), V::set(scales.inverse_rest[r]),
+                   V::set(scales.divisor[r]), V::set(scales.minimum[r])};
+  const auto sixteen = [&](F w) { return encode_weights<kCoder, kDivides>(codec, by, w); };
   for (int i = 0; i < inputs; i += 64) {
     F v[4];
     load_two<kDType>(at + i * kElementBytes<kDType>, v[0], v[1]);
@@ -268,8 +341,9 @@ inline void encode_row(const Codec& codec, const Bounds& bounds, const char* at,
     } else {  // nobody looks at the last 32 codes
       v[2] = v[3] = v[0];
     }
-    V::store_bytes(codes + i, narrow<kCoder, kEvenOdd<kDType>>(bounds, sixteen(v[0]), sixteen(v[1]),
-                                                               sixteen(v[2]), sixteen(v[3])));
+    V::store_bytes(codes + i,
+                   narrow<kCoder, kLoadOrder<kDType>>(codec, bounds, sixteen(v[0]), sixteen(v[1]),
+                                                      sixteen(v[2]), sixteen(v[3])));
   }
 }
 
@@ -303,59 +377,74 @@ inline void pad_codes(Staging* staging, int rows, int logical, int padded, int b
   }
 }
 
-// Units of `inputs` inputs (a multiple of 32) from the staging block to their place. Codes of 8 and
-// 16 bits go past the caches: reading the lines that they replace would take as long as reading the
-// weights.
+// Units out of words: word j of 16 rows is 4 codes of 8 bits or 2 of 16, a row's in 32 bits.
+template <int kBits>
+struct Units {
+  static constexpr int kBytes = kBits == 16 ? 2 : 1;  // of a code in a word
+  static constexpr int kLowBits = kBits == 5   ? 4
+                                  : kBits == 3 ? 2
+                                               : kBits;           // beside the plane of single bits
+  static constexpr int kShared = kBits == 16 ? 1 : 8 / kLowBits;  // words that share a unit
+
+  static std::int64_t plane_at(int inputs) { return inputs / 4 / kShared * 64; }
+
+  // Words j to j + kShared - 1. kPast: past the caches.
+  template <bool kPast>
+  [[gnu::always_inline]] static void put(const B* u, int j, unsigned char* out,
+                                         unsigned char* plane) {
+    [[maybe_unused]] constexpr char kMask = static_cast<char>((1 << kLowBits % 8) - 1);
+    B unit = u[0];
+    if constexpr (kShared == 2) {
+      const B low = kBits == 4 ? u[0] : V::and_bytes(u[0], kMask);
+      const B high = kBits == 4 ? u[1] : V::and_bytes(u[1], kMask);
+      unit = V::or_bytes(low, V::template shift_bytes_left<4>(high));
+    }
+    if constexpr (kShared == 4) {
+      const auto two = [&](int k) {
+        return V::or_bytes(V::and_bytes(u[k], kMask),
+                           V::template shift_bytes_left<2>(V::and_bytes(u[k + 1], kMask)));
+      };
+      unit = V::or_bytes(two(0), V::template shift_bytes_left<4>(two(2)));
+    }
+    unsigned char* to = out + j / kShared * 64;
+    if constexpr (kPast) {
+      V::stream_bytes(to, unit);
+    } else {
+      V::store_bytes(to, unit);
+    }
+    if constexpr (kBits == 5 || kBits == 3) {
+      for (int k = 0; k < kShared; ++k) {
+        const std::uint64_t word = V::template bit_of_bytes<kLowBits>(u[k]);
+        __builtin_memcpy(plane + (j + k) * 8, &word, 8);
+      }
+    }
+  }
+};
+
+// Units of `inputs` inputs (a multiple of 32) from the staging block to their place.
 template <int kBits>
 inline void pack_units(const Staging& staging, int inputs, unsigned char* out) {
-  constexpr int kBytes = kBits == 16 ? 2 : 1;
-  constexpr int kLowBits = kBits == 5   ? 4
-                           : kBits == 3 ? 2
-                                        : kBits;           // beside the plane of single bits
-  constexpr int kShared = kBits == 16 ? 1 : 8 / kLowBits;  // words that share a unit
-  [[maybe_unused]] constexpr char kMask = static_cast<char>((1 << kLowBits % 8) - 1);
-  const int used = inputs * kBytes;
-  unsigned char* plane = out + inputs / 4 / kShared * 64;
+  using Is = Units<kBits>;
+  // Reading the lines that codes of 8 and 16 bits replace would take as long as reading the
+  // weights.
+  constexpr bool kPast = kBits >= 8;
+  const int used = inputs * Is::kBytes;
+  unsigned char* plane = out + Is::plane_at(inputs);
   for (int column = 0; column < used; column += 64) {
-    B u[16];  // u[j]: word j of the 16 rows: 4 codes of 8 bits, or 2 of 16
+    B u[16];
     for (int r = 0; r < 16; ++r) {
-      u[r] = V::load_bytes(staging.bytes + r * kChunk * kBytes + column);
+      u[r] = V::load_bytes(staging.bytes + r * kChunk * Is::kBytes + column);
     }
     V::transpose(u);
-    const auto put = [&](int j) {
-      B unit = u[j];
-      if constexpr (kShared == 2) {
-        const B low = kBits == 4 ? u[j] : V::and_bytes(u[j], kMask);
-        const B high = kBits == 4 ? u[j + 1] : V::and_bytes(u[j + 1], kMask);
-        unit = V::or_bytes(low, V::template shift_bytes_left<4>(high));
-      }
-      if constexpr (kShared == 4) {
-        const auto two = [&](int k) {
-          return V::or_bytes(V::and_bytes(u[k], kMask),
-                             V::template shift_bytes_left<2>(V::and_bytes(u[k + 1], kMask)));
-        };
-        unit = V::or_bytes(two(j), V::template shift_bytes_left<4>(two(j + 2)));
-      }
-      unsigned char* to = out + (column / 4 + j) / kShared * 64;
-      if constexpr (kBits >= 8) {
-        V::stream_bytes(to, unit);
-      } else {
-        V::store_bytes(to, unit);
-      }
-      if constexpr (kBits == 5 || kBits == 3) {
-        for (int k = j; k < j + kShared; ++k) {
-          const std::uint64_t word = V::template bit_of_bytes<kLowBits>(u[k]);
-          __builtin_memcpy(plane + (column / 4 + k) * 8, &word, 8);
-        }
-      }
-    };
     // Apart, so that indices are constants and u stays in registers.
     if (used - column >= 64) {
 #pragma GCC unroll 16
-      for (int j = 0; j < 16; j += kShared) put(j);
+      for (int j = 0; j < 16; j += Is::kShared)
+        Is::template put<kPast>(u + j, column / 4 + j, out, plane);
     } else {
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; j += kShared) put(j);
+      for (int j = 0; j < 8; j += Is::kShared)
+        Is::template put<kPast>(u + j, column / 4 + j, out, plane);
     }
   }
 }
@@ -384,6 +473,19 @@ void copy_short_rows(const SourceTile& source, const char* const (&rows)[16], st
       __builtin_memcpy(row + i * kBytes, row + (logical - 1) * kBytes, kBytes);
     }
     copies[r] = reinterpret_cast<const char*>(row);
+  }
+}
+
+// The scales of group g of a tile to their place.
+template <Coder kCoder>
+inline void put_scales(const Scales& scales, const Layout& layout, std::int64_t g,
+                       unsigned char* out) {
+  unsigned char* block = out + layout.scales_offset(g);
+  __builtin_memcpy(block, scales.scale_half, 32);
+  if constexpr (kCoder == Coder::kMinimum) {
+    __builtin_memcpy(block + 32, scales.minimum_half, 32);
+  } else if (g % 2 == 0 && g + 1 == layout.groups) {
+    __builtin_memset(block + 32, 0, 32);
   }
 }
 
@@ -445,14 +547,7 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
       const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, ahead(begin));
       magnitude = V::max_bits(magnitude, e.magnitude);
     }
-    range.add(magnitude);
-    range.magnitude = magnitude;
-    const F scale = V::div(magnitude, V::set(codec.value_max));
-    V::store(scales.divisor, V::infinite_if_zero(scale));
-    alignas(64) float stored[16];
-    V::store(stored, scale);
-    for (int r = source.rows; r < 16; ++r) stored[r] = 0;
-    __builtin_memcpy(out, stored, 64);
+    choose_row_scales(codec, magnitude, source.rows, &range, &scales, out);
   }
 
   for (std::int64_t begin = 0; begin < source.cols; begin += step) {
@@ -476,8 +571,15 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
           prefetch_row<kDType>(rows[r] + (begin + 16 * source.row_stride) * kElementBytes<kDType>,
                                padded);
         }
-        encode_row<kCoder, kDType>(codec, bounds, at[r] + from * kElementBytes<kDType>, padded,
-                                   scales, r, staging.bytes + r * kChunk);
+        const auto encode_as = [&](auto divides) {
+          encode_row<kCoder, kDType, divides>(codec, bounds, at[r] + from * kElementBytes<kDType>,
+                                              padded, scales, r, staging.bytes + r * kChunk);
+        };
+        if (kRowScale<kCoder> && scales.divides) {
+          encode_as(std::bool_constant<kRowScale<kCoder>>{});
+        } else {
+          encode_as(std::false_type{});
+        }
       }
     }
     if (logical != padded || source.rows != 16) {
@@ -487,36 +589,12 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
     const std::int64_t offset =
         kGrouped ? layout.codes_offset(g) : (kRowScale<kCoder> ? 64 : 0) + begin * 16 * kCodeBytes;
     pack_units(staging, codec.bits, padded, out + offset);
-    if constexpr (kGrouped) {
-      unsigned char* block = out + layout.scales_offset(g);
-      __builtin_memcpy(block, scales.scale_half, 32);
-      if constexpr (kCoder == Coder::kMinimum) {
-        __builtin_memcpy(block + 32, scales.minimum_half, 32);
-      } else if (g % 2 == 0 && g + 1 == layout.groups) {
-        __builtin_memset(block + 32, 0, 32);
-      }
-    }
+    if constexpr (kGrouped) put_scales<kCoder>(scales, layout, g, out);
   }
 
   V::finish_streams();
 
-  alignas(64) float lanes[5][16];
-  V::store(lanes[0], range.largest);
-  V::store(lanes[1], range.smallest);
-  V::store(lanes[2], range.largest_minimum);
-  V::store(lanes[3], range.smallest_minimum);
-  V::store(lanes[4], range.magnitude);
-  // All 16: padding rows and inputs repeat real weights, and the lanes of 16-bit types are inputs.
-  for (int r = 0; r < 16; ++r) {
-    if (!(lanes[4][r] < __builtin_inff())) {
-      out_range->finite = false;  // the other lanes may be NaN: leave them out
-      return;
-    }
-    if (lanes[0][r] > out_range->largest) out_range->largest = lanes[0][r];
-    if (lanes[1][r] < out_range->smallest) out_range->smallest = lanes[1][r];
-    if (lanes[2][r] > out_range->largest_minimum) out_range->largest_minimum = lanes[2][r];
-    if (lanes[3][r] < out_range->smallest_minimum) out_range->smallest_minimum = lanes[3][r];
-  }
+  range.report(out_range);
 }
 
 template <Coder kCoder>
@@ -532,28 +610,36 @@ void quantize_tile_from(const SourceTile& source, const Layout& layout, const Co
   }
 }
 
+// Calls run(a constant Coder).
+template <class F>
+void with_coder(Coder coder, F&& run) {
+  switch (coder) {
+    case Coder::kSymmetric:
+      return run(std::integral_constant<Coder, Coder::kSymmetric>{});
+    case Coder::kInteger:
+      return run(std::integral_constant<Coder, Coder::kInteger>{});
+    case Coder::kMinimum:
+      return run(std::integral_constant<Coder, Coder::kMinimum>{});
+    case Coder::kTable:
+      return run(std::integral_constant<Coder, Coder::kTable>{});
+    case Coder::kMirrored:
+      return run(std::integral_constant<Coder, Coder::kMirrored>{});
+    case Coder::kFp8E4M3:
+      return run(std::integral_constant<Coder, Coder::kFp8E4M3>{});
+    case Coder::kFp8E5M2:
+      return run(std::integral_constant<Coder, Coder::kFp8E5M2>{});
+    case Coder::kHalf:
+      return run(std::integral_constant<Coder, Coder::kHalf>{});
+    case Coder::kBrain:
+      return run(std::integral_constant<Coder, Coder::kBrain>{});
+  }
+}
+
 void quantize_tile(const SourceTile& source, const Layout& layout, const Codec& codec,
                    std::byte* packed_tile, reference::ScaleRange* range) {
-  switch (codec.coder) {
-    case Coder::kSymmetric:
-      return quantize_tile_from<Coder::kSymmetric>(source, layout, codec, packed_tile, range);
-    case Coder::kInteger:
-      return quantize_tile_from<Coder::kInteger>(source, layout, codec, packed_tile, range);
-    case Coder::kMinimum:
-      return quantize_tile_from<Coder::kMinimum>(source, layout, codec, packed_tile, range);
-    case Coder::kTable:
-      return quantize_tile_from<Coder::kTable>(source, layout, codec, packed_tile, range);
-    case Coder::kMirrored:
-      return quantize_tile_from<Coder::kMirrored>(source, layout, codec, packed_tile, range);
-    case Coder::kFp8E4M3:
-      return quantize_tile_from<Coder::kFp8E4M3>(source, layout, codec, packed_tile, range);
-    case Coder::kFp8E5M2:
-      return quantize_tile_from<Coder::kFp8E5M2>(source, layout, codec, packed_tile, range);
-    case Coder::kHalf:
-      return quantize_tile_from<Coder::kHalf>(source, layout, codec, packed_tile, range);
-    case Coder::kBrain:
-      return quantize_tile_from<Coder::kBrain>(source, layout, codec, packed_tile, range);
-  }
+  with_coder(codec.coder, [&](auto coder) {
+    quantize_tile_from<coder>(source, layout, codec, packed_tile, range);
+  });
 }
 
 // ---- back ---------------------------------------------------------------------------------------
@@ -755,26 +841,9 @@ void dequantize_to(const std::byte* packed_tile, const Layout& layout, const Cod
 
 void dequantize_row(const std::byte* packed_tile, const Layout& layout, const Codec& codec,
                     float power, int only, const TargetTile& target) {
-  switch (codec.coder) {
-    case Coder::kSymmetric:
-      return dequantize_to<Coder::kSymmetric>(packed_tile, layout, codec, power, only, target);
-    case Coder::kInteger:
-      return dequantize_to<Coder::kInteger>(packed_tile, layout, codec, power, only, target);
-    case Coder::kMinimum:
-      return dequantize_to<Coder::kMinimum>(packed_tile, layout, codec, power, only, target);
-    case Coder::kTable:
-      return dequantize_to<Coder::kTable>(packed_tile, layout, codec, power, only, target);
-    case Coder::kMirrored:
-      return dequantize_to<Coder::kMirrored>(packed_tile, layout, codec, power, only, target);
-    case Coder::kFp8E4M3:
-      return dequantize_to<Coder::kFp8E4M3>(packed_tile, layout, codec, power, only, target);
-    case Coder::kFp8E5M2:
-      return dequantize_to<Coder::kFp8E5M2>(packed_tile, layout, codec, power, only, target);
-    case Coder::kHalf:
-      return dequantize_to<Coder::kHalf>(packed_tile, layout, codec, power, only, target);
-    case Coder::kBrain:
-      return dequantize_to<Coder::kBrain>(packed_tile, layout, codec, power, only, target);
-  }
+  with_coder(codec.coder, [&](auto coder) {
+    dequantize_to<coder>(packed_tile, layout, codec, power, only, target);
+  });
 }
 
 void dequantize_tile(const std::byte* packed_tile, const Layout& layout, const Codec& codec,
@@ -890,8 +959,18 @@ void transpose(const void* data, int bytes, std::int64_t col_stride, std::int64_
       static_cast<unsigned char*>(out), out_stride);
 }
 
+}  // namespace
+}  // namespace lowbit::cpu
+
+#include "cpu/generic/quantize_columns.h"
+
+namespace lowbit::cpu {
+namespace {
+
 const QuantizeKernels kKernels = {
-    V::kName, quantize_tile, dequantize_tile, dequantize_row, first_nonfinite, transpose, widen,
+    V::kName,          quantize_tile,   quantize_columns,
+    columns_workspace, dequantize_tile, dequantize_row,
+    first_nonfinite,   transpose,       widen,
 };
 
 }  // namespace

@@ -43,15 +43,32 @@ struct Shape {
 constexpr Shape kShapes[] = {{1, 1},   {3, 15},  {16, 32}, {17, 33},
                              {2, 100}, {16, 64}, {5, 257}, {33, 320}};
 
+// The same elements, columns contiguous.
+Matrix transposed_copy(Matrix& weight) {
+  Matrix copy(weight.dtype, weight.rows, weight.cols, 1, weight.rows);
+  for (std::int64_t i = 0; i < weight.rows; ++i) {
+    for (std::int64_t j = 0; j < weight.cols; ++j) {
+      std::memcpy(copy.at(i, j), weight.at(i, j), dtype_bytes(weight.dtype));
+    }
+  }
+  return copy;
+}
+
+// From rows and from columns.
 void expect_same_bytes(Matrix& weight, const Layout& layout,
                        const Threads& threads = serial_threads()) {
-  PackedBuffer expected(layout, 0x11), got(layout, 0x22);
+  PackedBuffer expected(layout, 0x11);
   const int exponent = reference::quantize(weight.view(), layout, expected.span());
-  EXPECT_EQ(quantize(weight.view(), layout, got.span(), threads), exponent);
-  ASSERT_EQ(got.span().size(), expected.span().size());
-  for (std::size_t i = 0; i < expected.span().size(); ++i) {
-    ASSERT_EQ(std::to_integer<int>(got.span()[i]), std::to_integer<int>(expected.span()[i]))
-        << "byte " << i << " of " << expected.span().size();
+  Matrix columns = transposed_copy(weight);
+  for (Matrix* source : {&weight, &columns}) {
+    PackedBuffer got(layout, 0x22);
+    EXPECT_EQ(quantize(source->view(), layout, got.span(), threads), exponent);
+    ASSERT_EQ(got.span().size(), expected.span().size());
+    for (std::size_t i = 0; i < expected.span().size(); ++i) {
+      ASSERT_EQ(std::to_integer<int>(got.span()[i]), std::to_integer<int>(expected.span()[i]))
+          << "byte " << i << " of " << expected.span().size()
+          << (source == &columns ? ", from columns" : "");
+    }
   }
 }
 
@@ -113,8 +130,21 @@ TEST_P(QuantizeEveryFormat, NeighboursOfEveryMidpointEqualTheReference) {
   } else {
     for (int i = -520; i <= 520; ++i) add(i / 4.0);
   }
-  // Each scale exactly: the first weight of every group (row) is the one that decides it.
+  // Each scale exactly: the first weight of every group (row) is the one that decides it. A row's
+  // is any float32: mantissas that leave a quotient next to a midpoint of two floats, random ones,
+  // and magnitudes on both sides of those that kernels divide by.
   std::vector<double> scales = {1};
+  if (info().scale_kind == ScaleKind::kRow) {
+    for (double mantissa : {0x1.fffffep0, 0x1.fffffcp0, 0x1.fffffap0, 0x1.000002p0, 0x1.000006p0,
+                            0x1.800002p0, 0x1.7ffffep0, 0x1.40000ap0, 0x1.555556p0}) {
+      scales.push_back(mantissa);
+    }
+    Random random(17);
+    for (int i = 0; i < 40; ++i) scales.push_back(1 + (random.bits() >> 9) * 0x1p-23);
+    for (int exponent : {-149, -147, -140, -130, -126, -100, -61, -60, -59, 59, 60, 61, 100}) {
+      scales.push_back(std::ldexp(0x1.92492p0, exponent));
+    }
+  }
   if (info().grouped()) {
     for (int mantissa = 1025; mantissa < 2048; mantissa += 31) scales.push_back(mantissa / 1024.0);
     scales.push_back(2047 / 1024.0);
@@ -208,23 +238,26 @@ TEST_P(QuantizeEveryFormat, StridedSourcesGiveTheBytesOfTheirCopies) {
   }
 }
 
-// More tiles than are transposed together, cut into runs of an odd number of them, and rows left
-// over.
+// Columns of more tiles than are taken together, cut into runs that end within them, and rows left
+// over; inputs of one chunk and of several, with and without a rest; and, with a scale per row, of
+// more than fits the copy of a whole strip.
 TEST_P(QuantizeEveryFormat, TallTransposedSourcesGiveTheBytesOfTheirCopies) {
-  const std::int64_t n = 75 * 16 + 5, k = 40;
-  const Layout layout = make_layout(info().format, n, k);
-  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    Matrix strided(dtype, n, k, 1, n), copy(dtype, n, k);
-    strided.fill_random(12);
-    for (std::int64_t i = 0; i < n; ++i) {
-      for (std::int64_t j = 0; j < k; ++j) copy.set(i, j, strided.get(i, j));
-    }
-    PackedBuffer expected(layout, 1);
-    const int exponent = quantize(copy.view(), layout, expected.span());
-    for (int threads : {1, 2, 3}) {
-      PackedBuffer got(layout, 2);
-      EXPECT_EQ(quantize(strided.view(), layout, got.span(), TestThreads(threads)), exponent);
-      EXPECT_TRUE(got == expected) << info().name << " " << dtype_name(dtype) << " " << threads;
+  std::vector<Shape> shapes = {{75 * 16 + 5, 40}, {19 * 16 + 1, 200}, {12 * 16, 256}};
+  if (info().scale_kind == ScaleKind::kRow) shapes.push_back({100, 5000});
+  for (const Shape& shape : shapes) {
+    const Layout layout = make_layout(info().format, shape.n, shape.k);
+    for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+      Matrix copy(dtype, shape.n, shape.k);
+      copy.fill_random(12);
+      Matrix columns = transposed_copy(copy);
+      PackedBuffer expected(layout, 1);
+      const int exponent = quantize(copy.view(), layout, expected.span());
+      for (int threads : {1, 2, 3}) {
+        PackedBuffer got(layout, 2);
+        EXPECT_EQ(quantize(columns.view(), layout, got.span(), TestThreads(threads)), exponent);
+        EXPECT_TRUE(got == expected) << info().name << " " << dtype_name(dtype) << " " << shape.n
+                                     << "x" << shape.k << " " << threads;
+      }
     }
   }
 }
@@ -310,13 +343,16 @@ TEST_P(QuantizeEveryFormat, NonFiniteWeightsRaiseWithTheirPlace) {
         weight.set(20, 70, bad);  // a later one is not the one to name
         const Layout layout = make_layout(info().format, 21, 71);
         PackedBuffer packed(layout);
-        try {
-          quantize(weight.view(), layout, packed.span());
-          FAIL() << info().name << ": expected an error";
-        } catch (const Error& error) {
-          EXPECT_EQ(error.code(), ErrorCode::kValue);
-          EXPECT_THAT(error.what(), HasSubstr("weight[" + std::to_string(place.n) + ", " +
-                                              std::to_string(place.k) + "]"));
+        Matrix columns = transposed_copy(weight);
+        for (Matrix* source : {&weight, &columns}) {
+          try {
+            quantize(source->view(), layout, packed.span());
+            FAIL() << info().name << ": expected an error";
+          } catch (const Error& error) {
+            EXPECT_EQ(error.code(), ErrorCode::kValue);
+            EXPECT_THAT(error.what(), HasSubstr("weight[" + std::to_string(place.n) + ", " +
+                                                std::to_string(place.k) + "]"));
+          }
         }
       }
     }
