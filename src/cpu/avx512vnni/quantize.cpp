@@ -23,6 +23,7 @@ struct V {
     const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static constexpr int kLinesTogether = 4;
   static constexpr Order kBrainOrder = Order::kEvenOdd;
   static void load_two_brain(const void* p, F& even, F& odd) {
     const __m512i both = _mm512_loadu_si512(p);

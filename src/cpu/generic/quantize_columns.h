@@ -55,31 +55,35 @@ struct LineExtremes {
   static constexpr bool kSigned = kCoder == Coder::kSymmetric;
   static constexpr bool kBoth = kCoder == Coder::kMinimum;
 
-  // Keys as in find_extremes. kBoth of words: signed integers in the order of the floats, of which
-  // NaN and infinities are the ends.
-  B key, max, min;
+  // The key as in find_extremes, or (kBoth) the largest and the smallest, of floats with the key of
+  // magnitudes besides. kBoth of words: signed integers in the order of the floats, of which NaN
+  // and infinities are the ends.
+  static constexpr int kCount = kBoth ? (kWords ? 2 : 3) : 1;
+  static constexpr int kKey = kCount - 1;
+  B held[kCount];
 
   void start() {
-    key = V::zero_bytes();
-    max = kWords ? V::set_int(static_cast<int>(0x80008000u)) : V::bits(V::set(-__builtin_inff()));
-    min = kWords ? V::set_int(0x7fff7fff) : V::bits(V::set(__builtin_inff()));
+    held[kKey] = V::zero_bytes();
+    if constexpr (kBoth) {
+      held[0] =
+          kWords ? V::set_int(static_cast<int>(0x80008000u)) : V::bits(V::set(-__builtin_inff()));
+      held[1] = kWords ? V::set_int(0x7fff7fff) : V::bits(V::set(__builtin_inff()));
+    }
   }
-  [[gnu::always_inline]] void add(B v) {
-    if constexpr (kWords) {
-      if constexpr (kBoth) {
-        const B ordered = V::flip_negative_words(v);
-        max = V::max_signed_words(max, ordered);
-        min = V::min_signed_words(min, ordered);
-      } else {
-        key = V::max_words(key,
-                           kSigned ? V::rotate_words_left1(v) : V::and_(v, V::set_int(0x7fff7fff)));
-      }
+  [[gnu::always_inline]] static void add(B (&held)[kCount], B v) {
+    if constexpr (kWords && kBoth) {
+      const B ordered = V::flip_negative_words(v);
+      held[0] = V::max_signed_words(held[0], ordered);
+      held[1] = V::min_signed_words(held[1], ordered);
+    } else if constexpr (kWords) {
+      held[kKey] = V::max_words(
+          held[kKey], kSigned ? V::rotate_words_left1(v) : V::and_(v, V::set_int(0x7fff7fff)));
     } else {
-      const B magnitude = V::and_(v, V::set_int(0x7fffffff));
-      key = V::max_unsigned(key, kSigned ? V::rotate_left1(v) : magnitude);
+      held[kKey] = V::max_unsigned(
+          held[kKey], kSigned ? V::rotate_left1(v) : V::and_(v, V::set_int(0x7fffffff)));
       if constexpr (kBoth) {
-        max = V::bits(V::max(V::from_bits(max), V::from_bits(v)));
-        min = V::bits(V::min(V::from_bits(min), V::from_bits(v)));
+        held[0] = V::bits(V::max(V::from_bits(held[0]), V::from_bits(v)));
+        held[1] = V::bits(V::min(V::from_bits(held[1]), V::from_bits(v)));
       }
     }
   }
@@ -92,16 +96,17 @@ struct LineExtremes {
     };
     Extremes e;
     if constexpr (kBoth) {
-      e.max = floats(kWords ? V::flip_negative_words(max) : max);
-      e.min = floats(kWords ? V::flip_negative_words(min) : min);
+      e.max = floats(kWords ? V::flip_negative_words(held[0]) : held[0]);
+      e.min = floats(kWords ? V::flip_negative_words(held[1]) : held[1]);
     }
     if constexpr (kBoth && kWords) {
       e.magnitude = V::max_bits(V::abs(e.max), V::abs(e.min));
     } else if constexpr (kSigned) {
-      e.furthest = floats(kWords ? V::rotate_words_right1(key) : V::rotate_right1(key));
+      e.furthest =
+          floats(kWords ? V::rotate_words_right1(held[kKey]) : V::rotate_right1(held[kKey]));
       e.magnitude = V::abs(e.furthest);
     } else {
-      e.magnitude = floats(key);
+      e.magnitude = floats(held[kKey]);
     }
     return e;
   }
@@ -236,38 +241,44 @@ class ColumnQuantizer {
     }
     const char* from = address(place.strip, first);
     const int whole = place.rows / kLineRows;
+    // A few lines at a time, as many as registers hold the extremes of.
     const auto copy_lines = [&](auto lines, int line) {
-      Most extremes[lines];
-      for (int l = 0; l < lines; ++l) extremes[l] = most[line + l];
+      B extremes[lines][Most::kCount];
+      for (int l = 0; l < lines; ++l) {
+        for (int i = 0; i < Most::kCount; ++i) extremes[l][i] = most[line + l].held[i];
+      }
       const char* at = from + begin * column_bytes_ + line * 64;
       unsigned char* copied = to + line * line_bytes + begin * 64;
       for (int i = begin; i < end; ++i) {
         for (int l = 0; l < lines; ++l) {
           const B v = V::load_bytes(reinterpret_cast<const unsigned char*>(at) + l * 64);
           V::store_bytes(copied + l * line_bytes, v);
-          extremes[l].add(v);
+          Most::add(extremes[l], v);
         }
         at += column_bytes_;
         copied += 64;
       }
-      for (int l = 0; l < lines; ++l) most[line + l] = extremes[l];
+      for (int l = 0; l < lines; ++l) {
+        for (int i = 0; i < Most::kCount; ++i) most[line + l].held[i] = extremes[l][i];
+      }
     };
-    if (whole == kStripLines) {
-      copy_lines(std::integral_constant<int, kStripLines>{}, 0);
-    } else {
-      for (int line = 0; line < whole; ++line) copy_lines(std::integral_constant<int, 1>{}, line);
+    constexpr int kTogether = Most::kCount == 1 ? V::kLinesTogether : V::kLinesTogether / 2;
+    int line = 0;
+    for (; line + kTogether <= whole; line += kTogether) {
+      copy_lines(std::integral_constant<int, kTogether>{}, line);
     }
+    for (; line < whole; ++line) copy_lines(std::integral_constant<int, 1>{}, line);
     if (whole < place.lines) {
       // Rows that pad the line repeat the last one; what comes of them is overwritten.
       const int rows = place.rows - whole * kLineRows;
       for (int i = begin; i < end; ++i) {
-        unsigned char* line = to + whole * line_bytes + i * 64;
-        __builtin_memcpy(line, from + i * column_bytes_ + whole * 64,
+        unsigned char* padded = to + whole * line_bytes + i * 64;
+        __builtin_memcpy(padded, from + i * column_bytes_ + whole * 64,
                          static_cast<std::size_t>(rows) * kBytes);
         for (int r = rows; r < kLineRows; ++r) {
-          __builtin_memcpy(line + r * kBytes, line + (rows - 1) * kBytes, kBytes);
+          __builtin_memcpy(padded + r * kBytes, padded + (rows - 1) * kBytes, kBytes);
         }
-        most[whole].add(V::load_bytes(line));
+        Most::add(most[whole].held, V::load_bytes(padded));
       }
     }
     if (part + 1 == parts) {
