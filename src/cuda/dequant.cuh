@@ -34,20 +34,40 @@ __device__ __forceinline__ std::uint32_t float_pair(float low, float high) {
   return d;
 }
 
+// A codebook's entries as two 16-bit floats per word, for a kernel's parameters: the constant bank
+// that holds them is warm when a kernel starts, one with arrays of the program is not.
+struct CodebookPairs {
+  std::uint32_t words[8];
+};
+
+inline CodebookPairs codebook_pairs(Format format, bool bf16) {
+  CodebookPairs pairs{};
+  for (int code = 0; code < 16; ++code) {
+    const float value = codebook_entry(format, code);
+    const std::uint32_t bits = bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                    : __half_as_ushort(__float2half_rn(value));
+    pairs.words[code / 2] |= bits << (code % 2 * 16);
+  }
+  return pairs;
+}
+
 // Fills the table of pairs; all threads of the block take part, a barrier must follow.
-template <Kind kKind, bool kBf16>
-__device__ void fill_table(std::uint8_t* table, Format format, int threads) {
+template <Kind kKind>
+__device__ __forceinline__ void fill_table(std::uint8_t* table, const CodebookPairs& codebook,
+                                           int threads) {
   if constexpr (is_table(kKind)) {
     constexpr int kBits = kind_bits(kKind);
     constexpr int kEntries = 1 << (2 * kBits);
     constexpr int kCodes = 1 << kBits;
     const int lane = threadIdx.x % kLanes;
     // One lane per code, then the entries by shuffles: looking a codebook up per entry took 40 us.
-    const float mine = codebook_entry(format, lane % kCodes);
+    const std::uint32_t mine = codebook.words[lane % kCodes / 2] >> (lane % 2 * 16);
+    auto* const to = reinterpret_cast<std::uint32_t*>(table) + lane;
+#pragma unroll 4
     for (int entry = threadIdx.x / kLanes; entry < kEntries; entry += threads / kLanes) {
-      const float low = __shfl_sync(0xffffffffu, mine, entry % kCodes);
-      const float high = __shfl_sync(0xffffffffu, mine, entry / kCodes);
-      reinterpret_cast<std::uint32_t*>(table)[entry * kLanes + lane] = float_pair<kBf16>(low, high);
+      const std::uint32_t low = __shfl_sync(0xffffffffu, mine, entry % kCodes);
+      const std::uint32_t high = __shfl_sync(0xffffffffu, mine, entry / kCodes);
+      to[entry * kLanes] = __byte_perm(low, high, 0x5410);
     }
   }
 }

@@ -55,7 +55,7 @@ struct QmmParams {
   std::uint32_t zero_pair;
   float factor;
   DType bias_dtype;
-  Format format;
+  CodebookPairs codebook;
   bool minima;
   bool weights_once;  // no other thread block reads the same weights
   bool vector_out;    // out's rows are aligned to 16 bytes
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   }
 
   // ---- the warps that multiply
-  fill_table<kKind, kBf16>(table_base, p.format, kThreads);
+  fill_table<kKind>(table_base, p.codebook, kThreads);
   named_barrier(1, kThreads + kLanes);
   take_registers<kTurns == 1 ? 232 : 112>();
   const int lane = threadIdx.x % kLanes;

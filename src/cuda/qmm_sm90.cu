@@ -168,7 +168,7 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   for (int i = 0; i < args.exponent; ++i) p.factor *= 2;
   for (int i = 0; i > args.exponent; --i) p.factor /= 2;
   p.bias_dtype = args.bias_dtype;
-  p.format = geometry.format;
+  p.codebook = codebook_pairs(geometry.format, bf16);
   p.weights_once = args.ends != nullptr ? args.m <= std::int64_t{args.experts} * shape.tokens
                                         : p.token_groups == 1;
   p.pair_out = reinterpret_cast<std::uintptr_t>(args.out) % 4 == 0 && args.out_stride % 2 == 0;

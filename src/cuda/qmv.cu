@@ -68,7 +68,7 @@ int launch(const FusedArgs& args, std::int64_t run, const QmvShape& shape, Strea
   for (int i = 0; i < args.exponent; ++i) p.factor *= 2;
   for (int i = 0; i > args.exponent; --i) p.factor /= 2;
   p.bias_dtype = args.bias_dtype;
-  p.format = geometry.format;
+  p.codebook = codebook_pairs(geometry.format, bf16);
 
   switch (geometry.kind) {
     case Kind::kInt4:

@@ -46,7 +46,7 @@ struct QmvParams {
   std::uint32_t zero_pair;
   float factor;  // 2^exponent
   DType bias_dtype;
-  Format format;
+  CodebookPairs codebook;
   bool minima, half_groups;  // half_groups: group size 32, two scales per block
   std::size_t shared_bytes;
 };
@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
   const std::uint8_t* x = p.x;
   int first_token = 0;
   if (p.ends != nullptr) {
+    fill_table<kKind>(smem, p.codebook, blockDim.x);
     wait_for_previous_kernel();
     const GroupItem item = group_item(p.ends, p.experts, p.rows,
                                       kT == 1   ? 3
@@ -191,19 +192,25 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     issue_act = issue_act + 1 == p.act_slots ? 0 : issue_act + 1;
   };
 
-  // ---- fill the ring: weights do not depend on the previous kernel, activations do
+  // ---- fill the ring: weights do not depend on the previous kernel, activations do. One unit goes
+  // before them, for activations arrive behind all that was asked for earlier: with the whole ring
+  // ahead of them the first multiplication waited for 70 KB instead of 35. One loop, because
+  // ptxas 13.0 gives a second copy of issue_weights() a descriptor in an odd uniform register,
+  // an illegal instruction.
 #pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) issue_weights();
-  if (threadIdx.x < 8) reinterpret_cast<std::uint32_t*>(zeros)[threadIdx.x] = 0;
-  fill_table<kKind, kBf16>(smem, p.format, blockDim.x);
-  wait_for_previous_kernel();
-  {
-    const int chunks_ahead = (kSlots - 1 + p.tiles_per_warp - 1) / p.tiles_per_warp;
-    for (int i = 0; i < chunks_ahead; ++i) issue_activations(chunk_begin + i * p.warps_k);
+  for (int i = 0; i < kSlots - 1; ++i) {
+    issue_weights();
+    if (i == 0) {
+      if (threadIdx.x < 8) reinterpret_cast<std::uint32_t*>(zeros)[threadIdx.x] = 0;
+      if (p.ends == nullptr) {
+        fill_table<kKind>(smem, p.codebook, blockDim.x);
+        wait_for_previous_kernel();
+      }
+      const int chunks_ahead = (kSlots - 1 + p.tiles_per_warp - 1) / p.tiles_per_warp;
+      for (int c = 0; c < chunks_ahead; ++c) issue_activations(chunk_begin + c * p.warps_k);
+    }
+    cp_async_commit();
   }
-  cp_async_commit();
-#pragma unroll
-  for (int i = 0; i < kSlots - 2; ++i) cp_async_commit();
   __syncthreads();  // zeros and table
 
   const std::uint8_t* const table = smem + lane * 4;
@@ -325,65 +332,73 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     }
   }
 
-  // ---- sum the warps along K, then the blocks of the cluster, in order
+  // ---- sum the warps along K, then the blocks of the cluster, in order. Sums lie in shared memory
+  // as in registers, 16 bytes per lane, row tile and 8 tokens: no bank is asked for twice. A pair is
+  // a lane's two tokens of one row.
   cp_async_wait<0>();
   __syncthreads();  // the rings become room for partial sums
-  const int warp_rows = p.tiles_per_warp * 16;
-  const int run = warp_rows + 4;  // lanes of one store fall into different banks
-  auto* const partial = reinterpret_cast<float*>(rings);
-  float* const mine = partial + warp * m * run;
+  constexpr int kTilePairs = kT * kLanes * 2;
+  const int warp_pairs = p.tiles_per_warp * kTilePairs;
+  auto* const partial = reinterpret_cast<float2*>(rings);
 #pragma unroll
   for (int r = 0; r < kTiles; ++r) {
     if (r >= p.tiles_per_warp) break;
 #pragma unroll
     for (int t = 0; t < kT; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = t * 8 + lane % 4 * 2 + i % 2;
-        const int row = r * 16 + lane / 4 + i / 2 * 8;
-        if (token < m) mine[token * run + row] = acc[r][t][i];
-      }
+      reinterpret_cast<float4*>(partial + warp * warp_pairs)[(r * kT + t) * kLanes + lane] =
+          make_float4(acc[r][t][0], acc[r][t][1], acc[r][t][2], acc[r][t][3]);
     }
   }
   __syncthreads();
-  const int rows = p.warps_n * warp_rows;
-  const int outputs = m * rows;
-  const std::int64_t first_row = static_cast<std::int64_t>(row_group) * rows;
-  const auto sum_of_warps = [&](int token, int row) {
-    const float* at = partial + (row / warp_rows) * m * run + token * run + row % warp_rows;
-    float sum = 0;
-    for (int i = 0; i < p.warps_k; ++i) sum += at[i * p.warps_n * m * run];
+  const int pairs = p.warps_n * warp_pairs;
+  const int first_row = row_group * p.warps_n * p.tiles_per_warp * 16;
+  const auto token_of = [&](int pair) { return pair / (kLanes * 2) % kT * 8 + pair / 2 % 4 * 2; };
+  // Warp i of a row tile's warps along K is i * warps_n + its place along N.
+  const auto sum_of_warps = [&](int pair) {
+    const float2* at = partial + pair;
+    float2 sum = *at;
+#pragma unroll 4
+    for (int i = 1; i < p.warps_k; ++i) {
+      at += pairs;
+      sum.x += at->x;
+      sum.y += at->y;
+    }
     return sum;
   };
-  const auto finish = [&](int token, int row, float value) {
-    const std::int64_t n = first_row + row;
+  const auto finish = [&](int pair, float2 sum) {
+    const std::int64_t n = first_row + pair / kTilePairs * 16 + pair % 2 * 8 + pair / 8 % 8;
     if (n >= p.n) return;
-    value *= p.factor;
+    float scale = 1;
     if constexpr (has_row_scale(kKind)) {
-      value *= reinterpret_cast<const float*>(w + n / 16 * p.tile_bytes)[n % 16];
+      scale = reinterpret_cast<const float*>(w + n / 16 * p.tile_bytes)[n % 16];
     }
-    store_out<kBf16>(p.out, (first_token + token) * p.out_stride + n,
-                     value + bias_at(p.bias, p.bias_dtype, n));
+    const float bias = bias_at(p.bias, p.bias_dtype, n);
+    const int token = token_of(pair);
+    const std::int64_t at = (first_token + token) * p.out_stride + n;
+    store_out<kBf16>(p.out, at, sum.x * p.factor * scale + bias);
+    if (token + 1 < m) store_out<kBf16>(p.out, at + p.out_stride, sum.y * p.factor * scale + bias);
   };
   if (p.splits == 1) {
-    for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-      finish(i / rows, i % rows, sum_of_warps(i / rows, i % rows));
+    for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+      if (token_of(pair) < m) finish(pair, sum_of_warps(pair));
     }
     return;
   }
-  float* const block_sum = partial + warps * m * run;
-  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-    block_sum[i] = sum_of_warps(i / rows, i % rows);
+  float2* const block_sum = partial + p.warps_k * pairs;
+  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+    if (token_of(pair) < m) block_sum[pair] = sum_of_warps(pair);
   }
   cluster_barrier();
   const std::uint32_t block_sum_at = shared_address(block_sum);
-  for (int i = outputs * split / p.splits + threadIdx.x; i < outputs * (split + 1) / p.splits;
-       i += blockDim.x) {
-    float sum = 0;
+  for (int pair = pairs * split / p.splits + threadIdx.x; pair < pairs * (split + 1) / p.splits;
+       pair += blockDim.x) {
+    if (token_of(pair) >= m) continue;
+    float2 sum{};
     for (int rank = 0; rank < p.splits; ++rank) {
-      sum += load_from_cluster(block_sum_at + 4 * i, rank);
+      sum.x += load_from_cluster(block_sum_at + 8 * pair, rank);
+      sum.y += load_from_cluster(block_sum_at + 8 * pair + 4, rank);
     }
-    finish(i / rows, i % rows, sum);
+    finish(pair, sum);
   }
   cluster_barrier();  // nobody leaves while its sums are being read
 }

@@ -74,9 +74,9 @@ inline std::size_t qmv_shared_bytes(const Geometry& geometry, int m, int tiles_p
                            qmv_scale_bytes(geometry, token_tiles);
   const std::size_t rings =
       warps * (ring_slots(kind, token_tiles) * unit + std::size_t(act_slots) * chunk * m * 128);
-  const std::size_t rows = static_cast<std::size_t>(tiles_per_warp) * 16;
+  // Sums as they lie in registers: 16 bytes per lane, row tile and 8 tokens.
   const std::size_t sums =
-      warps * m * (rows + 4) * 4 + (splits > 1 ? std::size_t(m) * warps_n * rows * 4 : 0);
+      (warps + (splits > 1 ? warps_n : 0)) * std::size_t(tiles_per_warp) * token_tiles * 512;
   return table_bytes(kind) + 128 + (rings > sums ? rings : sums);
 }
 inline constexpr std::size_t kMostSharedBytes = 227 * 1024;  // of a thread block on sm_90

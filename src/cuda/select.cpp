@@ -233,8 +233,7 @@ Choice select(const Problem& problem) {
   // starts sooner; qmm, 16 of them at once, lasts.
   const std::int64_t bytes = problem.geometry.tiles * problem.geometry.tile_bytes;
   const bool wide = kind_bits(kind) == 8;
-  const bool starts =
-      problem.m <= (kind == Kind::kLut4 ? 4 : 8) && (!wide || bytes < (std::int64_t{48} << 20));
+  const bool starts = problem.m <= 8 && (!wide || bytes < (std::int64_t{48} << 20));
   // Up to 64 tokens the bytes of the weights decide, whatever multiplies.
   const bool eight = (kind == Kind::kE4M3 || kind == Kind::kE5M2) && shape_fits &&
                      problem.sm >= 90 && problem.sm < 100 && problem.exponent == 0 &&
