@@ -7,32 +7,43 @@
 namespace lowbit::cpu {
 namespace {
 
-// Tokens from which expanding weights to bf16 beats the kernels that read them packed: those need a
-// pass for every eight (four) tokens, and the NormalFloats three times the products.
+// Tokens from which bf16 tiles are the faster way: types with groups are expanded for them, which
+// pays where the kernels that read packed weights need a pass for every eight tokens, or the
+// NormalFloats' three times the products.
 std::int64_t bf16_from(const FormatInfo& info) {
-  if (!info.grouped()) return 5;
+  if (!info.grouped()) return 3;
   return info.format == Format::kNf3 || info.format == Format::kNf4 ? 7 : 13;
 }
+
+// Tokens from which products of few tokens by tiles beat the kernels of avx512vnni: of two planes
+// the NormalFloats take two or three where the others take one.
+std::int64_t few_from(const FormatInfo& info, Precision precision) {
+  const bool wide = info.format == Format::kNf3 || info.format == Format::kNf4;
+  return precision == Precision::kInt8 || wide ? 3 : 2;
+}
+
+// As many as fill the rows of a tile.
+constexpr std::int64_t kFewOne = 16, kFewTwo = 8;
 
 }  // namespace
 
 const Path* select_linear_amx(const Layout& layout, Precision precision, std::int64_t m) {
   const FormatInfo& info = format_info(layout.format);
   const Precision resolved = resolve_precision(layout.format, precision, m);
-  // Where there are tiles, vdpbf16ps multiplies no more than float32 instructions do, and fp8 needs
-  // fewer of those: activations are not split.
-  const std::int64_t floats_below = resolved == Precision::kFp32 ? 9 : bf16_from(info);
-  if (!info.grouped() && m < floats_below) return avx512::decode_f32(layout.format);
-  switch (resolved) {
-    case Precision::kInt8:
-      // Up to eight tokens unpacked operands are used where they are.
-      if (info.grouped()) return m >= 9 ? amx::panel_int8(layout.format) : nullptr;
-      [[fallthrough]];  // the float types have no int8 kernels
-    case Precision::kBf16:
-      return m >= bf16_from(info) ? amx::panel_bf16(layout.format) : nullptr;
-    default:
-      return nullptr;
+  if (info.grouped()) {
+    const bool one = resolved == Precision::kInt8;
+    if (one && m > kFewOne) return amx::panel_int8(layout.format);
+    if (resolved == Precision::kBf16 && m >= bf16_from(info)) return amx::panel_bf16(layout.format);
+    if (m < few_from(info, resolved) || m > (one ? kFewOne : kFewTwo)) return nullptr;
+    return one ? amx::few_int8(layout.format) : amx::few_int8x2(layout.format);
   }
+  if (resolved != Precision::kFp32 && m >= bf16_from(info)) {
+    return m <= kFewOne ? amx::few_bf16(layout.format) : amx::panel_bf16(layout.format);
+  }
+  const bool fp8 = layout.format == Format::kFp8E4M3 || layout.format == Format::kFp8E5M2;
+  if (fp8 && m >= 2 && m <= kFewTwo) return amx::few_bf16x2(layout.format);
+  // Where there are tiles, vdpbf16ps multiplies no more than float32 instructions do.
+  return m <= kFewTwo ? avx512::decode_f32(layout.format) : nullptr;
 }
 
 }  // namespace lowbit::cpu

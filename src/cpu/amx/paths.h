@@ -7,5 +7,11 @@ namespace lowbit::cpu::amx {
 
 const Path* panel_int8(Format format);  // types with groups
 const Path* panel_bf16(Format format);
+// Up to 16 tokens, types with groups: one plane of activations, or two (8 tokens).
+const Path* few_int8(Format format);
+const Path* few_int8x2(Format format);
+// The others; two planes: fp8.
+const Path* few_bf16(Format format);
+const Path* few_bf16x2(Format format);
 
 }  // namespace lowbit::cpu::amx

@@ -36,6 +36,11 @@ template <int kTo, int kA, int kB>
 LOWBIT_INLINE void tile_multiply_int8() {
   __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
 }
+// Signed bytes (A) times unsigned ones (B).
+template <int kTo, int kA, int kB>
+LOWBIT_INLINE void tile_multiply_unsigned() {
+  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
+}
 
 struct TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -55,6 +60,7 @@ struct TileSession {
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(config));
   }
+  explicit TileSession(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
   // Tiles 4 and 7 (A) and 5 and 6 (B) of `depth` bytes along the sum.
   explicit TileSession(int depth) {
     TileConfig config;

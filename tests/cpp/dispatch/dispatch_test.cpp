@@ -100,24 +100,31 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
             "avxvnni.int8x2.asym_int5");
   EXPECT_EQ(name(Isa::kAvxVnni, Format::kFp8E4M3, Precision::kInt8, 7), "avx2.fp32.fp8_e4m3");
   if (cpu::isa_info(Isa::kAmx).compiled) {
-    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 8),
-              "avx512vnni.int8.decode.asym_int4");
-    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 9), "amx.int8.panel.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 1),
+              "avx512vnni.int8x2.decode.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 2), "amx.int8x2.few.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 5), "amx.int8.few.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 16), "amx.int8.few.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 17), "amx.int8.panel.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kFp32, 8), "amx.int8x2.few.asym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 2), "avx512vnni.int8x2.decode.nf4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 3), "amx.int8.few.nf4");
     EXPECT_EQ(name(Isa::kAmx, Format::kNf3, Precision::kInt8, 64), "amx.int8.panel.nf3");
   }
   EXPECT_EQ(name(Isa::kScalar, Format::kNf3, Precision::kInt8, 7), "scalar.fp32");
   if (!cpu::isa_info(Isa::kAmx).compiled) return;
-  // Tiles where there are tokens to fill them; few read packed weights.
-  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 5), "amx.bf16.panel.fp8_e4m3");
-  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 4),
+  // Tiles; many tokens by expanded weights, one or two by the kernels without.
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 1),
             "avx512vnni.fp32.decode.fp8_e4m3");
-  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kInt8, 4),
-            "avx512vnni.fp32.decode.fp8_e4m3");
-  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kFp32, 8),
-            "avx512vnni.fp32.decode.fp8_e5m2");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 4), "amx.bf16x2.few.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kInt8, 4), "amx.bf16.few.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 5), "amx.bf16.few.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 17), "amx.bf16.panel.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kFp32, 8), "amx.bf16x2.few.fp8_e5m2");
   EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kFp32, 9),
             "avx512vnni.fp32.panel.fp8_e5m2");
-  EXPECT_EQ(name(Isa::kAmx, Format::kFp16, Precision::kInt8, 16), "amx.bf16.panel.fp16");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp16, Precision::kFp32, 8), "avx512vnni.fp32.decode.fp16");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp16, Precision::kInt8, 16), "amx.bf16.few.fp16");
   EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 4), "avx512vnni.fp32.decode.bf16");
   EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, 12),
             "avx512vnni.int8x2.decode.sym_int4");

@@ -1,0 +1,470 @@
+// Up to 16 tokens, grouped formats: out = sum over groups of s * as * (sum of code * q - zero * sum
+// of q) (+ m * as * sum of q), as in avx512vnni, with the products of a group done by tiles. One
+// plane of activations serves 16 tokens, two planes 8: the rows of a tile. Products are then nearly
+// free, and so is the second plane; what is left for the vector units is to make bytes of codes,
+// once for all tokens, and to end groups.
+//
+// One row tile after the other passes by, a single stream of bytes. A step is 64 inputs (groups of
+// 32: 32), and steps overlap, across row tiles as well:
+//   step s      codes of 16 outputs to bytes, 1 KiB per byte plane of the weights, in L1
+//   s - kBehind their product, after the sums of the group before have been stored
+//   one more    sums of a group, stored in the step before, are scaled and added to totals, which
+//               stay in registers
+// What is written must have reached L1 before tiles load it, hence the distance. Lines are fetched
+// one at a time, spread over a step: in bursts they cost a tenth of the bandwidth.
+#include "cpu/amx/paths.h"
+#include "cpu/amx/tiles.h"
+#include "cpu/generic/avx512_codes.h"
+#include "cpu/generic/avx512_prepare.h"
+
+namespace lowbit::cpu {
+namespace {
+
+constexpr int kRowsMost = 16;
+constexpr int kBehind = 2;
+constexpr int kRing = 4;       // slots for what steps hand on
+constexpr int kScaleRing = 8;  // from the first step to the last
+constexpr std::int64_t kTileBytes = 1024;
+constexpr std::int64_t kMostSlot = 4096;  // three planes, and a power of two
+
+// Tokens per instance of the kernel.
+template <int kPlanes>
+LOWBIT_INLINE std::int64_t padded_tokens(std::int64_t m) {
+  if (kPlanes == 2 && m <= 2) return m;
+  return (m + 3) / 4 * 4;
+}
+
+// Record of a group: three arrays with an entry per token (step; start, what the bias of floats and
+// zero points amount to; a third as in IntRecords), then the A tiles.
+template <int kPlanes>
+struct Shape {
+  std::int64_t group, groups, depth, parts, rows, tile_bytes, array, head, record;
+
+  LOWBIT_INLINE explicit Shape(const Activations& a)
+      : group(a.group),
+        groups(a.groups),
+        depth(a.group < 64 ? 32 : 64),
+        parts(a.group / depth),
+        rows(a.m * kPlanes),
+        tile_bytes(rows * depth),
+        array(padded_tokens<kPlanes>(a.m) * 4),
+        head(align64(3 * array)),
+        record(align64(head + parts * tile_bytes)) {}
+};
+
+template <int kPlanes>
+std::int64_t activation_bytes(const Activations& a) {
+  const Shape<kPlanes> shape(a);
+  return shape.groups * shape.record;
+}
+
+template <int kPlanes, int kZero, Init2 kInit2>
+void prepare(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
+  const Shape<kPlanes> shape(a);
+  const __m512i order = packed_order(tokens.dtype);
+  for (std::int64_t g = 0; g < shape.groups; ++g) {
+    std::byte* record = a.data + g * shape.record;
+    if (begin == 0) {
+      for (std::int64_t i = 0; i < shape.head; i += 64) {
+        _mm512_store_si512(record + i, _mm512_setzero_si512());
+      }
+    }
+    for (std::int64_t t = begin; t < end; ++t) {
+      std::byte* row = record + shape.head + t * shape.depth;
+      const auto put = [&](int plane, std::int64_t k, __m512i bytes, bool whole) LOWBIT_LAMBDA {
+        std::byte* to = row + plane * a.m * shape.depth + k / 64 * shape.tile_bytes;
+        if (whole) {
+          _mm512_storeu_si512(to, bytes);
+        } else {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(bytes));
+        }
+      };
+      const std::int64_t k0 = g * shape.group;
+      const Quantized<kPlanes> q = quantize_group<kPlanes>(tokens, t * tokens.stride + k0, a.k - k0,
+                                                           shape.group, order, put);
+      const auto set = [&](int array, auto value) LOWBIT_LAMBDA {
+        __builtin_memcpy(record + array * shape.array + 4 * t, &value, 4);
+      };
+      set(0, q.step);
+      if constexpr (kInit2 == Init2::kSplit) {
+        set(1, -128 * q.sums[0]);
+        set(2, -128 * q.sums[kPlanes - 1]);
+      } else {
+        set(1, (kPlanes == 1 ? kBiasBits : 0) - kZero * q.sum());
+        if constexpr (kInit2 == Init2::kSum) set(2, q.step * static_cast<float>(q.sum()));
+      }
+    }
+  }
+}
+
+// The bytes that stand for a code, one or several planes of them.
+template <Format F, int kPlanes>
+struct Bytes {
+  using Codes = Unpack<Grouped<F>::kBits>;
+  static constexpr int kCount = 1;
+  static constexpr int kZero = Grouped<F>::kZero;
+  static constexpr Init2 kInit2 = Grouped<F>::kMinimum ? Init2::kSum : Init2::kNone;
+  static constexpr float kScale = Grouped<F>::kValueScale;
+  Operand<F> operand;
+
+  template <int I>
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block,
+                          const typename Codes::Plane& plane, __m512i (&out)[kCount]) const {
+    out[0] = operand.template quad<I>(codes, block, plane);
+  }
+  // Sums of token t, that of low bytes `low` behind that of high ones, times the activations' step;
+  // the sums of a byte plane of the weights are `plane` apart.
+  LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t, std::int64_t low,
+                                    const std::byte* record, std::int64_t array, int t) {
+    static_assert(kPlanes == 2);
+    const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums + t * 64), 8);
+    const __m512i whole =
+        _mm512_add_epi32(_mm512_add_epi32(high, broadcast(record + array + 4 * t)),
+                         _mm512_load_si512(sums + low + t * 64));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(whole), broadcast_f32(record + 4 * t));
+  }
+};
+// Two bytes (nf3_pair.h).
+template <>
+struct Bytes<Format::kNf3, 2> {
+  using Codes = Unpack<3>;
+  static constexpr int kCount = 2;
+  static constexpr int kZero = Nf3Pair::kZero;
+  static constexpr Init2 kInit2 = Init2::kNone;
+  static constexpr float kScale = 1.0f;
+  __m512i table[2];
+
+  LOWBIT_INLINE Bytes()
+      : table{_mm512_load_si512(pair_tables().first), _mm512_load_si512(pair_tables().second)} {}
+  template <int I>
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block,
+                          const typename Codes::Plane& plane, __m512i (&out)[kCount]) const {
+    const __m512i index = Codes::template index<I>(codes, block, plane);
+    unroll<2>([&](auto i) LOWBIT_LAMBDA { out[i] = _mm512_permutexvar_epi8(index, table[i]); });
+  }
+  LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t plane, std::int64_t low,
+                                    const std::byte* record, std::int64_t array, int t) {
+    const __m512i start = broadcast(record + array + 4 * t);
+    __m512 part[2];
+    unroll<2>([&](auto i) LOWBIT_LAMBDA {
+      const std::byte* at = sums + i * plane + t * 64;
+      const __m512i high = _mm512_slli_epi32(_mm512_load_si512(at), 8);
+      part[i] = _mm512_cvtepi32_ps(
+          _mm512_add_epi32(_mm512_add_epi32(high, start), _mm512_load_si512(at + low)));
+    });
+    __m512 both = _mm512_mul_ps(part[1], _mm512_set1_ps(Nf3Pair::kSecond));
+    both = _mm512_fmadd_ps(part[0], _mm512_set1_ps(Nf3Pair::kFirst), both);
+    return _mm512_mul_ps(both, broadcast_f32(record + 4 * t));
+  }
+};
+// Three bytes of a 24-bit integer; of six products the smallest is left out.
+template <>
+struct Bytes<Format::kNf4, 2> {
+  using Codes = Unpack<4>;
+  static constexpr int kCount = 3;
+  static constexpr int kZero = 0;
+  static constexpr Init2 kInit2 = Init2::kSplit;
+  static constexpr float kScale = static_cast<float>(256.0 / kWideScale);
+  __m512i table[3];
+
+  LOWBIT_INLINE Bytes()
+      : table{_mm512_load_si512(byte_tables<Format::kNf4>().high),
+              _mm512_load_si512(byte_tables<Format::kNf4>().middle),
+              _mm512_load_si512(byte_tables<Format::kNf4>().low)} {}
+  template <int I>
+  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block,
+                          const typename Codes::Plane& plane, __m512i (&out)[kCount]) const {
+    const __m512i index = Codes::template index<I>(codes, block, plane);
+    unroll<3>([&](auto i) LOWBIT_LAMBDA { out[i] = _mm512_permutexvar_epi8(index, table[i]); });
+  }
+  LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t plane, std::int64_t low,
+                                    const std::byte* record, std::int64_t array, int t) {
+    const auto sum = [&](int byte, bool second) LOWBIT_LAMBDA {
+      return _mm512_load_si512(sums + byte * plane + t * 64 + (second ? low : 0));
+    };
+    const __m512i top = _mm512_add_epi32(sum(0, false), broadcast(record + array + 4 * t));
+    const __m512i middle = _mm512_add_epi32(
+        _mm512_add_epi32(sum(0, true), broadcast(record + 2 * array + 4 * t)), sum(1, false));
+    const __m512i rest = _mm512_add_epi32(sum(1, true), sum(2, false));
+    __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(256.0f),
+                                   _mm512_cvtepi32_ps(rest));
+    value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(top), _mm512_set1_ps(65536.0f), value);
+    return _mm512_mul_ps(value, broadcast_f32(record + 4 * t));
+  }
+};
+
+std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
+  return 2 * kRing * kMostSlot + kScaleRing * 2 * kUnitBytes + kRowsMost * kUnitBytes;
+}
+
+// Outputs of a row tile; out of line, because it is rare and would take registers.
+[[gnu::noinline]] void write(const Epilogue& epilogue, std::int64_t first_token, std::int64_t m,
+                             std::int64_t tile, const std::byte* totals) {
+  for (std::int64_t t = 0; t < m; ++t) {
+    epilogue.store(first_token + t, tile, _mm512_load_ps(totals + t * kUnitBytes));
+  }
+}
+
+// Quad I's share of the lines of a block ahead, where it stands: the compiler would gather them,
+// and a burst of fetches fills the buffers of the L1.
+template <int I, std::int64_t kBlockBytes>
+LOWBIT_INLINE void fetch_quad(const std::byte* block) {
+  constexpr int kLines = static_cast<int>(kBlockBytes / 64);
+  constexpr int kFirst = I * kLines / 8;
+  unroll<(I + 1) * kLines / 8 - kFirst>([&](auto line) LOWBIT_LAMBDA {
+    __asm__ volatile("prefetcht1 %c1(%0)\n\tprefetcht0 %c2(%0)" ::"r"(block),
+                     "i"(kFar + (kFirst + line) * 64), "i"(kNear + (kFirst + line) * 64)
+                     : "memory");
+  });
+}
+
+// Lines that will be written: a store that misses the caches would hold up those behind it.
+[[gnu::noinline]] void expect(const RowBlock& rows, std::int64_t first_token, std::int64_t m,
+                              std::int64_t tile) {
+  const std::int64_t bytes = rows.out_dtype == DType::kFloat32 ? 4 : 2;
+  const char* out = static_cast<const char*>(rows.out) +
+                    (first_token * rows.out_stride + tile * kTileRows) * bytes;
+  for (std::int64_t t = 0; t < m; ++t) {
+    __asm__ volatile("prefetchw (%0)" ::"r"(out + t * rows.out_stride * bytes));
+  }
+}
+
+template <Format F, int kPlanes, int kTokens, bool kPlain>
+void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+               std::int64_t tile_begin, std::int64_t tile_end, std::byte* scratch) {
+  using Of = Bytes<F, kPlanes>;
+  using Codes = typename Of::Codes;
+  constexpr int kCount = Of::kCount;
+  constexpr bool kMinimum = Grouped<F>::kMinimum;
+  constexpr bool kDirect = F == Format::kSymInt8;  // tiles as they lie
+  constexpr std::int64_t kStepBytes = 2 * Codes::kBlockBytes;
+  constexpr std::size_t kSlot = kCount == 3 ? kMostSlot : kCount * kTileBytes;
+  constexpr std::size_t kSlots = kRing * kSlot;
+  const Of bytes;
+  const GroupWalk<kMinimum> walk(rows.layout);
+  const Shape<kPlanes> shape(a);
+  const Epilogue epilogue(rows, Of::kScale);
+  const std::int64_t sum_bytes = shape.rows * 64, low = a.m * 64;
+  std::byte* const operands = scratch;
+  std::byte* const sums = operands + kSlots;
+  std::byte* const scales = sums + kSlots;
+  std::byte* const totals = scales + kScaleRing * 2 * kUnitBytes;
+  const std::byte* from[kRing] = {};
+
+  TileConfig config;
+  for (int tile = 0; tile < 4; ++tile) {
+    config.row_bytes[tile] = static_cast<std::uint16_t>(tile == 3 ? shape.depth : 64);
+    config.rows[tile] = static_cast<std::uint8_t>(shape.rows);
+  }
+  for (int tile = 4; tile < 7; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = static_cast<std::uint8_t>(shape.depth / 4);
+  }
+  const TileSession session(config);
+
+  __m512 total[kTokens];
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
+  const std::byte* const records = a.data;
+  const std::byte* const records_end = a.data + shape.groups * shape.record;
+  const std::byte *multiplying = records, *adding = records;
+  const std::byte* row_tile = rows.packed + tile_begin * rows.layout.tile_bytes;
+  const std::byte* codes = row_tile;
+  std::int64_t g = 0, part = 0, multiplied_part = 0;  // of what is expanded; multiplied
+  std::int64_t tile = tile_begin;                     // that is added up
+  const std::size_t groups = static_cast<std::size_t>((tile_end - tile_begin) * shape.groups);
+  const std::size_t steps = kPlain ? groups : groups * static_cast<std::size_t>(shape.parts);
+  std::size_t expanded = 0, stored = 0, added = 0;  // groups
+  bool complete = false;                            // sums in the tiles wait to be stored
+  for (std::size_t s = 0; added < groups; ++s) {
+    const std::size_t ready = stored;
+    if (complete) {
+      std::byte* to = sums + stored % kRing * kSlot;
+      unroll<kCount>([&](auto i) LOWBIT_LAMBDA { tile_store<i>(to + i * sum_bytes, 64); });
+      ++stored;
+      complete = false;
+    }
+    if (s - kBehind < steps) {
+      const std::size_t slot = (s - kBehind) % kRing;
+      const std::byte* operand = kDirect ? from[slot] : operands + slot * kSlot;
+      const std::byte* tokens = multiplying + shape.head;
+      if constexpr (!kPlain) tokens += multiplied_part * shape.tile_bytes;
+      tile_load<3>(tokens, kPlain ? 64 : shape.depth);
+      unroll<kCount>([&](auto i) LOWBIT_LAMBDA {
+        if (kPlain || multiplied_part == 0) tile_zero<i>();
+        tile_load<4 + i>(operand + i * kTileBytes, 64);
+        tile_multiply_unsigned<i, 3, 4 + i>();
+      });
+      if (kPlain || ++multiplied_part == shape.parts) {
+        multiplied_part = 0;
+        complete = true;
+        multiplying += shape.record;
+        if (multiplying == records_end) multiplying = records;
+      }
+    }
+    if (s < steps) {
+      std::byte* to = operands + s % kRing * kSlot;
+      const auto expand = [&](const std::byte* group, std::int64_t inputs, std::int64_t first,
+                              int blocks) LOWBIT_LAMBDA {
+        const auto block = [&](auto half) LOWBIT_LAMBDA {
+          const auto plane = Codes::plane(group, inputs, first + half);
+          unroll<8>([&](auto i) LOWBIT_LAMBDA {
+            fetch_quad<i, Codes::kBlockBytes>(group + (first + half) * Codes::kBlockBytes);
+            __m512i quad[kCount];
+            bytes.template quad<i>(group, first + half, plane, quad);
+            unroll<kCount>([&](auto j) LOWBIT_LAMBDA {
+              _mm512_store_si512(to + j * kTileBytes + half * 512 + i * 64, quad[j]);
+            });
+          });
+        };
+        if constexpr (kDirect) {
+          const bool whole = blocks * kInputBlock >= shape.depth;
+          from[s % kRing] = whole ? group + first * Codes::kBlockBytes : to;
+          if (whole) {
+            for (std::int64_t i = 0; i < blocks * Codes::kBlockBytes; i += 64) {
+              prefetch_ahead(from[s % kRing] + i);
+            }
+            return;
+          }
+        }
+        if (blocks > 0) block(std::integral_constant<int, 0>{});
+        if (blocks > 1) block(std::integral_constant<int, 1>{});
+      };
+      const auto keep_scales = [&](const std::byte* at) LOWBIT_LAMBDA {
+        prefetch_far(at);
+        std::byte* keep = scales + expanded++ % kScaleRing * (2 * kUnitBytes);
+        _mm512_store_ps(keep, load_halves(at));
+        if constexpr (kMinimum) _mm512_store_ps(keep + kUnitBytes, load_halves(at + 32));
+      };
+      if (kPlain && g + 2 < shape.groups) {
+        expand(codes, 64, 0, 2);
+        if constexpr (kMinimum) {
+          keep_scales(codes + kStepBytes);
+          codes += kStepBytes + kUnitBytes;
+        } else {
+          keep_scales(codes + kStepBytes + (g % 2 == 0 ? kStepBytes : 32));
+          codes += kStepBytes + g % 2 * kUnitBytes;
+        }
+        ++g;
+      } else {
+        const std::int64_t inputs = walk.inputs(g), left = inputs / kInputBlock - part * 2;
+        expand(row_tile + walk.codes(g), inputs, part * 2,
+               static_cast<int>(shape.depth == 32 || left < 2 ? (left > 0 ? 1 : 0) : 2));
+        if (part == 0) keep_scales(row_tile + walk.scales(g));
+        if (kPlain || ++part == shape.parts) {
+          part = 0;
+          if (++g == shape.groups) {
+            g = 0;
+            row_tile += rows.layout.tile_bytes;
+            codes = row_tile;
+          }
+        }
+      }
+    }
+    if (added < ready) {
+      const std::byte* at = sums + added % kRing * kSlot;
+      const std::byte* step = scales + added % kScaleRing * (2 * kUnitBytes);
+      const __m512 scale = _mm512_load_ps(step);
+      const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(-kBias));
+      unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+        constexpr std::int64_t kArray = kTokens * 4;
+        if constexpr (kPlanes == 1) {
+          const __m512i sum =
+              _mm512_add_epi32(_mm512_load_si512(at + t * 64), broadcast(adding + kArray + 4 * t));
+          const __m512 value = _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, offset);
+          total[t] = _mm512_fmadd_ps(value, broadcast_f32(adding + 4 * t), total[t]);
+        } else {
+          total[t] =
+              _mm512_fmadd_ps(Of::value(at, sum_bytes, low, adding, kArray, t), scale, total[t]);
+        }
+        if constexpr (kMinimum) {
+          total[t] = _mm512_fmadd_ps(_mm512_load_ps(step + kUnitBytes),
+                                     broadcast_f32(adding + 2 * kArray + 4 * t), total[t]);
+        }
+      });
+      ++added;
+      adding += shape.record;
+      if (adding == records_end) {
+        adding = records;
+        unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+          _mm512_store_ps(totals + t * kUnitBytes, total[t]);
+          total[t] = _mm512_setzero_ps();
+        });
+        write(epilogue, first_token, a.m, tile++, totals);
+        if (tile < tile_end) expect(rows, first_token, a.m, tile);
+      }
+    }
+  }
+}
+
+template <Format F, int kPlanes>
+void run(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+         std::int64_t tile_begin, std::int64_t tile_end, std::int64_t, std::int64_t, std::int64_t,
+         std::byte* scratch) {
+  const auto go = [&](auto tokens) {
+    if (a.group == 64) {
+      run_steps<F, kPlanes, tokens, true>(rows, a, first_token, tile_begin, tile_end, scratch);
+    } else {
+      run_steps<F, kPlanes, tokens, false>(rows, a, first_token, tile_begin, tile_end, scratch);
+    }
+  };
+  if constexpr (kPlanes == 2) {
+    if (a.m == 1) return go(std::integral_constant<int, 1>{});
+    if (a.m == 2) return go(std::integral_constant<int, 2>{});
+  }
+  if (a.m <= 4) return go(std::integral_constant<int, 4>{});
+  if (a.m <= 8) return go(std::integral_constant<int, 8>{});
+  if constexpr (kPlanes == 1) {
+    if (a.m <= 12) return go(std::integral_constant<int, 12>{});
+    go(std::integral_constant<int, 16>{});
+  }
+}
+
+template <Format F, int kPlanes>
+constexpr Path few_path(const char* name, const char* activations) {
+  using Of = Bytes<F, kPlanes>;
+  return {name,
+          activations,
+          activation_bytes<kPlanes>,
+          prepare<kPlanes, Of::kZero, Of::kInit2>,
+          scratch_bytes,
+          run<F, kPlanes>,
+          1,
+          kRowsMost,
+          false};
+}
+
+// The activations' names carry the zero point that their starts contain.
+constexpr Path kPaths[] = {
+    few_path<Format::kSymInt4, 1>("amx.int8.few.sym_int4", "amx.few.int8.z8"),
+    few_path<Format::kAsymInt4, 1>("amx.int8.few.asym_int4", "amx.few.int8.sums"),
+    few_path<Format::kSymInt5, 1>("amx.int8.few.sym_int5", "amx.few.int8.z16"),
+    few_path<Format::kAsymInt5, 1>("amx.int8.few.asym_int5", "amx.few.int8.sums"),
+    few_path<Format::kSymInt8, 1>("amx.int8.few.sym_int8", "amx.few.int8.z128"),
+    few_path<Format::kNf3, 1>("amx.int8.few.nf3", "amx.few.int8.z128"),
+    few_path<Format::kNf4, 1>("amx.int8.few.nf4", "amx.few.int8.z128"),
+    few_path<Format::kFp4, 1>("amx.int8.few.fp4", "amx.few.int8.z128"),
+};
+constexpr Path kPaths2[] = {
+    few_path<Format::kSymInt4, 2>("amx.int8x2.few.sym_int4", "amx.few.int8x2.z8"),
+    few_path<Format::kAsymInt4, 2>("amx.int8x2.few.asym_int4", "amx.few.int8x2.sums"),
+    few_path<Format::kSymInt5, 2>("amx.int8x2.few.sym_int5", "amx.few.int8x2.z16"),
+    few_path<Format::kAsymInt5, 2>("amx.int8x2.few.asym_int5", "amx.few.int8x2.sums"),
+    few_path<Format::kSymInt8, 2>("amx.int8x2.few.sym_int8", "amx.few.int8x2.z128"),
+    few_path<Format::kNf3, 2>("amx.int8x2.few.nf3", "amx.few.int8x2.z128"),
+    few_path<Format::kNf4, 2>("amx.int8x2.few.nf4", "amx.few.int8x2.split"),
+    few_path<Format::kFp4, 2>("amx.int8x2.few.fp4", "amx.few.int8x2.z128"),
+};
+
+}  // namespace
+
+namespace amx {
+
+const Path* few_int8(Format format) {
+  return &kPaths[static_cast<int>(format)];
+}
+const Path* few_int8x2(Format format) {
+  return &kPaths2[static_cast<int>(format)];
+}
+
+}  // namespace amx
+}  // namespace lowbit::cpu
