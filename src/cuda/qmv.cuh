@@ -333,8 +333,8 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
   }
 
   // ---- sum the warps along K, then the blocks of the cluster, in order. Sums lie in shared memory
-  // as in registers, 16 bytes per lane, row tile and 8 tokens: no bank is asked for twice. A pair is
-  // a lane's two tokens of one row.
+  // as in registers, 16 bytes per lane, row tile and 8 tokens: no bank is asked for twice. A pair
+  // is a lane's two tokens of one row.
   cp_async_wait<0>();
   __syncthreads();  // the rings become room for partial sums
   constexpr int kTilePairs = kT * kLanes * 2;
