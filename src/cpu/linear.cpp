@@ -66,6 +66,7 @@ constexpr int kSlots = 6;
 // Tokens handled per pass: prepared activations of 512 tokens stay in the last-level cache while
 // every weight panel passes over them, and expanding a panel anew costs 3/512 of using it.
 constexpr std::int64_t kTokensPerPass = 512;
+constexpr std::int64_t kMadeTogether = 16;  // rows of 11,000 floats: a third of an L2
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) {
   return (value + unit - 1) / unit * unit;
@@ -111,7 +112,7 @@ const Path& select_linear(Isa isa, const Layout& layout, Precision precision, st
 }
 
 void linear_multi(const Tokens& tokens, Precision precision, std::span<const RowBlock> blocks,
-                  const Threads& threads) {
+                  const Threads& threads, const MakeRows& make) {
   if (tokens.m == 0 || blocks.empty()) return;
   const Isa isa = active_level();
   const int workers = std::max(1, threads.count());
@@ -119,6 +120,7 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
   // Blocks that share activations go together; in practice that is all of them.
   constexpr int kMaxShared = 16;
   std::size_t first = 0;
+  bool made = !make;
   while (first < blocks.size()) {
     Run runs[kMaxShared];
     int count = 0;
@@ -157,16 +159,25 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
       part.x = static_cast<const std::byte*>(tokens.x) +
                base * tokens.stride * static_cast<std::int64_t>(dtype_bytes(tokens.dtype));
 
+      // Made rows are prepared a few at a time, before they leave an L2.
+      const auto prepare = [&](std::int64_t begin, std::int64_t end) {
+        const std::int64_t step = made ? end - begin : round_up(kMadeTogether, token_block);
+        for (; begin < end; begin += step) {
+          const std::int64_t to = std::min(begin + step, end);
+          if (!made) make(base + begin, base + to);
+          head_path.prepare(part, a, begin, to);
+        }
+      };
       // Preparing a few tokens costs less than waking the pool for it.
       const std::int64_t token_blocks = (a.m + token_block - 1) / token_block;
       if (workers == 1 || a.m <= 16) {
-        head_path.prepare(part, a, 0, a.m);
+        prepare(0, a.m);
       } else {
         const std::int64_t tasks = std::min<std::int64_t>(workers, token_blocks);
         threads.run(tasks, [&](std::int64_t task) {
           const std::int64_t begin = token_blocks * task / tasks * token_block;
           const std::int64_t end = std::min(token_blocks * (task + 1) / tasks * token_block, a.m);
-          if (begin < end) head_path.prepare(part, a, begin, end);
+          if (begin < end) prepare(begin, end);
         });
       }
 
@@ -257,6 +268,7 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
                                               std::to_string(scratch) + " bytes per thread");
       }
     }
+    made = true;
   }
 }
 

@@ -28,22 +28,29 @@ void finish_chunk(const Work& work, const BlockSpec& block, const float* q, cons
   float* rest = before + count * hidden;
   const bool mlp = block.mlp.width > 0;
   const bool attention = block.attention.heads > 0;
+  MakeRow finish_row;
   if (block.parallel && mlp) std::copy_n(rows, count * hidden, before);
   if (attention) {
     const std::int64_t width = std::int64_t{block.attention.heads} * block.attention.values();
+    float* update = rest;
+    rest += count * hidden;
     float* mixed = mixed_rows == nullptr ? rest : mixed_rows + begin * width;
-    float* update = rest + count * width;
     if (mixed_rows == nullptr) {
       attend_chunk({work, block.attention, q, cache, positions, begin, end, mixed});
     }
-    for_tokens(count, work.threads, [&](std::int64_t t) {
-      normalize(work, block.attention.mixed_norm, mixed + t * width, width);
-    });
-    multiply(work, {block.attention.out}, mixed, count, width, update, hidden);
-    merge(work, block.attention, update, count, rows);
+    multiply(
+        work, {block.attention.out}, mixed, count, width, update, hidden,
+        block.attention.mixed_norm.kind == NormKind::kNone ? MakeRow{} : [&](std::int64_t t) {
+          normalize(work, block.attention.mixed_norm, mixed + t * width, width);
+        });
+    finish_row = [=, &work, &block](std::int64_t t) {
+      merge(work, block.attention, update + t * hidden, rows + t * hidden);
+    };
   }
   if (mlp) {
-    mlp_chunk(work, block.mlp, block.parallel ? before : rows, count, rows, rest);
+    mlp_chunk(work, block.mlp, block.parallel ? before : rows, count, rows, rest, finish_row);
+  } else if (attention) {
+    for_tokens(count, work.threads, finish_row);
   }
 }
 
@@ -61,10 +68,10 @@ void finish_block(const Work& work, const BlockSpec& block, const float* q, cons
 }
 
 std::int64_t finish_floats(const BlockSpec& block, std::int64_t tokens, std::int64_t hidden) {
-  const std::int64_t attention =
-      tokens * (std::int64_t{block.attention.heads} * block.attention.values() + hidden);
+  const std::int64_t mixed =
+      tokens * std::int64_t{block.attention.heads} * block.attention.values();
   const std::int64_t mlp = block.mlp.width > 0 ? mlp_floats(block.mlp, tokens, hidden) : 0;
-  return tokens * hidden + std::max(attention, mlp);
+  return tokens * 2 * hidden + std::max(mixed, mlp);
 }
 
 }  // namespace
@@ -90,7 +97,7 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
   float* q = x + rows * hidden;
   float* mixed = q + q_floats;
   float* memory = mixed + mixed_floats;
-  work.kernels.load(call.x, call.dtype, rows * hidden, x);
+  load_tokens(work, call.x, call.dtype, rows, hidden, x);
 
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     const BlockSpec& block = *blocks[i];
@@ -110,7 +117,7 @@ void run_blocks(std::span<const BlockSpec* const> blocks, std::span<const CacheV
     finish_block(work, block, q, cache, a.cross ? cache.positions : call.past + call.tokens, x,
                  mixed, memory);
   }
-  work.kernels.store(x, call.dtype, rows * hidden, call.out);
+  store_tokens(work, x, call.dtype, rows, hidden, call.out);
 }
 
 void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, void* v,
@@ -122,7 +129,7 @@ void project(const BlockSpec& block, const BlockCall& call, void* q, void* k, vo
   const AttentionSpec& a = block.attention;
   const std::int64_t chunk = chunk_of(rows);
   float* x = floats(2, rows * hidden + project_floats(a, chunk, hidden));
-  work.kernels.load(call.x, call.dtype, rows * hidden, x);
+  load_tokens(work, call.x, call.dtype, rows, hidden, x);
   const auto target = [&](void* data, int heads, std::int64_t width) {
     return HeadTarget{static_cast<char*>(data), call.dtype, heads * call.tokens * width,
                       call.tokens * width, width};
@@ -174,7 +181,7 @@ void attend(const BlockSpec& block, const BlockCall& call, const void* q, const 
   float* queries = x + rows * hidden;
   float* mixed = queries + rows * a.heads * width;
   float* memory = mixed + mixed_floats;
-  work.kernels.load(call.x, call.dtype, rows * hidden, x);
+  load_tokens(work, call.x, call.dtype, rows, hidden, x);
   // [batch, heads, tokens, width] to float32 [batch, tokens, heads, width], queries scaled
   const std::int64_t element = bytes_of(call.dtype);
   for (std::int64_t b = 0; b < call.batch; ++b) {
@@ -189,7 +196,7 @@ void attend(const BlockSpec& block, const BlockCall& call, const void* q, const 
     }
   }
   finish_block(work, block, queries, cache, positions, x, mixed, memory);
-  work.kernels.store(x, call.dtype, rows * hidden, call.out);
+  store_tokens(work, x, call.dtype, rows, hidden, call.out);
 }
 
 }  // namespace lowbit

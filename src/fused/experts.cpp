@@ -30,11 +30,10 @@ struct Choice {
 void expert_rows(const Work& work, const MlpSpec& spec, std::int64_t expert, const float* wide,
                  std::int64_t stride, std::int64_t count, float* inner, float* update) {
   const ActivationNumbers numbers = numbers_of(work, spec.gate);
-  for_tokens(count, work.threads, [&](std::int64_t t) {
-    gate_row(work, spec, numbers, wide + t * stride, inner + t * spec.width);
-  });
-  multiply(work, {expert_of(spec.down, expert)}, inner, count, spec.width, update,
-           work.call.hidden);
+  multiply(work, {expert_of(spec.down, expert)}, inner, count, spec.width, update, work.call.hidden,
+           [&](std::int64_t t) {
+             gate_row(work, spec, numbers, wide + t * stride, inner + t * spec.width);
+           });
 }
 
 }  // namespace
@@ -72,7 +71,7 @@ void run_experts(const BlockSpec& block, const BlockCall& call, const std::int64
   float* update = gathered + most * hidden;
   float* inner = update + most * hidden;
   float* wide = inner + most * spec.width;
-  work.kernels.load(call.x, call.dtype, rows * hidden, x);
+  load_tokens(work, call.x, call.dtype, rows, hidden, x);
   std::fill_n(out, rows * hidden, 0.0f);
 
   const auto add = [&](const Choice& choice, const float* row) {
@@ -104,7 +103,7 @@ void run_experts(const BlockSpec& block, const BlockCall& call, const std::int64
     for (std::int64_t i = 0; i < count; ++i) add(first[i], update + i * hidden);
     at += count;
   }
-  work.kernels.store(out, call.dtype, rows * hidden, call.out);
+  store_tokens(work, out, call.dtype, rows, hidden, call.out);
 }
 
 }  // namespace lowbit

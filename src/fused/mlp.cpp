@@ -55,24 +55,24 @@ std::int64_t mlp_floats(const MlpSpec& spec, std::int64_t tokens, std::int64_t h
 }
 
 void mlp_chunk(const Work& work, const MlpSpec& spec, const float* from, std::int64_t count,
-               float* to, float* memory) {
+               float* to, float* memory, const MakeRow& make) {
   const std::int64_t hidden = work.call.hidden;
   const std::int64_t columns = columns_of(spec.in);
   float* normed = memory;
   float* update = normed + count * hidden;
   float* wide = update + count * hidden;
   float* inner = wide + count * columns;
-  for_tokens(count, work.threads, [&](std::int64_t t) {
+  multiply(work, spec.in, normed, count, hidden, wide, columns, [&](std::int64_t t) {
+    if (make) make(t);
     work.kernels.norm(spec.norm, from + t * hidden, hidden, normed + t * hidden);
   });
-  multiply(work, spec.in, normed, count, hidden, wide, columns);
   const ActivationNumbers numbers = numbers_of(work, spec.gate);
-  for_tokens(count, work.threads, [&](std::int64_t t) {
+  multiply(work, {spec.down}, inner, count, spec.width, update, hidden, [&](std::int64_t t) {
     gate_row(work, spec, numbers, wide + t * columns, inner + t * spec.width);
     normalize(work, spec.inner_norm, inner + t * spec.width, spec.width);
   });
-  multiply(work, {spec.down}, inner, count, spec.width, update, hidden);
-  merge(work, spec, update, count, to);
+  for_tokens(count, work.threads,
+             [&](std::int64_t t) { merge(work, spec, update + t * hidden, to + t * hidden); });
 }
 
 }  // namespace lowbit::fused

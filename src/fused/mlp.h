@@ -12,9 +12,10 @@ ActivationNumbers numbers_of(const Work& work, const GateSpec& gate);
 void gate_row(const Work& work, const MlpSpec& spec, const ActivationNumbers& numbers,
               const float* row, float* inner);
 
-// to (+)= MLP(from) for `count` tokens.
+// to (+)= MLP(from) for `count` tokens. `make`, where there is one, completes a row of `from`, and
+// of `to`, before it is read.
 void mlp_chunk(const Work& work, const MlpSpec& spec, const float* from, std::int64_t count,
-               float* to, float* memory);
+               float* to, float* memory, const MakeRow& make);
 std::int64_t mlp_floats(const MlpSpec& spec, std::int64_t tokens, std::int64_t hidden);
 
 }  // namespace lowbit::fused

@@ -32,10 +32,9 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
   float* normed = memory;
   float* projected = normed + count * hidden;
   float* heads = projected + count * columns;
-  for_tokens(count, work.threads, [&](std::int64_t t) {
+  multiply(work, spec.in, normed, count, hidden, projected, columns, [&](std::int64_t t) {
     kernels.norm(spec.norm, x + (begin + t) * hidden, hidden, normed + t * hidden);
   });
-  multiply(work, spec.in, normed, count, hidden, projected, columns);
 
   // Where queries are columns: of the projections, or of one product more.
   const LowRankQuery& low_rank = spec.low_rank;
@@ -44,13 +43,13 @@ void project_chunk(const Work& work, const AttentionSpec& spec, const float* x, 
   if (low_rank.width > 0) {
     float* rank = heads;
     float* expanded = rank + count * low_rank.width;
-    for_tokens(count, work.threads, [&](std::int64_t t) {
-      kernels.norm(low_rank.norm, projected + t * columns + low_rank.at, low_rank.width,
-                   rank + t * low_rank.width);
-    });
     query_rows = expanded;
     query_columns = low_rank.expand.layout.n;
-    multiply(work, {low_rank.expand}, rank, count, low_rank.width, expanded, query_columns);
+    multiply(work, {low_rank.expand}, rank, count, low_rank.width, expanded, query_columns,
+             [&](std::int64_t t) {
+               kernels.norm(low_rank.norm, projected + t * columns + low_rank.at, low_rank.width,
+                            rank + t * low_rank.width);
+             });
     heads = expanded + count * query_columns;
   }
 

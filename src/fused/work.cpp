@@ -15,7 +15,8 @@ std::int64_t columns_of(const std::vector<PackedMatrix>& matrices) {
 }
 
 void multiply(const Work& work, const std::vector<PackedMatrix>& matrices, const float* x,
-              std::int64_t tokens, std::int64_t k, float* out, std::int64_t out_stride) {
+              std::int64_t tokens, std::int64_t k, float* out, std::int64_t out_stride,
+              const MakeRow& make) {
   constexpr std::size_t kMaxMatrices = 8;
   require(matrices.size() <= kMaxMatrices, "at most 8 projections of one input");
   cpu::RowBlock blocks[kMaxMatrices];
@@ -26,8 +27,14 @@ void multiply(const Work& work, const std::vector<PackedMatrix>& matrices, const
                  m.bias_dtype, out + column, DType::kFloat32, out_stride};
     column += m.layout.n;
   }
+  cpu::MakeRows rows;
+  if (make) {
+    rows = [&make](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t t = begin; t < end; ++t) make(t);
+    };
+  }
   cpu::linear_multi({x, DType::kFloat32, k, tokens, k}, work.call.precision,
-                    std::span(blocks, matrices.size()), work.threads);
+                    std::span(blocks, matrices.size()), work.threads, rows);
 }
 
 }  // namespace lowbit::fused

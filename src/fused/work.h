@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -38,9 +39,12 @@ inline std::int64_t bytes_of(DType dtype) {
 
 std::int64_t columns_of(const std::vector<PackedMatrix>& matrices);
 
-// out = x W^T + bias for all matrices, side by side in rows of out_stride floats.
+// out = x W^T + bias for all matrices, side by side in rows of out_stride floats. `make`, where
+// there is one, writes a row of x just before it is read.
+using MakeRow = std::function<void(std::int64_t token)>;
 void multiply(const Work& work, const std::vector<PackedMatrix>& matrices, const float* x,
-              std::int64_t tokens, std::int64_t k, float* out, std::int64_t out_stride);
+              std::int64_t tokens, std::int64_t k, float* out, std::int64_t out_stride,
+              const MakeRow& make = {});
 
 // Grow-only float memory of the calling thread: operators run for every token, and malloc would
 // return large blocks to the system each time.
@@ -81,23 +85,35 @@ void share(const Threads& threads, std::int64_t tasks, const Body& body) {
   if (failed) throw Error(ErrorCode::kResource, "fused block: no memory for attention");
 }
 
+// n floats per token from and to another type.
+inline void load_tokens(const Work& work, const void* from, DType dtype, std::int64_t tokens,
+                        std::int64_t n, float* to) {
+  for_tokens(tokens, work.threads, [&](std::int64_t t) {
+    work.kernels.load(static_cast<const char*>(from) + t * n * bytes_of(dtype), dtype, n,
+                      to + t * n);
+  });
+}
+
+inline void store_tokens(const Work& work, const float* from, DType dtype, std::int64_t tokens,
+                         std::int64_t n, void* to) {
+  for_tokens(tokens, work.threads, [&](std::int64_t t) {
+    work.kernels.store(from + t * n, dtype, n, static_cast<char*>(to) + t * n * bytes_of(dtype));
+  });
+}
+
 inline void normalize(const Work& work, const NormSpec& norm, float* row, std::int64_t n) {
   if (norm.kind != NormKind::kNone) work.kernels.norm(norm, row, n, row);
 }
 
-// to = post_norm(to + multiplier * out_norm(update)), without `to` inside where there is no
-// residual.
+// One token: to = post_norm(to + multiplier * out_norm(update)), without `to` inside where there is
+// no residual.
 template <typename Half>
-void merge(const Work& work, const Half& half, float* update, std::int64_t count, float* to) {
+void merge(const Work& work, const Half& half, float* update, float* to) {
   const std::int64_t hidden = work.call.hidden;
-  for_tokens(count, work.threads, [&](std::int64_t t) {
-    float* row = update + t * hidden;
-    normalize(work, half.out_norm, row, hidden);
-    float* target = to + t * hidden;
-    if (!half.residual) std::fill_n(target, hidden, 0.0f);
-    work.kernels.add(row, half.multiplier, hidden, target);
-    normalize(work, half.post_norm, target, hidden);
-  });
+  normalize(work, half.out_norm, update, hidden);
+  if (!half.residual) std::fill_n(to, hidden, 0.0f);
+  work.kernels.add(update, half.multiplier, hidden, to);
+  normalize(work, half.post_norm, to, hidden);
 }
 
 }  // namespace lowbit::fused

@@ -245,11 +245,12 @@ TEST_P(Linear, EmptyDimensions) {
   linear(linear_args(none, w, nullptr, nothing, Precision::kAuto));
 }
 
-// Several matrices share one set of prepared activations: the same bits as one call each.
+// Several matrices share one set of prepared activations: the same bits as one call each, also
+// where rows are made just before they are prepared, each once.
 TEST_P(Linear, RowBlocksShareActivations) {
   std::mt19937_64 rng(7);
   const std::int64_t k = 160;
-  for (std::int64_t m : {1, 6, 50}) {
+  for (std::int64_t m : {1, 6, 50, 600}) {
     Floats2d x(DType::kBFloat16, m, k);
     x.fill_normal(rng);
     std::vector<Weights> weights;
@@ -272,6 +273,26 @@ TEST_P(Linear, RowBlocksShareActivations) {
     cpu::linear_multi(tokens, Precision::kInt8, blocks, SpawnThreads(3));
     for (std::size_t i = 0; i < weights.size(); ++i) {
       EXPECT_EQ(outs[i].bytes, expected[i].bytes) << "block " << i << " m " << m;
+      std::fill(outs[i].bytes.begin(), outs[i].bytes.end(), std::byte{0});
+    }
+    const std::vector<std::byte> source(x.bytes.begin(), x.bytes.end());
+    std::fill(x.bytes.begin(), x.bytes.end(), std::byte{0});
+    const std::int64_t row = x.stride * 2;
+    std::vector<int> made(static_cast<std::size_t>(m));
+    cpu::linear_multi(
+        tokens, Precision::kInt8, blocks, SpawnThreads(3),
+        [&](std::int64_t begin, std::int64_t end) {
+          std::copy(source.begin() + begin * row,
+                    source.begin() +
+                        std::min((end - 1) * row + k * 2, static_cast<std::int64_t>(source.size())),
+                    x.bytes.begin() + begin * row);
+          for (std::int64_t i = begin; i < end; ++i) {
+            ++made[static_cast<std::size_t>(i)];
+          }
+        });
+    for (int count : made) EXPECT_EQ(count, 1);
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      EXPECT_EQ(outs[i].bytes, expected[i].bytes) << "made, block " << i << " m " << m;
     }
   }
 }
