@@ -292,6 +292,11 @@ GroupedChoice select_grouped(const Problem& problem, int experts) {
     choice.path = Path::kQmv;
     choice.run = 8;
     choice.qmv = {4, 1, problem.m <= 16 ? 8 : 4, 1, true};
+    // A thread block with a table of pairs has a multiprocessor for itself: as large as it can be.
+    if (geometry.kind == Kind::kLut4 && problem.m <= 16 &&
+        qmv_shared_bytes(geometry, choice.run, 4, 2, 8, 1) <= kMostSharedBytes) {
+      choice.qmv = {4, 2, 8, 1, true};
+    }
   } else {
     // Runs that most experts' rows fit into once: some have more than the average.
     int tokens = 8;

@@ -26,9 +26,7 @@ TEST(Select, TokensAndBytesDecideTheKernel) {
     if (info.scale_kind == ScaleKind::kNone) continue;
     const bool wide = kind_bits(kind_of(info.format)) == 8;
     EXPECT_EQ(select(problem(info.format, 1, 4096, 4096)).path, Path::kQmv) << info.name;
-    const bool pairs = kind_of(info.format) == Kind::kLut4;
-    EXPECT_EQ(select(problem(info.format, 8, 28672, 8192)).path,
-              wide || pairs ? Path::kQmm : Path::kQmv)
+    EXPECT_EQ(select(problem(info.format, 8, 28672, 8192)).path, wide ? Path::kQmm : Path::kQmv)
         << info.name;
     EXPECT_EQ(select(problem(info.format, 16, 4096, 4096)).path, Path::kQmm) << info.name;
     EXPECT_EQ(select(problem(info.format, 16, 14336, 4096)).path, Path::kQmm) << info.name;
