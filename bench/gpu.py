@@ -10,7 +10,9 @@ into docs/.
 
 import argparse
 import datetime
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ from gpu_timing import copy_bandwidth, ring_length, time_calls
 lowbit = torch.ops.lowbit
 SHAPES = [(14336, 4096), (4096, 4096), (4096, 14336), (28672, 8192), (8192, 28672)]
 TOKENS = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
+MANY = 256  # tokens that lower the clocks
 QUICK_TOKENS = [1, 16, 64, 256, 1024]
 
 
@@ -39,18 +42,27 @@ def commit() -> str:
         return ""
 
 
-def time_ring(ring, m, call):
-    """Large batches take long and leave no weight in the L2 by themselves: fewer calls."""
-    if m >= 1024:
-        ring = ring[:4]
-    return time_calls([lambda w=w: call(w) for w in ring], replays=2 if m >= 256 else 5)
+def time_ring(ring, call):
+    return time_calls([lambda w=w: call(w) for w in ring], replays=5)
+
+
+def time_in_turn(contenders, m):
+    """Many tokens lower the clocks: as many calls of each (ring, call), three times in turn."""
+    calls = 4 if m >= 1024 else 16
+    times = [[] for _ in contenders]
+    for _ in range(3):
+        for taken, (ring, call) in zip(times, contenders, strict=True):
+            some = list(itertools.islice(itertools.cycle(ring), calls))
+            taken.append(time_calls([lambda w=w, c=call: c(w) for w in some], replays=2, rounds=1))
+    return [statistics.median(taken) for taken in times]
 
 
 def bench_dense(weight, inputs):
     ring = [weight.clone() for _ in range(ring_length(weight.numel() * 2))]
     return {
-        m: time_ring(ring, m, lambda w, x=x: torch.nn.functional.linear(x, w))
+        m: time_ring(ring, lambda w, x=x: torch.nn.functional.linear(x, w))
         for m, x in inputs.items()
+        if m < MANY
     }
 
 
@@ -82,10 +94,17 @@ def bench_format(fmt, weight, inputs, bandwidth, dense, rows, precision=0):
         cublas = torch.nn.functional.linear(sample, rounded)
         cublas_error = float((cublas.double() - expected).norm() / expected.norm())
         assert error < most_error, (name, n, k, m, error)
-        baseline = dense[m]
-        if m >= 256:  # clocks fall under such loads: cuBLAS again, right before
-            baseline = time_ring(dense_ring, m, lambda w, x=x: torch.nn.functional.linear(x, w))
-        took = time_ring(ring, m, lambda p, x=x: lowbit.linear(x, p, None, *numbers, e, precision))
+
+        def ours(p, x=x):
+            return lowbit.linear(x, p, None, *numbers, e, precision)
+
+        def theirs(w, x=x):
+            return torch.nn.functional.linear(x, w)
+
+        if m < MANY:
+            baseline, took = dense[m], time_ring(ring, ours)
+        else:
+            baseline, took = time_in_turn([(dense_ring, theirs), (ring, ours)], m)
         path = lowbit.linear_choice(x, packed, *numbers, e, precision).split(":")[0]
         rows.append(
             {
@@ -127,11 +146,11 @@ def main():
         "rows": [],
     }
     print(f"{results['device']}, copy {bandwidth / 1e9:.0f} GB/s")
-    # Few tokens of all types and shapes first: many tokens heat the GPU, whose clocks then fall, and
-    # the few, bound by instructions as much as by memory, would be measured at other clocks.
+    # Few tokens of all types and shapes first: many heat the GPU, whose clocks then fall, and the
+    # few, bound by instructions as much as by memory, would be measured at other clocks.
     tokens = QUICK_TOKENS if args.quick else TOKENS
     shapes = SHAPES[:2] if args.quick else SHAPES
-    for some in ([m for m in tokens if m < 256], [m for m in tokens if m >= 256]):
+    for some in ([m for m in tokens if m < MANY], [m for m in tokens if m >= MANY]):
         for n, k in shapes:
             weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") * 0.02
             inputs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in some}
