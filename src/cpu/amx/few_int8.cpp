@@ -205,19 +205,6 @@ std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
   }
 }
 
-// Quad I's share of the lines of a block ahead, where it stands: the compiler would gather them,
-// and a burst of fetches fills the buffers of the L1.
-template <int I, std::int64_t kBlockBytes>
-LOWBIT_INLINE void fetch_quad(const std::byte* block) {
-  constexpr int kLines = static_cast<int>(kBlockBytes / 64);
-  constexpr int kFirst = I * kLines / 8;
-  unroll<(I + 1) * kLines / 8 - kFirst>([&](auto line) LOWBIT_LAMBDA {
-    __asm__ volatile("prefetcht1 %c1(%0)\n\tprefetcht0 %c2(%0)" ::"r"(block),
-                     "i"(kFar + (kFirst + line) * 64), "i"(kNear + (kFirst + line) * 64)
-                     : "memory");
-  });
-}
-
 // Lines that will be written: a store that misses the caches would hold up those behind it.
 [[gnu::noinline]] void expect(const RowBlock& rows, std::int64_t first_token, std::int64_t m,
                               std::int64_t tile) {
@@ -308,7 +295,7 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
         const auto block = [&](auto half) LOWBIT_LAMBDA {
           const auto plane = Codes::plane(group, inputs, first + half);
           unroll<8>([&](auto i) LOWBIT_LAMBDA {
-            fetch_quad<i, Codes::kBlockBytes>(group + (first + half) * Codes::kBlockBytes);
+            prefetch_quad_here<i, Codes::kBlockBytes>(group + (first + half) * Codes::kBlockBytes);
             __m512i quad[kCount];
             bytes.template quad<i>(group, first + half, plane, quad);
             unroll<kCount>([&](auto j) LOWBIT_LAMBDA {
