@@ -115,8 +115,7 @@ constexpr std::int64_t kManyRows = 16;
 // worth it; nullptr: float32.
 const cpu::ManyRows* many_rows_for(const Attention& a) {
   const BlockCall& call = a.call;
-  if (a.cache.format != CacheFormat::kFloat || a.over_latents) return nullptr;
-  if (a.values_d > a.d) return nullptr;
+  if (a.over_latents || a.values_d > a.d) return nullptr;
   const Format format = a.spec.out.layout.format;
   if (cpu::resolve_precision(format, call.precision, a.work.rows) == Precision::kFp32) {
     return nullptr;  // the products around it are exact
@@ -133,6 +132,35 @@ const cpu::FewRows* few_rows_for(const Attention& a) {
   const bool fits =
       few != nullptr && a.d % few->head_multiple == 0 && a.group <= kTaskRows && a.values_d == a.d;
   return fits ? few : nullptr;
+}
+
+// Packs one block of positions of a key/value head, dequantized where the cache is not.
+void pack_block(const Attention& a, const cpu::ManyRows& many, std::int64_t b, std::int64_t kv,
+                std::int64_t positions, std::int64_t block, std::byte* keys, std::byte* values) {
+  const CacheView& cache = a.cache;
+  if (cache.format == CacheFormat::kFloat) {
+    many.pack({a.keys(b, kv), cache.dtype, cache.key_stride, a.d},
+              {a.values(b, kv), cache.dtype, cache.value_stride, a.values_d}, positions, a.d, block,
+              keys, values);
+    return;
+  }
+  const FusedKernels& kernels = a.work.kernels;
+  const int d = a.d;
+  const int count =
+      static_cast<int>(std::min<std::int64_t>(kCacheBlock, positions - block * kCacheBlock));
+  float* rows = floats(3, 2 * kCacheBlock * d + kernels.cache_get_scratch(d));
+  float* value_rows = rows + kCacheBlock * d;
+  float* scratch = value_rows + kCacheBlock * d;
+  const auto block_of = [&](const void* head) {
+    return static_cast<const std::byte*>(head) + block * cache_block_bytes(d);
+  };
+  kernels.cache_get(block_of(a.keys(b, kv)), d, cache.format, CachePart::kKeys, count, rows,
+                    scratch);
+  kernels.cache_get(block_of(a.values(b, kv)), d, cache.format, CachePart::kValues, count,
+                    value_rows, scratch);
+  const std::int64_t at = block * many.packed_bytes(kCacheBlock, d);
+  many.pack({rows, DType::kFloat32, d, d}, {value_rows, DType::kFloat32, d, d}, count, d, 0,
+            keys + at, values + at);
 }
 
 void attend_many(const Attention& a, const cpu::ManyRows& many) {
@@ -156,9 +184,7 @@ void attend_many(const Attention& a, const cpu::ManyRows& many) {
       const std::int64_t b = first_row + (from + head) / a.spec.kv_heads;
       const std::int64_t kv = (from + head) % a.spec.kv_heads;
       std::byte* keys = packed + 2 * head * bytes;
-      many.pack({a.keys(b, kv), a.cache.dtype, a.cache.key_stride, a.d},
-                {a.values(b, kv), a.cache.dtype, a.cache.value_stride, a.values_d}, positions, a.d,
-                task % blocks, keys, keys + bytes);
+      pack_block(a, many, b, kv, positions, task % blocks, keys, keys + bytes);
     });
     const std::int64_t count = static_cast<std::int64_t>(strips.size());
     share(a.work.threads, count * (to - from), [&](std::int64_t task) {
