@@ -175,35 +175,35 @@ bool aligned_rows(const Linear& call) {
          (call.rows.rows <= 1 || call.rows.stride % 8 == 0);
 }
 
-Linear checked_linear(const Tensor& x_given, const Tensor& packed,
+Linear checked_linear(const char* op, const Tensor& x_given, const Tensor& packed,
                       const std::optional<Tensor>& bias, std::int64_t n, std::int64_t k,
                       std::int64_t format, std::int64_t group_size, std::int64_t exponent,
                       std::int64_t precision, std::int64_t matrices = 1) {
-  const DType x_dtype = float_dtype("linear", "x", x_given.scalar_type(), /*allow_double=*/false);
-  const Layout layout = make_layout(checked_format("linear", format), n, k,
-                                    checked_int("linear", "group_size", group_size));
-  const void* weight = packed_on_gpu("linear", packed, layout, matrices);
+  const DType x_dtype = float_dtype(op, "x", x_given.scalar_type(), /*allow_double=*/false);
+  const Layout layout =
+      make_layout(checked_format(op, format), n, k, checked_int(op, "group_size", group_size));
+  const void* weight = packed_on_gpu(op, packed, layout, matrices);
   const int device = packed.get_device_index();
-  check_same_device("linear", "x", x_given, device);
+  check_same_device(op, "x", x_given, device);
   const std::int64_t dim = x_given.dim();
-  LOWBIT_CHECK(dim >= 1 && x_given.size(dim - 1) == k, ErrorCode::kValue,
-               "linear: the last dimension of x must be ", k, " to go with a weight of ", n, " x ",
-               k, ", got x ", shape_text(x_given));
+  LOWBIT_CHECK(dim >= 1 && x_given.size(dim - 1) == k, ErrorCode::kValue, op,
+               ": the last dimension of x must be ", k, " to go with a weight of ", n, " x ", k,
+               ", got x ", shape_text(x_given));
   if (bias) {
-    float_dtype("linear", "bias", bias->scalar_type(), /*allow_double=*/false);
-    check_same_device("linear", "bias", *bias, device);
-    LOWBIT_CHECK(bias->dim() == 1 && bias->size(0) == n, ErrorCode::kValue,
-                 "linear: bias must be [", n, "], got ", shape_text(*bias));
-    LOWBIT_CHECK(n <= 1 || bias->stride(0) == 1, ErrorCode::kValue,
-                 "linear: bias must be contiguous; call contiguous() on it");
+    float_dtype(op, "bias", bias->scalar_type(), /*allow_double=*/false);
+    check_same_device(op, "bias", *bias, device);
+    LOWBIT_CHECK(bias->dim() == 1 && bias->size(0) == n, ErrorCode::kValue, op, ": bias must be [",
+                 n, "], got ", shape_text(*bias));
+    LOWBIT_CHECK(n <= 1 || bias->stride(0) == 1, ErrorCode::kValue, op,
+                 ": bias must be contiguous; call contiguous() on it");
   }
   Linear call{x_given,
               packed,
               bias,
               layout,
               cuda::make_geometry(layout),
-              checked_int("linear", "exponent", exponent),
-              checked_precision("linear", precision),
+              checked_int(op, "exponent", exponent),
+              checked_precision(op, precision),
               x_dtype,
               weight,
               {},
@@ -301,7 +301,8 @@ cuda::Problem problem_of(const Linear& call) {
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
               std::int64_t exponent, std::int64_t precision) {
-  Linear call = checked_linear(x, packed, bias, n, k, format, group_size, exponent, precision);
+  Linear call =
+      checked_linear("linear", x, packed, bias, n, k, format, group_size, exponent, precision);
   const DeviceGuard guard(call.device);
   call.stream = current_stream(call.device);
   settle_rows(call);
@@ -344,10 +345,9 @@ Tensor expert_by_expert(const Linear& call, const Tensor& ends_on_gpu, std::int6
   return out;
 }
 
-Linear checked_grouped(const Tensor& x, const Tensor& packed, const Tensor& ends, std::int64_t n,
-                       std::int64_t k, std::int64_t format, std::int64_t group_size,
+Linear checked_grouped(const char* op, const Tensor& x, const Tensor& packed, const Tensor& ends,
+                       std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
                        std::int64_t exponent, std::int64_t precision) {
-  const char* op = "linear_grouped";
   LOWBIT_CHECK(ends.scalar_type() == ScalarType::Int && ends.dim() == 1 &&
                    (ends.size(0) <= 1 || ends.stride(0) == 1),
                ErrorCode::kValue, op,
@@ -355,7 +355,7 @@ Linear checked_grouped(const Tensor& x, const Tensor& packed, const Tensor& ends
                torch::headeronly::toString(ends.scalar_type()), " ", shape_text(ends));
   LOWBIT_CHECK(x.dim() == 2 && x.size(0) < (std::int64_t{1} << 22), ErrorCode::kValue, op,
                ": x must be [rows, ", k, "] with fewer than 2^22 rows, got ", shape_text(x));
-  Linear call = checked_linear(x, packed, std::nullopt, n, k, format, group_size, exponent,
+  Linear call = checked_linear(op, x, packed, std::nullopt, n, k, format, group_size, exponent,
                                precision, ends.size(0));
   check_same_device(op, "ends", ends, call.device);
   return call;
@@ -373,7 +373,8 @@ cuda::FusedArgs grouped_args(const Linear& call, const Tensor& ends, const Tenso
 Tensor linear_grouped(const Tensor& x, const Tensor& packed, const Tensor& ends, std::int64_t n,
                       std::int64_t k, std::int64_t format, std::int64_t group_size,
                       std::int64_t exponent, std::int64_t precision) {
-  Linear call = checked_grouped(x, packed, ends, n, k, format, group_size, exponent, precision);
+  Linear call = checked_grouped("linear_grouped", x, packed, ends, n, k, format, group_size,
+                                exponent, precision);
   const DeviceGuard guard(call.device);
   call.stream = current_stream(call.device);
   settle_rows(call);
@@ -397,7 +398,8 @@ Tensor linear_grouped_variant(const Tensor& x, const Tensor& packed, const Tenso
                               std::int64_t n, std::int64_t k, std::int64_t format,
                               std::int64_t group_size, std::int64_t exponent,
                               const std::vector<std::int64_t>& variant) {
-  Linear call = checked_grouped(x, packed, ends, n, k, format, group_size, exponent, 0);
+  Linear call = checked_grouped("linear_grouped_variant", x, packed, ends, n, k, format, group_size,
+                                exponent, 0);
   const DeviceGuard guard(call.device);
   call.stream = current_stream(call.device);
   settle_rows(call);
@@ -423,7 +425,8 @@ Tensor linear_grouped_variant(const Tensor& x, const Tensor& packed, const Tenso
 Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                       std::int64_t n, std::int64_t k, std::int64_t format, std::int64_t group_size,
                       std::int64_t exponent, const std::vector<std::int64_t>& variant) {
-  Linear call = checked_linear(x, packed, bias, n, k, format, group_size, exponent, 0);
+  Linear call =
+      checked_linear("linear_variant", x, packed, bias, n, k, format, group_size, exponent, 0);
   const DeviceGuard guard(call.device);
   call.stream = current_stream(call.device);
   settle_rows(call);
@@ -454,8 +457,8 @@ Tensor linear_variant(const Tensor& x, const Tensor& packed, const std::optional
 std::string linear_choice(const Tensor& x, const Tensor& packed, std::int64_t n, std::int64_t k,
                           std::int64_t format, std::int64_t group_size, std::int64_t exponent,
                           std::int64_t precision) {
-  Linear call =
-      checked_linear(x, packed, std::nullopt, n, k, format, group_size, exponent, precision);
+  Linear call = checked_linear("linear_choice", x, packed, std::nullopt, n, k, format, group_size,
+                               exponent, precision);
   const DeviceGuard guard(call.device);
   settle_rows(call);
   const cuda::Choice choice = cuda::select(problem_of(call));
