@@ -3,7 +3,7 @@
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(LOWBIT_ISAS avx2 avxvnni avx512vnni avx512bf16 amx)
   set(LOWBIT_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2)
-  set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavxvnni)
+  set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavxvnni -mgfni)
   # AVX-VNNI and AVX-512 VNNI hold the same 256-bit instruction in two encodings, and many processors
   # have the second only. ON builds the level with that one, so that its kernels can be tested there;
   # AUTO does so where this machine needs it. What ships says OFF.
@@ -20,7 +20,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     endif()
   endif()
   if(lowbit_evex)
-    set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512vl -mavx512vnni
+    set(LOWBIT_FLAGS_avxvnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512vl -mavx512vnni -mgfni
         -mprefer-vector-width=256 -DLOWBIT_AVXVNNI_EVEX=1)
   endif()
   set(LOWBIT_FLAGS_avx512vnni ${LOWBIT_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl

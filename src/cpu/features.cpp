@@ -74,7 +74,7 @@ Features detect() {
 #if defined(LOWBIT_AVXVNNI_EVEX)
   f.avxvnni = f.avx512vnni;  // a build for tests, see cmake/LowbitIsa.cmake
 #else
-  f.avxvnni = f.avx2 && bit(seven_one.eax, 4);
+  f.avxvnni = f.avx2 && bit(seven_one.eax, 4) && bit(seven.ecx, 8) /* GFNI */;
 #endif
   return f;
 }

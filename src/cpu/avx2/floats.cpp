@@ -2,7 +2,7 @@
 //
 // A tile is 16 rows: two vectors of 8. Up to three tokens use what was converted for them; more go
 // over the tile again, from L1 or L2.
-#include "cpu/generic/ymm.h"
+#include "cpu/avx2/f32.h"
 #include "cpu/generic/ymm_paths.h"
 
 namespace lowbit::cpu {
@@ -24,39 +24,6 @@ void prepare_float(const Tokens& tokens, const Activations& a, std::int64_t begi
       to[k] = from < a.k ? load_float(tokens.x, tokens.dtype, t * tokens.stride + from) : 0.0f;
     }
   }
-}
-
-LOWBIT_INLINE __m256 bf16_low(__m256i v) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-}
-LOWBIT_INLINE __m256 bf16_high(__m256i v) {
-  return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
-// Four inputs of 16 rows as halves: vector [pair][half of the rows], each lane the two inputs of
-// one row. e4m3 moved into fp16's fields is worth 2^-8 of itself, its subnormals included.
-template <Format F>
-LOWBIT_INLINE void quad_halves(const std::byte* codes, std::int64_t quad, __m256i (&out)[2][2]) {
-  unroll<2>([&](auto h) LOWBIT_LAMBDA {
-    if constexpr (F == Format::kFp16) {
-      out[0][h] = load32(codes + quad * 128 + h * 32);
-      out[1][h] = load32(codes + quad * 128 + 64 + h * 32);
-    } else {
-      const __m256i code = load32(codes + quad * 64 + h * 32);
-      const __m256i even = _mm256_slli_epi16(code, 8);
-      const __m256i odd = _mm256_and_si256(code, _mm256_set1_epi16(static_cast<short>(0xff00)));
-      unroll<2>([&](auto p) LOWBIT_LAMBDA {
-        const __m256i top = p == 0 ? even : odd;
-        if constexpr (F == Format::kFp8E5M2) {
-          out[p][h] = top;
-        } else {
-          const __m256i sign = _mm256_set1_epi16(static_cast<short>(0x8000));
-          out[p][h] = _mm256_or_si256(_mm256_and_si256(top, sign),
-                                      _mm256_srli_epi16(_mm256_andnot_si256(sign, top), 1));
-        }
-      });
-    }
-  });
 }
 
 template <Format F, int kCount>
@@ -143,7 +110,7 @@ void run_float(const RowBlock& rows, const Activations& a, std::int64_t first_to
   }
 }
 
-template <Format F, bool kMany>
+template <Format F>
 constexpr Path float_path(const char* name) {
   constexpr bool kQuad = F == Format::kFp8E4M3 || F == Format::kFp8E5M2;
   return {name,
@@ -154,23 +121,22 @@ constexpr Path float_path(const char* name) {
           run_float<F>,
           1,
           3,
-          kMany};
+          false};
 }
 
-template <bool kMany>
 constexpr Path kFloats[4] = {
-    float_path<Format::kFp8E4M3, kMany>("avx2.fp32.fp8_e4m3"),
-    float_path<Format::kFp8E5M2, kMany>("avx2.fp32.fp8_e5m2"),
-    float_path<Format::kFp16, kMany>("avx2.fp32.fp16"),
-    float_path<Format::kBf16, kMany>("avx2.fp32.bf16"),
+    float_path<Format::kFp8E4M3>("avx2.fp32.fp8_e4m3"),
+    float_path<Format::kFp8E5M2>("avx2.fp32.fp8_e5m2"),
+    float_path<Format::kFp16>("avx2.fp32.fp16"),
+    float_path<Format::kBf16>("avx2.fp32.bf16"),
 };
 
 }  // namespace
 
-const Path* avx2::floats(Format format, bool many) {
+const Path* avx2::floats(Format format) {
   const int i = static_cast<int>(format) - static_cast<int>(Format::kFp8E4M3);
   if (i < 0 || i > 3) return nullptr;
-  return many ? &kFloats<true>[i] : &kFloats<false>[i];
+  return &kFloats[i];
 }
 
 }  // namespace lowbit::cpu

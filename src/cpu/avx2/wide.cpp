@@ -6,6 +6,7 @@
 //   word * q     vpmaddwd, at most 2^31 in a pair; summed in float32
 //   low * high   vpmaddubsw, at most 2^15 in a pair; widened, integer sums
 //   low * rest   its mean, 64 * sum of rest: what is left out is below 2^-24 of the largest product
+#include "cpu/avx2/f32.h"
 #include "cpu/generic/ymm_paths.h"
 #include "cpu/generic/ymm_tiles.h"
 
@@ -99,14 +100,13 @@ void tile_nf4(const Tables& tables, const GroupWalk<false>& walk, const std::byt
   unroll<kCount>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
 }
 
-template <bool kMany>
 void run_nf4(const RowBlock& rows, const Activations& a, std::int64_t first_token,
              std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
              std::int64_t token_end, std::int64_t, std::byte*) {
   const Tables tables = make_tables();
   const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, static_cast<float>(128.0 / kSteps)};
-  for_tiles<Quad::kBoth, kTokens, kMany>(
+  for_tiles<Quad::kBoth, kTokens, false>(
       rows, a, first_token, tile_begin, tile_end, token_begin, token_end,
       [&](auto count, const std::byte* bytes, const std::byte* quads, const std::byte* meta,
           std::int64_t token, std::int64_t tile) LOWBIT_LAMBDA {
@@ -115,30 +115,6 @@ void run_nf4(const RowBlock& rows, const Activations& a, std::int64_t first_toke
 }
 
 // ---- nf3 ------------------------------------------------------------------------------------
-// Activations: float32, blocks of [k_padded][nt].
-template <bool kFixed>
-std::int64_t f32_bytes(const Activations& a) {
-  const std::int64_t tokens = tokens_per_block<kTokens, kFixed>(a.m);
-  return (a.m + tokens - 1) / tokens * align64(a.k_padded * tokens * 4);
-}
-
-template <bool kFixed>
-void prepare_f32(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
-  const std::int64_t per_block = tokens_per_block<kTokens, kFixed>(a.m);
-  const std::int64_t stride = align64(a.k_padded * per_block * 4);
-  for (std::int64_t t = begin; t < end; ++t) {
-    const std::int64_t block = t / per_block;
-    const std::int64_t left = a.m - block * per_block;
-    const std::int64_t nt = left < per_block ? left : per_block;
-    float* to = reinterpret_cast<float*>(a.data + block * stride) + t % per_block;
-    for (std::int64_t k = 0; k < a.k_padded; k += 8) {
-      alignas(32) float values[8];
-      _mm256_store_ps(values, load8(tokens.x, tokens.dtype, t * tokens.stride + k, a.k - k));
-      for (int i = 0; i < 8; ++i) to[(k + i) * nt] = values[i];
-    }
-  }
-}
-
 template <int kCount>
 void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile, const std::byte* x,
               const Epilogue& epilogue, std::int64_t token, std::int64_t tile_index) {
@@ -158,7 +134,7 @@ void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile,
         __m256i code[2];
         unroll<2>([&](auto h) LOWBIT_LAMBDA {
           code[h] = _mm256_xor_si256(Unpack<3>::low<i>(codes, b, h),
-                                     Unpack<3>::third<i>(codes, inputs, b, h));
+                                     plane_bits(Unpack<3>::third<i>(codes, inputs, b, h)));
         });
         unroll<4>([&](auto j) LOWBIT_LAMBDA {
           __m256 weights[2];
@@ -187,7 +163,6 @@ void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile,
   unroll<kCount>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
 }
 
-template <bool kMany>
 void run_nf3(const RowBlock& rows, const Activations& a, std::int64_t first_token,
              std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
              std::int64_t token_end, std::int64_t, std::byte*) {
@@ -199,7 +174,7 @@ void run_nf3(const RowBlock& rows, const Activations& a, std::int64_t first_toke
   const __m256 table = _mm256_load_ps(entries);
   const GroupWalk<false> walk(rows.layout);
   const Epilogue epilogue{rows, 1.0f};
-  const std::int64_t per_block = tokens_per_block<kTokens, kMany>(a.m);
+  const std::int64_t per_block = tokens_per_block<kTokens, false>(a.m);
   const std::int64_t stride = align64(a.k_padded * per_block * 4);
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
@@ -215,21 +190,18 @@ void run_nf3(const RowBlock& rows, const Activations& a, std::int64_t first_toke
   }
 }
 
-template <bool kMany>
 constexpr Path kWide[2] = {
-    {"avx2.fp32.nf3", kMany ? "avx2.f32.t3" : "avx2.f32.blocks", f32_bytes<kMany>,
-     prepare_f32<kMany>, no_scratch, run_nf3<kMany>, 1, kMany ? kTokens : 1, kMany},
-    {"avx2.int16x2.nf4", kMany ? "avx2.int16x2.t3" : "avx2.int16x2",
-     quads_bytes<Quad::kBoth, kTokens, kMany>, prepare_quads<Quad::kBoth, kTokens, kMany>,
-     no_scratch, run_nf4<kMany>, 1, kMany ? kTokens : 1, kMany},
+    {"avx2.fp32.nf3", "avx2.f32.blocks", f32_bytes<kTokens, false>, prepare_f32<kTokens, false>,
+     no_scratch, run_nf3, 1, 1, false},
+    {"avx2.int16x2.nf4", "avx2.int16x2", quads_bytes<Quad::kBoth, kTokens, false>,
+     prepare_quads<Quad::kBoth, kTokens, false>, no_scratch, run_nf4, 1, 1, false},
 };
 
 }  // namespace
 
-const Path* avx2::wide(Format format, bool many) {
+const Path* avx2::wide(Format format) {
   if (format != Format::kNf3 && format != Format::kNf4) return nullptr;
-  const int i = format == Format::kNf4 ? 1 : 0;
-  return many ? &kWide<true>[i] : &kWide<false>[i];
+  return &kWide[format == Format::kNf4 ? 1 : 0];
 }
 
 }  // namespace lowbit::cpu

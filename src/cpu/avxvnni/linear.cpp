@@ -3,7 +3,7 @@
 //
 // Byte operands as on avx512vnni, half as wide: codes, or table bytes by vpshufb, times one or two
 // int8 planes of activations; the NormalFloats by three planes of 24 bits in all where their
-// codebook must stay exact.
+// codebook must stay exact, and by float32 (avx2) where it must with many tokens.
 #include "cpu/generic/ymm_paths.h"
 #include "cpu/linear_driver.h"
 
@@ -16,8 +16,10 @@ const Path* select_linear_avxvnni(const Layout& layout, Precision precision, std
   if (resolve_precision(format, precision, m) == Precision::kInt8) {
     return avxvnni::int8(format, many);
   }
-  const Path* wide = avxvnni::wide(format, many);
-  return wide != nullptr ? wide : avxvnni::int8x2(format, many);
+  if (format == Format::kNf3 || format == Format::kNf4) {
+    return m < kFirstPanelTokens ? avxvnni::wide(format) : nullptr;
+  }
+  return avxvnni::int8x2(format, many);
 }
 
 }  // namespace lowbit::cpu

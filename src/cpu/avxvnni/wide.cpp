@@ -150,13 +150,13 @@ void tile_pair(const __m256i (&tables)[2], const GroupWalk<false>& walk, const s
   unroll<kCount>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
 }
 
-template <Format F, bool kMany>
+template <Format F>
 void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_token,
               std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
               std::int64_t token_end, std::int64_t, std::byte*) {
   const GroupWalk<false> walk(rows.layout);
   const auto for_all = [&](auto&& one) LOWBIT_LAMBDA {
-    for_tiles<Quad::kPlanes, kWideTokens, kMany>(rows, a, first_token, tile_begin, tile_end,
+    for_tiles<Quad::kPlanes, kWideTokens, false>(rows, a, first_token, tile_begin, tile_end,
                                                  token_begin, token_end, one);
   };
   if constexpr (F == Format::kNf3) {
@@ -181,31 +181,29 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
   }
 }
 
-template <Format F, bool kMany>
+template <Format F>
 constexpr Path wide_path(const char* name) {
   return {name,
-          kMany ? "avxvnni.int8x2.t2" : "avxvnni.int8x2.to2",
-          quads_bytes<Quad::kPlanes, kWideTokens, kMany>,
-          prepare_quads<Quad::kPlanes, kWideTokens, kMany>,
+          "avxvnni.int8x2.to2",
+          quads_bytes<Quad::kPlanes, kWideTokens, false>,
+          prepare_quads<Quad::kPlanes, kWideTokens, false>,
           no_scratch,
-          run_wide<F, kMany>,
+          run_wide<F>,
           1,
-          kMany ? kWideTokens : 1,
-          kMany};
+          1,
+          false};
 }
 
-template <bool kMany>
 constexpr Path kWide[2] = {
-    wide_path<Format::kNf3, kMany>("avxvnni.int8x2.nf3"),
-    wide_path<Format::kNf4, kMany>("avxvnni.int8x2.nf4"),
+    wide_path<Format::kNf3>("avxvnni.int8x2.nf3"),
+    wide_path<Format::kNf4>("avxvnni.int8x2.nf4"),
 };
 
 }  // namespace
 
-const Path* avxvnni::wide(Format format, bool many) {
+const Path* avxvnni::wide(Format format) {
   if (format != Format::kNf3 && format != Format::kNf4) return nullptr;
-  const int i = format == Format::kNf4 ? 1 : 0;
-  return many ? &kWide<true>[i] : &kWide<false>[i];
+  return &kWide[format == Format::kNf4 ? 1 : 0];
 }
 
 }  // namespace lowbit::cpu

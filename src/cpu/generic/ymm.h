@@ -146,6 +146,37 @@ struct Epilogue {
 template <int kBits>
 struct Unpack;
 
+#if defined(__GFNI__)
+// Bits First, First + 1 ... First + Count - 1 of every byte, in its lowest bits.
+template <int First, int Count>
+LOWBIT_INLINE __m256i bits_of_bytes(__m256i bytes) {
+  // Byte 7 - i of the matrix selects what becomes bit i.
+  std::uint64_t matrix = 0;
+  for (int i = 0; i < Count; ++i) matrix |= std::uint64_t{1} << (First + i) << (8 * (7 - i));
+  return _mm256_gf2p8affine_epi64_epi8(bytes, _mm256_set1_epi64x(static_cast<long long>(matrix)),
+                                       0);
+}
+// Byte j of the result: bit j of the word, in bit To.
+template <int To>
+LOWBIT_INLINE __m256i place_bits(const std::byte* word) {
+  // Eight bytes with one bit each, times a matrix whose only row is a byte of the word.
+  constexpr std::uint64_t kRow = std::uint64_t{0xff} << (8 * (7 - To));
+  constexpr auto at = [](std::uint64_t byte) {
+    return static_cast<long long>((0x8080808080808080ull & ~kRow) | byte << (8 * (7 - To)));
+  };
+  const __m256i rows =
+      _mm256_shuffle_epi8(broadcast32(word), _mm256_setr_epi64x(at(0), at(1), at(2), at(3)));
+  const __m256i each = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
+  return _mm256_gf2p8affine_epi64_epi8(each, rows, 0);
+}
+#else
+template <int First, int Count>
+LOWBIT_INLINE __m256i bits_of_bytes(__m256i bytes) {
+  const __m256i moved = First == 0 ? bytes : _mm256_srli_epi16(bytes, First);
+  return _mm256_and_si256(moved, _mm256_set1_epi8((1 << Count) - 1));
+}
+#endif
+
 // Byte j of the result: bit j of the word, as 0x00 or 0xff.
 LOWBIT_INLINE __m256i plane_bits(const std::byte* word) {
   const __m256i spread = _mm256_shuffle_epi8(
@@ -154,6 +185,13 @@ LOWBIT_INLINE __m256i plane_bits(const std::byte* word) {
   const __m256i mask = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
   return _mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask);
 }
+
+#if !defined(__GFNI__)
+template <int To>
+LOWBIT_INLINE __m256i place_bits(const std::byte* word) {
+  return _mm256_and_si256(plane_bits(word), _mm256_set1_epi8(1 << To));
+}
+#endif
 
 template <>
 struct Unpack<4> {
@@ -170,9 +208,8 @@ struct Unpack<5> {
   template <int I>
   LOWBIT_INLINE static __m256i quad(const std::byte* codes, std::int64_t inputs, std::int64_t b,
                                     int h) {
-    const __m256i fifth = plane_bits(codes + inputs * 8 + (b * 8 + I) * 8 + h * 4);
-    return _mm256_or_si256(Unpack<4>::quad<I>(codes, inputs, b, h),
-                           _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+    const __m256i fifth = place_bits<4>(codes + inputs * 8 + (b * 8 + I) * 8 + h * 4);
+    return _mm256_or_si256(Unpack<4>::quad<I>(codes, inputs, b, h), fifth);
   }
 };
 template <>
@@ -181,18 +218,17 @@ struct Unpack<3> {
   template <int I>
   LOWBIT_INLINE static __m256i low(const std::byte* codes, std::int64_t b, int h) {
     const __m256i unit = load32(codes + b * 128 + I / 4 * 64 + h * 32);
-    return _mm256_and_si256(_mm256_srli_epi16(unit, I % 4 * 2), _mm256_set1_epi8(3));
+    return bits_of_bytes<I % 4 * 2, 2>(unit);
   }
   template <int I>
-  LOWBIT_INLINE static __m256i third(const std::byte* codes, std::int64_t inputs, std::int64_t b,
-                                     int h) {
-    return plane_bits(codes + inputs * 4 + (b * 8 + I) * 8 + h * 4);
+  LOWBIT_INLINE static const std::byte* third(const std::byte* codes, std::int64_t inputs,
+                                              std::int64_t b, int h) {
+    return codes + inputs * 4 + (b * 8 + I) * 8 + h * 4;
   }
   template <int I>
   LOWBIT_INLINE static __m256i quad(const std::byte* codes, std::int64_t inputs, std::int64_t b,
                                     int h) {
-    const __m256i four = _mm256_and_si256(third<I>(codes, inputs, b, h), _mm256_set1_epi8(4));
-    return _mm256_or_si256(low<I>(codes, b, h), four);
+    return _mm256_or_si256(low<I>(codes, b, h), place_bits<2>(third<I>(codes, inputs, b, h)));
   }
 };
 template <>

@@ -89,7 +89,12 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
   EXPECT_EQ(name(Isa::kAvx2, Format::kFp4, Precision::kAuto, 64), "avx2.int8.fp4");
   EXPECT_EQ(name(Isa::kAvx2, Format::kSymInt8, Precision::kInt8, 64), "avx2.int16.sym_int8");
   EXPECT_EQ(name(Isa::kAvx2, Format::kNf4, Precision::kInt8, 64), "avx2.int16.nf4");
-  EXPECT_EQ(name(Isa::kAvx2, Format::kNf4, Precision::kFp32, 64), "avx2.int16x2.nf4");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kNf4, Precision::kFp32, 8), "avx2.int16x2.nf4");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kNf4, Precision::kFp32, 64), "avx2.fp32.panel.nf4");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kNf3, Precision::kInt8, 11), "avx2.int16.nf3");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kNf3, Precision::kInt8, 12), "avx2.fp32.panel.nf3");
+  EXPECT_EQ(name(Isa::kAvx2, Format::kFp16, Precision::kAuto, 64), "avx2.fp32.panel.fp16");
+  EXPECT_EQ(name(Isa::kAvxVnni, Format::kNf4, Precision::kFp32, 64), "avx2.fp32.panel.nf4");
   EXPECT_EQ(name(Isa::kAvx2, Format::kNf3, Precision::kAuto, 1), "avx2.fp32.nf3");
   EXPECT_EQ(name(Isa::kAvx2, Format::kFp16, Precision::kAuto, 1), "avx2.fp32.fp16");
   // The sibling: grouped types are its own, float types those of avx2.
