@@ -708,6 +708,11 @@ std::int64_t block_bytes_of(std::int64_t head_dim) {
   return cache_block_bytes(head_dim);
 }
 
+Tensor cache_memory(std::int64_t bytes) {
+  LOWBIT_CHECK(bytes > 0, ErrorCode::kValue, "cache_memory: bytes is ", bytes);
+  return streamed_bytes(1, bytes, Streamed::kCaches);
+}
+
 Tensor fused_experts(const Tensor& x_given, std::int64_t handle, const Tensor& ids_given,
                      const Tensor& weights_given, std::int64_t precision) {
   const char* op = "fused_experts";
@@ -762,4 +767,5 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, m) {
   m.impl("fused_register", LOWBIT_BOX(fused_register));
   m.impl("fused_release", LOWBIT_BOX(fused_release));
   m.impl("cache_block_bytes", LOWBIT_BOX(block_bytes_of));
+  m.impl("cache_memory", LOWBIT_BOX(cache_memory));
 }

@@ -11,6 +11,7 @@ prefix of it (`crop`); whatever else is assigned is copied into a new buffer at 
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import cache
 
@@ -28,6 +29,8 @@ FORMATS = {None: 0, "int8": 1, "fp8": 2}
 _append = _ops.cache_append_.default
 _read = _ops.cache_read.default
 _block_bytes = _ops.cache_block_bytes.default
+_memory = _ops.cache_memory.default
+_STREAMED = 1 << 16  # bytes from which on huge pages pay (lowbit/memory.h)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -384,4 +387,7 @@ def _room(length: int, new: int) -> int:
 def _empty(shape, dtype: torch.dtype) -> torch.Tensor:
     # Outside inference mode: appending under no_grad must be possible later.
     with torch.inference_mode(False), torch.no_grad():
-        return torch.empty(shape, dtype=dtype)
+        size = math.prod(shape) * dtype.itemsize
+        if size < _STREAMED:
+            return torch.empty(shape, dtype=dtype)
+        return _memory(size).view(dtype).view(shape)

@@ -39,6 +39,21 @@ TEST(StreamedMemory, LivesAsLongAsItsOwnPointer) {
   EXPECT_TRUE(all(allocate_streamed(100'000).get(), 1, std::byte{0}));
 }
 
+// A cache that grew is returned while weights allocated in between stay, and the other way round.
+TEST(StreamedMemory, CachesShareNoSlabWithWeights) {
+  auto weight = allocate_streamed(100'000);
+  auto keys = allocate_streamed(100'000, Streamed::kCaches);
+  auto values = allocate_streamed(100'000, Streamed::kCaches);
+  const auto apart = [](const auto& a, const auto& b) {
+    return a.get() > b.get() ? a.get() - b.get() : b.get() - a.get();
+  };
+  EXPECT_LT(apart(keys, values), 8 << 20);
+  weight.reset();  // its slab goes with it
+  EXPECT_TRUE(all(keys.get(), 100'000, std::byte{0}));
+  auto large = allocate_streamed(9 << 20, Streamed::kCaches);
+  EXPECT_TRUE(all(large.get(), 9 << 20, std::byte{0}));
+}
+
 TEST(StreamedMemory, NothingIsNothing) {
   EXPECT_EQ(allocate_streamed(0), nullptr);
 }
