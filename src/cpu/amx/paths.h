@@ -1,4 +1,4 @@
-// What the translation units of this folder offer each other. Functions only.
+// What the translation units of this folder offer each other. Functions and constants only.
 #pragma once
 
 #include "cpu/linear_kernels.h"
@@ -13,5 +13,8 @@ const Path* few_int8x2(Format format);
 // The others; two planes: fp8.
 const Path* few_bf16(Format format);
 const Path* few_bf16x2(Format format);
+// Up to kMostPassTokens tokens.
+const Path* pass_bf16(Format format);
+inline constexpr int kMostPassTokens = 128;
 
 }  // namespace lowbit::cpu::amx

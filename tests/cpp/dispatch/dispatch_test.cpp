@@ -124,7 +124,7 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
   EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 4), "amx.bf16x2.few.fp8_e4m3");
   EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kInt8, 4), "amx.bf16.few.fp8_e4m3");
   EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 5), "amx.bf16.few.fp8_e4m3");
-  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 17), "amx.bf16.panel.fp8_e4m3");
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp8E4M3, Precision::kAuto, 17), "amx.bf16.pass.fp8_e4m3");
   EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kFp32, 8), "amx.bf16x2.few.fp8_e5m2");
   EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kFp32, 9),
             "avx512vnni.fp32.panel.fp8_e5m2");
@@ -133,8 +133,18 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
   EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 4), "avx512vnni.fp32.decode.bf16");
   EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, 12),
             "avx512vnni.int8x2.decode.sym_int4");
-  EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, 13), "amx.bf16.panel.sym_int4");
-  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 7), "amx.bf16.panel.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, 13), "amx.bf16.pass.sym_int4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 7), "amx.bf16.pass.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 128), "amx.bf16.pass.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 129), "amx.bf16.panel.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 48), "amx.bf16.panel.bf16");
+  EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 49), "amx.bf16.pass.bf16");
+  // auto: by the tokens of a pass.
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 384), "amx.int8.panel.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 385), "amx.bf16.panel.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 768), "amx.int8.panel.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 769), "amx.bf16.panel.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kInt8, 512), "amx.int8.panel.nf4");
 }
 #endif
 

@@ -181,6 +181,29 @@ TEST_P(Linear, DoesNotDependOnTheThreadCount) {
   }
 }
 
+// Passes of up to 128 tokens, in pairs of 16 and with an odd 16, and inputs that are cut into
+// spans: the same bits from any number of threads.
+TEST_P(Linear, PassesOfTokens) {
+  std::mt19937_64 rng(8);
+  const auto check = [&](Format format, std::int64_t m, std::int64_t n, std::int64_t k) {
+    const Weights w = random_weights(format, n, k, format_info(format).grouped() ? 64 : 0, rng);
+    Floats2d x(DType::kBFloat16, m, k), bias(DType::kFloat32, 1, n);
+    x.fill_normal(rng);
+    bias.fill_normal(rng);
+    Floats2d one(DType::kFloat32, m, n), many(DType::kFloat32, m, n);
+    linear(linear_args(x, w, &bias, one, Precision::kBf16));
+    expect_within_bound(x, w, &bias, one, Precision::kBf16);
+    linear(linear_args(x, w, &bias, many, Precision::kBf16), SpawnThreads(3));
+    EXPECT_EQ(one.bytes, many.bytes) << format_info(format).name << " m " << m;
+  };
+  for (const FormatInfo& info : formats()) {
+    for (std::int64_t m : {49, 80, 97, 128}) check(info.format, m, 40, 224);
+  }
+  for (Format format : {Format::kAsymInt5, Format::kFp8E4M3, Format::kBf16}) {
+    check(format, 120, 40, 5440);
+  }
+}
+
 TEST_P(Linear, NonFiniteActivationsStayInTheirRows) {
   std::mt19937_64 rng(4);
   const double kBad[] = {std::nan(""), HUGE_VAL, -HUGE_VAL};
