@@ -63,6 +63,9 @@ struct Buffer {
 
 constexpr int kSlots = 6;
 
+// Tokens handled per pass: prepared activations of 512 tokens stay in the last-level cache while
+// every weight panel passes over them, and expanding a panel anew costs 3/512 of using it.
+constexpr std::int64_t kTokensPerPass = 512;
 constexpr std::int64_t kMadeTogether = 16;  // rows of 11,000 floats: a third of an L2
 
 std::int64_t round_up(std::int64_t value, std::int64_t unit) {

@@ -14,10 +14,6 @@ namespace lowbit::cpu {
 // The kernel for a problem on a machine at level `isa`: a pure function. `m` counts tokens.
 const Path& select_linear(Isa isa, const Layout& layout, Precision precision, std::int64_t m);
 
-// Tokens handled per pass: prepared activations of 512 tokens stay in the last-level cache while
-// every weight panel passes over them, and expanding a panel anew costs 3/512 of using it.
-inline constexpr std::int64_t kTokensPerPass = 512;
-
 // What `auto` means for a format at m tokens.
 Precision resolve_precision(Format format, Precision precision, std::int64_t m);
 

@@ -25,17 +25,6 @@ std::int64_t few_from(const FormatInfo& info, Precision precision) {
 // As many as fill the rows of a tile.
 constexpr std::int64_t kFewOne = 16, kFewTwo = 8;
 
-// What `auto` means where there are tiles. A pass of many tokens is as fast in bf16 as in int8, or
-// up to 9 % faster (at 512 tokens; with groups of 32 by a third), and more exact.
-Precision resolve(const FormatInfo& info, Precision precision, std::int64_t m) {
-  constexpr std::int64_t kInt8Most = 384;
-  const std::int64_t passes = (m + kTokensPerPass - 1) / kTokensPerPass;
-  if (precision == Precision::kAuto && info.grouped() && m > kInt8Most * passes) {
-    return Precision::kBf16;
-  }
-  return resolve_precision(info.format, precision, m);
-}
-
 // A few dozen tokens multiply weights that are bf16 where they lie, which memory bounds.
 const Path* many_bf16(Format format, std::int64_t m) {
   if (m > amx::kMostPassTokens || (format == Format::kBf16 && m <= 48)) {
@@ -48,7 +37,7 @@ const Path* many_bf16(Format format, std::int64_t m) {
 
 const Path* select_linear_amx(const Layout& layout, Precision precision, std::int64_t m) {
   const FormatInfo& info = format_info(layout.format);
-  const Precision resolved = resolve(info, precision, m);
+  const Precision resolved = resolve_precision(layout.format, precision, m);
   if (info.grouped()) {
     const bool one = resolved == Precision::kInt8;
     if (one && m > kFewOne) return amx::panel_int8(layout.format);

@@ -137,14 +137,17 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
   EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 7), "amx.bf16.pass.nf4");
   EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 128), "amx.bf16.pass.nf4");
   EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kBf16, 129), "amx.bf16.panel.nf4");
+  for (std::int64_t m : {17, 32, 48}) {
+    EXPECT_EQ(name(Isa::kAmx, Format::kSymInt4, Precision::kBf16, m), "amx.bf16.pass.sym_int4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf3, Precision::kBf16, m), "amx.bf16.pass.nf3");
+    EXPECT_EQ(name(Isa::kAmx, Format::kFp8E5M2, Precision::kBf16, m), "amx.bf16.pass.fp8_e5m2");
+    EXPECT_EQ(name(Isa::kAmx, Format::kFp16, Precision::kBf16, m), "amx.bf16.pass.fp16");
+    EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kBf16, m), "amx.bf16.panel.bf16");
+  }
+  EXPECT_EQ(name(Isa::kAmx, Format::kFp16, Precision::kBf16, 16), "amx.bf16.few.fp16");
   EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 48), "amx.bf16.panel.bf16");
   EXPECT_EQ(name(Isa::kAmx, Format::kBf16, Precision::kAuto, 49), "amx.bf16.pass.bf16");
-  // auto: by the tokens of a pass.
-  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 384), "amx.int8.panel.nf4");
-  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 385), "amx.bf16.panel.nf4");
-  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 768), "amx.int8.panel.nf4");
-  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 769), "amx.bf16.panel.nf4");
-  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kInt8, 512), "amx.int8.panel.nf4");
+  EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 512), "amx.int8.panel.nf4");
 }
 #endif
 
