@@ -211,22 +211,20 @@ inline Tensor empty_cpu(const std::int64_t* sizes, std::int64_t dim, ScalarType 
   return Tensor(handle);
 }
 
-// Memory in huge pages as a uint8 tensor [rows, columns].
+// Memory as a uint8 tensor [rows, columns], in huge pages where that pays.
 inline Tensor streamed_bytes(std::int64_t rows, std::int64_t columns, Streamed what) {
   const std::int64_t sizes[] = {rows, columns};
   const std::int64_t strides[] = {columns, 1};
-  std::shared_ptr<std::byte> memory =
-      allocate_streamed(static_cast<std::size_t>(rows * columns), what);
+  const auto bytes = static_cast<std::size_t>(rows * columns);
+  if (bytes < kStreamedBytes) return empty_cpu(sizes, 2, ScalarType::Byte);
+  std::shared_ptr<std::byte> memory = allocate_streamed(bytes, what);
   return torch::stable::from_blob(memory.get(), sizes, strides,
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   ScalarType::Byte, [memory](void*) {});
 }
 
-// Memory for the packed bytes of `tiles` tiles, in huge pages where that pays.
+// Memory for the packed bytes of `tiles` tiles.
 inline Tensor empty_packed(std::int64_t tiles, std::int64_t tile_bytes) {
-  const std::int64_t sizes[] = {tiles, tile_bytes};
-  const auto bytes = static_cast<std::size_t>(tiles * tile_bytes);
-  if (bytes < kStreamedBytes) return empty_cpu(sizes, 2, ScalarType::Byte);
   return streamed_bytes(tiles, tile_bytes, Streamed::kWeights);
 }
 

@@ -709,7 +709,7 @@ std::int64_t block_bytes_of(std::int64_t head_dim) {
 }
 
 Tensor cache_memory(std::int64_t bytes) {
-  LOWBIT_CHECK(bytes > 0, ErrorCode::kValue, "cache_memory: bytes is ", bytes);
+  LOWBIT_CHECK(bytes >= 0, ErrorCode::kValue, "cache_memory: bytes is ", bytes);
   return streamed_bytes(1, bytes, Streamed::kCaches);
 }
 

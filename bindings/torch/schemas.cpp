@@ -95,7 +95,7 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
       "cache_read(Tensor cache, int positions, int head_dim, int cache_format, int part, "
       "ScalarType dtype) -> Tensor");
   m.def("cache_block_bytes(int head_dim) -> int");
-  // Zeros for keys or values, uint8 [1, bytes], in huge pages.
+  // Memory for keys or values, uint8 [1, bytes], in huge pages where that pays.
   m.def("cache_memory(int bytes) -> Tensor");
   // An attention half in two parts, for caches that are not ours.
   m.def(

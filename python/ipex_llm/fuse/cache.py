@@ -30,7 +30,6 @@ _append = _ops.cache_append_.default
 _read = _ops.cache_read.default
 _block_bytes = _ops.cache_block_bytes.default
 _memory = _ops.cache_memory.default
-_STREAMED = 1 << 16  # bytes from which on huge pages pay (lowbit/memory.h)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -387,7 +386,4 @@ def _room(length: int, new: int) -> int:
 def _empty(shape, dtype: torch.dtype) -> torch.Tensor:
     # Outside inference mode: appending under no_grad must be possible later.
     with torch.inference_mode(False), torch.no_grad():
-        size = math.prod(shape) * dtype.itemsize
-        if size < _STREAMED:
-            return torch.empty(shape, dtype=dtype)
-        return _memory(size).view(dtype).view(shape)
+        return _memory(math.prod(shape) * dtype.itemsize)[0].view(dtype).view(shape)
