@@ -424,6 +424,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, m) {
   using namespace lowbit::binding;
   m.impl("format_table", LOWBIT_BOX(format_table));
+  m.impl("return_freed_memory", LOWBIT_BOX(lowbit::return_freed_memory));
   m.impl("isa", LOWBIT_BOX(isa));
   m.impl("describe_isa", LOWBIT_BOX(lowbit::describe_isa));
   m.impl("available_isas", LOWBIT_BOX(available));

@@ -109,6 +109,9 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   // token].
   m.def("fused_experts(Tensor x, int handle, Tensor ids, Tensor weights, int precision) -> Tensor");
 
+  // Freed memory that the allocator keeps, to the system (lowbit/memory.h).
+  m.def("return_freed_memory() -> ()");
+
   m.def("isa() -> str");
   m.def("describe_isa() -> str");
   m.def("available_isas() -> str");

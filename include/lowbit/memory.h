@@ -20,4 +20,9 @@ enum class Streamed { kWeights, kCaches };
 // Safe to call from any thread. Throws Error(kResource).
 std::shared_ptr<std::byte> allocate_streamed(std::size_t bytes, Streamed what = Streamed::kWeights);
 
+// Gives memory that was freed, and that the allocator keeps for later, back to the system, where
+// the C library can (glibc). Weights of some MiB come from its heap: freed, they stay resident as
+// long as anything above them lives.
+void return_freed_memory() noexcept;
+
 }  // namespace lowbit

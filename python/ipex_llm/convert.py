@@ -21,6 +21,9 @@ from ipex_llm.tensor import LowBitTensor, install, lowbit_parameters
 
 # Where a root keeps what it was optimized with. In __dict__, so that deepcopy and pickle carry it.
 _STATE = "_ipex_llm_options"
+# Float weights that may lie in the allocator before they are given back to the system: its heap
+# does not shrink by itself, and the packed weights come on top.
+_FREED_BYTES = 128 << 20
 
 
 def convert(model: nn.Module, options: Options, who: str = "optimize_model") -> planning.Plan:
@@ -35,9 +38,14 @@ def convert(model: nn.Module, options: Options, who: str = "optimize_model") -> 
     check_finite(who, pending)
     model.__dict__[_STATE] = {**options.to_dict(), "complete": False}
     shared = _shared_memory(pending)
+    freed = 0
     with torch.inference_mode(False), torch.no_grad():
         for entry in _progress(pending, options.progress):
             _convert_entry(entry, shared)
+            freed += entry.bytes_before
+            if freed > _FREED_BYTES:
+                ops.return_freed_memory()
+                freed = 0
     return plan
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "pack_codes",
     "packed_shape",
     "quantize",
+    "return_freed_memory",
     "set_activation_precision",
     "unpack_codes",
 ]
@@ -464,6 +465,11 @@ def first_nonfinite(x: torch.Tensor) -> int:
         return _ops.first_nonfinite(x)
     except RuntimeError as error:
         raise translate(error) from None
+
+
+def return_freed_memory() -> None:
+    """Gives what the C library's allocator keeps of freed memory back to the system."""
+    _ops.return_freed_memory()
 
 
 def isa() -> str:

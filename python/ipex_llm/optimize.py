@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ipex_llm import arguments, convert, hugging_face, layers
+from ipex_llm import arguments, convert, hugging_face, layers, ops
 from ipex_llm.arguments import Options
 from ipex_llm.low_memory import low_memory_init
 from ipex_llm.save import load_low_bit, save_low_bit
@@ -82,7 +82,9 @@ def optimize_model(
     arguments.module_or_raise("optimize_model", model)
     convert.convert(model, options)
     _optimize_language_model(model, options)
-    return convert.finish(model, options)
+    convert.finish(model, options)
+    ops.return_freed_memory()
+    return model
 
 
 def _optimize_language_model(model: torch.nn.Module, options: Options) -> None:

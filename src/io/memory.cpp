@@ -44,4 +44,8 @@ std::shared_ptr<std::byte> allocate_streamed(std::size_t bytes, Streamed what) {
   return take(std::move(slab), bytes);
 }
 
+void return_freed_memory() noexcept {
+  os::return_freed_memory();
+}
+
 }  // namespace lowbit

@@ -24,11 +24,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace lowbit::os {
 namespace {
 
 [[maybe_unused]] constexpr std::uint64_t kHugePageBytes = 2 << 20;
+[[maybe_unused]] constexpr std::uint64_t kWriteBehindBytes = 16 << 20;
 
 constexpr std::string_view kTemporaryPrefix = ".lowbit-";
 constexpr std::string_view kTemporarySuffix = ".tmp";
@@ -256,6 +260,12 @@ NewFile::~NewFile() {
   std::filesystem::remove(to_path(path_), code);
 }
 
+void return_freed_memory() noexcept {
+#ifdef __GLIBC__
+  ::malloc_trim(0);
+#endif
+}
+
 #ifndef _WIN32
 
 // ---- POSIX -------------------------------------------------------------------------------------
@@ -472,8 +482,18 @@ void NewFile::write_at(std::uint64_t offset, std::span<const std::byte> bytes) {
         ::pwrite(static_cast<int>(handle_), bytes.data(), ask, static_cast<off_t>(offset));
     if (done < 0 && errno == EINTR) continue;
     if (done < 0) raise("write", path_, last_error());
+    if (offset != waiting_end_) waiting_begin_ = offset;
     offset += static_cast<std::uint64_t>(done);
+    waiting_end_ = offset;
     bytes = bytes.subspan(static_cast<std::size_t>(done));
+#ifdef __linux__
+    if (waiting_end_ - waiting_begin_ >= kWriteBehindBytes) {
+      // Advice: whether it is heeded, and any error of the disk, sync() finds out.
+      ::sync_file_range(static_cast<int>(handle_), static_cast<off_t>(waiting_begin_),
+                        static_cast<off_t>(waiting_end_ - waiting_begin_), SYNC_FILE_RANGE_WRITE);
+      waiting_begin_ = waiting_end_;
+    }
+#endif
   }
 }
 

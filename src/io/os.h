@@ -34,6 +34,9 @@ class Memory {
   bool mapped_file_ = false;
 };
 
+// What the allocator keeps of freed memory, to the system; nothing where it cannot be asked.
+void return_freed_memory() noexcept;
+
 // A regular file open for reading; links are followed, anything else is refused (a FIFO or a device
 // would block or never end).
 class ReadFile {
@@ -74,6 +77,8 @@ class NewFile {
   NewFile& operator=(const NewFile&) = delete;
 
   void write(std::span<const std::byte> bytes);
+  // What is written in order is on its way to the disk while more is made, so that sync() finds
+  // little left to wait for.
   void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
   void resize(std::uint64_t bytes);
   // How many of the wanted bytes there are: fewer where the file ends.
@@ -85,6 +90,7 @@ class NewFile {
  private:
   std::string directory_, path_;
   std::intptr_t handle_ = -1;
+  std::uint64_t waiting_begin_ = 0, waiting_end_ = 0;  // written by write_at, not yet on its way
   bool published_ = false;
 };
 

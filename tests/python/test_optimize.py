@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
+import os
 import pickle
+import platform
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -510,6 +515,45 @@ def test_multihead_attention_and_encoder_layers():
         expected = reference(x, src_key_padding_mask=padding)
         # torch's fast path writes zeros where a padded query would give a meaningless value
         assert_close(got[~padding], expected[~padding], layers=8)
+
+
+MEMORY_OF_CONVERTING = """
+import json, torch
+from torch import nn
+from ipex_llm import optimize_model
+
+def status(key):
+    line = next(l for l in open("/proc/self/status") if l.startswith(key + ":"))
+    return int(line.split()[1]) / 1024
+
+model = nn.Sequential(*[nn.Linear(1024, 2048, bias=False) for _ in range(80)])
+optimize_model(nn.Linear(1024, 2048), "sym_int8")
+above = torch.ones(1 << 20)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+optimize_model(model, "sym_int8")
+print(json.dumps({"before": before, "peak": status("VmHWM"), "after": status("VmRSS"),
+                  "packed": sum(p.packed.numel() for p in model.parameters()) / 2**20}))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="measures glibc on Linux"
+)
+def test_float_weights_are_returned_while_packed_ones_are_made():
+    """Weights of 8 MiB from the heap, which glibc does not return by itself."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_CONVERTING],
+        env=dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(32 << 20)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    mib = json.loads(result.stdout)
+    assert 160 < mib["packed"] < 190
+    # A chunk of float weights and its packed form, and a slab that is begun.
+    assert mib["peak"] < mib["before"] + 110
+    assert mib["after"] < mib["before"] - 640 + mib["packed"] + 60
 
 
 def test_the_package_exports():

@@ -5,8 +5,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
+#include <memory>
 #include <thread>
 #include <vector>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#include <unistd.h>
+#endif
 
 namespace lowbit {
 namespace {
@@ -53,6 +60,33 @@ TEST(StreamedMemory, CachesShareNoSlabWithWeights) {
   auto large = allocate_streamed(9 << 20, Streamed::kCaches);
   EXPECT_TRUE(all(large.get(), 9 << 20, std::byte{0}));
 }
+
+// Sanitizers have an allocator of their own, and emulators are not the process that is asked about.
+#if defined(__GLIBC__) && defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+std::int64_t resident() {
+  std::ifstream statm("/proc/self/statm");
+  std::int64_t all = 0, pages = 0;
+  statm >> all >> pages;
+  return pages * ::sysconf(_SC_PAGESIZE);
+}
+
+// Blocks of 1 MiB from the heap, freed below one that lives.
+TEST(FreedMemory, IsReturned) {
+  ::mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  std::vector<std::unique_ptr<char[]>> blocks;
+  for (int i = 0; i < 100; ++i) {
+    blocks.push_back(std::make_unique<char[]>(1 << 20));
+    std::memset(blocks.back().get(), 1, 1 << 20);
+  }
+  const auto above = std::make_unique<char[]>(1 << 20);
+  std::memset(above.get(), 1, 1 << 20);
+  blocks.clear();
+  const std::int64_t before = resident();
+  return_freed_memory();
+  EXPECT_LT(resident(), before - (90 << 20));
+  EXPECT_EQ(above[100], 1);
+}
+#endif
 
 TEST(StreamedMemory, NothingIsNothing) {
   EXPECT_EQ(allocate_streamed(0), nullptr);
