@@ -390,25 +390,34 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0;
 
     if constexpr (kScaleSums) {
-      // A block's products go to `sums`, and while they are made the next block is dequantized.
+      // A block's products go to `sums`, and while they are made the next block is dequantized from
+      // codes that were loaded before: what a warp waits for is under way.
       float sums[kTokens / 2], ones_sums[kOnes ? kTokens / 2 : 1];
       std::uint32_t a[kBlocks][4][4] = {};
+      LaneCodes<kKind> codes[kBlocks];
       float2 scale[kBlocks] = {}, minimum[kBlocks] = {};
+      __half2 next_scale[kBlocks] = {}, next_minimum[kBlocks] = {};
+      // The stage at `slot`, once it is there.
+      const auto load = [&] {
+        barrier_wait(full(slot), parity);
+#pragma unroll
+        for (int s = 0; s < kBlocks; ++s) {
+          codes[s].load(my_codes + slot * kCodeBytes + s * kBlockBytes, lane);
+          const auto* scales = reinterpret_cast<const __half2*>(my_scales + slot * kScaleBytes +
+                                                                s * p.block_scale_step);
+          next_scale[s] = scales[0];
+          if constexpr (kOnes) next_minimum[s] = scales[1];
+        }
+      };
       const auto dequantize = [&](auto place) {
         constexpr int s = decltype(place)::value;
-        if (tile >= p.tiles) return;
-        LaneCodes<kKind> codes;
-        codes.load(my_codes + slot * kCodeBytes + s * kBlockBytes, lane);
-        const auto* scales = reinterpret_cast<const __half2*>(my_scales + slot * kScaleBytes +
-                                                              s * p.block_scale_step);
-        scale[s] = __half22float2(scales[0]);
-        if constexpr (kOnes) minimum[s] = __half22float2(scales[1]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) codes.template operand<kBf16>(a[s][j], j, p.zero_pair, table);
+        for (int j = 0; j < 4; ++j) codes[s].template operand<kBf16>(a[s][j], j, p.zero_pair, table);
+        scale[s] = __half22float2(next_scale[s]);
+        if constexpr (kOnes) minimum[s] = __half22float2(next_minimum[s]);
       };
-      const auto multiply = [&](auto place) {
+      const auto multiply = [&](std::uint64_t b, auto place) {
         constexpr int s = decltype(place)::value;
-        const std::uint64_t b = activations_of(s);
         wgmma_fence();
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -435,37 +444,30 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
         }
       };
       constexpr std::integral_constant<int, 0> kFirst;
-      if constexpr (kBlocks == 1) {
-        // No registers for a second A operand: other warps fill the waits.
+      constexpr std::integral_constant<int, kBlocks - 1> kLast;
+      if (steps > 0) {
+        load();
+        dequantize(kFirst);
+      }
 #pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-          barrier_wait(full(slot), parity);
-          dequantize(kFirst);
-          multiply(kFirst);
+      for (int step = 0; step < steps; ++step) {
+        const std::uint32_t done = empty(slot);
+        multiply(activations_of(0), kFirst);
+        if constexpr (kBlocks == 2) {
+          dequantize(kLast);
           fold(kFirst);
-          if (lane == 0) barrier_arrive(empty(slot));
-          next_slot();
+          multiply(activations_of(1), kLast);
         }
-      } else {
-        constexpr std::integral_constant<int, 1> kSecond;
-        if (steps > 0) {
-          barrier_wait(full(slot), parity);
-          dequantize(kFirst);
+        next_slot();
+        if (step + 1 < steps) {
+          load();
+          if constexpr (kBlocks == 2) dequantize(kFirst);
         }
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-          multiply(kFirst);
-          dequantize(kSecond);
-          fold(kFirst);
-          multiply(kSecond);
-          const std::uint32_t done = empty(slot);
-          next_slot();
-          if (step + 1 < steps) {
-            barrier_wait(full(slot), parity);
-            dequantize(kFirst);
-          }
-          fold(kSecond);
-          if (lane == 0) barrier_arrive(done);
+        fold(kLast);
+        if (lane == 0) barrier_arrive(done);
+        // No registers for a second A operand: other warps multiply meanwhile.
+        if constexpr (kBlocks == 1) {
+          if (step + 1 < steps) dequantize(kFirst);
         }
       }
     } else if constexpr (kRaw) {

@@ -87,21 +87,21 @@ double qmm_block_cycles(const Geometry& geometry, int rows, int tokens) {
   double cycles = 0;
   switch (geometry.kind) {
     case Kind::kInt4:
-      cycles = tokens == 128 ? 640 : tokens == 64 ? 500 : 335;
+      cycles = tokens == 128 ? 640 : tokens == 64 ? 440 : 335;
       break;
     case Kind::kLut4:
-      cycles = tokens == 128 ? 780 : tokens == 64 ? 650 : 400;
+      cycles = tokens == 128 ? 780 : tokens == 64 ? 540 : 380;
       break;
     case Kind::kE4M3:
     case Kind::kE5M2:
       cycles = tokens == 128 ? 620 : tokens == 64 ? 520 : 420;
       break;
     default:
-      cycles = tokens == 128 ? 740 : tokens == 64 ? 610 : 440;
+      cycles = tokens == 128 ? 740 : tokens == 64 ? 570 : 420;
       break;
   }
   if (minima) cycles += 90;
-  if (rows <= 64) cycles *= tokens == 64 ? 0.54 : tokens == 32 ? 0.5 : 0.38;
+  if (rows <= 64) cycles *= tokens == 64 ? 0.55 : tokens == 32 ? 0.52 : 0.38;
   return cycles;
 }
 
@@ -148,9 +148,9 @@ QmmShape select_qmm(const Problem& problem) {
   double best_cycles = 1e300;
   for (const int tokens : {8, 16, 32, 64, 128, 256}) {
     const bool covers = tokens >= problem.m;
-    // Several tiles of so few tokens paid for sym_int4 alone, two of 32.
-    const bool halves = tokens == 32 && problem.m <= 64 && problem.geometry.kind == Kind::kInt4 &&
-                        problem.geometry.group_scale_bytes == 32;
+    // Several tiles of so few tokens pay where sums are scaled, not weights: two of 32.
+    const bool halves =
+        tokens == 32 && problem.m <= 64 && problem.geometry.group_scale_bytes == 32;
     if (!covers && tokens < 64 && !halves) continue;
     for (const int rows : {64, 128}) {
       if (rows == 64 && tokens > 64) continue;
