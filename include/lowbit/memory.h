@@ -23,6 +23,6 @@ std::shared_ptr<std::byte> allocate_streamed(std::size_t bytes, Streamed what = 
 // Gives memory that was freed, and that the allocator keeps for later, back to the system, where
 // the C library can (glibc). Weights of some MiB come from its heap: freed, they stay resident as
 // long as anything above them lives.
-void return_freed_memory() noexcept;
+void return_freed_memory();
 
 }  // namespace lowbit

@@ -44,7 +44,7 @@ std::shared_ptr<std::byte> allocate_streamed(std::size_t bytes, Streamed what) {
   return take(std::move(slab), bytes);
 }
 
-void return_freed_memory() noexcept {
+void return_freed_memory() {
   os::return_freed_memory();
 }
 
