@@ -149,8 +149,7 @@ QmmShape select_qmm(const Problem& problem) {
   for (const int tokens : {8, 16, 32, 64, 128, 256}) {
     const bool covers = tokens >= problem.m;
     // Several tiles of so few tokens pay where sums are scaled, not weights: two of 32.
-    const bool halves =
-        tokens == 32 && problem.m <= 64 && problem.geometry.group_scale_bytes == 32;
+    const bool halves = tokens == 32 && problem.m <= 64 && problem.geometry.group_scale_bytes == 32;
     if (!covers && tokens < 64 && !halves) continue;
     for (const int rows : {64, 128}) {
       if (rows == 64 && tokens > 64) continue;
