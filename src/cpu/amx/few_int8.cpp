@@ -1,8 +1,8 @@
-// Up to 16 tokens, grouped formats: out = sum over groups of s * as * (sum of code * q - zero * sum
-// of q) (+ m * as * sum of q), as in avx512vnni, with the products of a group done by tiles. One
-// plane of activations serves 16 tokens, two planes 8: the rows of a tile. Products are then nearly
-// free, and so is the second plane; what is left for the vector units is to make bytes of codes,
-// once for all tokens, and to end groups.
+// Up to 16 tokens, grouped formats: out = sum over groups of s * as * sum of (code - zero) * q (+ m
+// * as * sum of q), as in avx512vnni, with the products of a group done by tiles and bytes signed
+// where that takes the zero point out for nothing. One plane of activations serves 16 tokens, two
+// planes 8: the rows of a tile. Products are then nearly free, and so is the second plane; what is
+// left for the vector units is to make bytes of codes, once for all tokens, and to end groups.
 //
 // One row tile after the other passes by, a single stream of bytes. A step is 64 inputs (groups of
 // 32: 32), and steps overlap, across row tiles as well:
@@ -22,8 +22,9 @@ namespace {
 
 constexpr int kRowsMost = 16;
 constexpr int kBehind = 2;
-constexpr int kRing = 4;       // slots for what steps hand on
-constexpr int kScaleRing = 8;  // from the first step to the last
+constexpr int kRing = 4;        // slots for what steps hand on
+constexpr int kScaleRing = 8;   // from the first step to the last
+constexpr int kWriteTiles = 4;  // row tiles whose outputs are written together
 constexpr std::int64_t kTileBytes = 1024;
 constexpr std::int64_t kMostSlot = 4096;  // three planes, and a power of two
 
@@ -34,8 +35,14 @@ LOWBIT_INLINE std::int64_t padded_tokens(std::int64_t m) {
   return (m + 3) / 4 * 4;
 }
 
-// Record of a group: three arrays with an entry per token (step; start, what the bias of floats and
-// zero points amount to; a third as in IntRecords), then the A tiles.
+// What the record of a group holds per token besides the step of its activations.
+enum class Extra {
+  kNone,
+  kStart,  // int32: -128 * sum of q, for bytes that lie in memory unsigned
+  kSum,    // float32: step * sum of q, what a minimum is multiplied by
+};
+
+// Record of a group: two arrays with an entry per token (step, Extra), then the A tiles.
 template <int kPlanes>
 struct Shape {
   std::int64_t group, groups, depth, parts, rows, tile_bytes, array, head, record;
@@ -48,7 +55,7 @@ struct Shape {
         rows(a.m * kPlanes),
         tile_bytes(rows * depth),
         array(padded_tokens<kPlanes>(a.m) * 4),
-        head(align64(3 * array)),
+        head(align64(2 * array)),
         record(align64(head + parts * tile_bytes)) {}
 };
 
@@ -58,7 +65,7 @@ std::int64_t activation_bytes(const Activations& a) {
   return shape.groups * shape.record;
 }
 
-template <int kPlanes, int kZero, Init2 kInit2>
+template <int kPlanes, Extra kExtra>
 void prepare(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
   const Shape<kPlanes> shape(a);
   const __m512i order = packed_order(tokens.dtype);
@@ -86,41 +93,77 @@ void prepare(const Tokens& tokens, const Activations& a, std::int64_t begin, std
         __builtin_memcpy(record + array * shape.array + 4 * t, &value, 4);
       };
       set(0, q.step);
-      if constexpr (kInit2 == Init2::kSplit) {
-        set(1, -128 * q.sums[0]);
-        set(2, -128 * q.sums[kPlanes - 1]);
-      } else {
-        set(1, (kPlanes == 1 ? kBiasBits : 0) - kZero * q.sum());
-        if constexpr (kInit2 == Init2::kSum) set(2, q.step * static_cast<float>(q.sum()));
-      }
+      if constexpr (kExtra == Extra::kStart) set(1, -128 * q.sum());
+      if constexpr (kExtra == Extra::kSum) set(1, q.step * static_cast<float>(q.sum()));
     }
   }
 }
 
-// The bytes that stand for a code, one or several planes of them.
+// A table of bytes around 128 as signed ones.
+LOWBIT_INLINE __m512i signed_table(const std::uint8_t (&table)[64]) {
+  return _mm512_xor_si512(_mm512_load_si512(table), _mm512_set1_epi8(-128));
+}
+// 256 * sums of high bytes + sums of low ones.
+LOWBIT_INLINE __m512i both(const std::byte* high, std::int64_t low) {
+  return _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high), 8),
+                          _mm512_load_si512(high + low));
+}
+
+// The bytes that stand for a code, one or several planes of them, signed or not.
 template <Format F, int kPlanes>
 struct Bytes {
   using Codes = Unpack<Grouped<F>::kBits>;
   static constexpr int kCount = 1;
-  static constexpr int kZero = Grouped<F>::kZero;
-  static constexpr Init2 kInit2 = Grouped<F>::kMinimum ? Init2::kSum : Init2::kNone;
-  static constexpr float kScale = Grouped<F>::kValueScale;
-  Operand<F> operand;
+  static constexpr Extra kExtra = F == Format::kSymInt8  ? Extra::kStart
+                                  : Grouped<F>::kMinimum ? Extra::kSum
+                                                         : Extra::kNone;
+  static constexpr bool kSigned = kExtra == Extra::kNone;
+  // sym_int4: what two's complement makes of four bits is left in the upper ones.
+  static constexpr float kScale = F == Format::kSymInt4 ? 1.0f / 16 : Grouped<F>::kValueScale;
+  __m512i table;
 
+  LOWBIT_INLINE Bytes() {
+    if constexpr (Grouped<F>::kTable) table = signed_table(byte_tables<F>().single);
+  }
+  LOWBIT_INLINE static constexpr bool is_signed(int) { return kSigned; }
+  // Quads 2 I and 2 I + 1 of a block.
   template <int I>
-  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block,
-                          const typename Codes::Plane& plane, __m512i (&out)[kCount]) const {
-    out[0] = operand.template quad<I>(codes, block, plane);
+  LOWBIT_INLINE void quads(const std::byte* codes, std::int64_t block,
+                           const typename Codes::Plane& plane, __m512i (&out)[2][kCount]) const {
+    if constexpr (F == Format::kSymInt4) {
+      const __m512i unit = load_unit(codes + block * Codes::kBlockBytes + I * 64);
+      unroll<2>([&](auto i) LOWBIT_LAMBDA {
+        out[i][0] = _mm512_ternarylogic_epi32(i == 0 ? _mm512_slli_epi16(unit, 4) : unit,
+                                              _mm512_set1_epi8(-128), _mm512_set1_epi8(-16), 0x28);
+      });
+    } else if constexpr (F == Format::kSymInt5) {
+      const __m512i unit = load_unit(codes + block * 256 + I * 64);
+      unroll<2>([&](auto i) LOWBIT_LAMBDA {
+        const __m512i low =
+            _mm512_or_si512(i == 0 ? unit : _mm512_srli_epi16(unit, 4), _mm512_set1_epi8(-16));
+        out[i][0] = _mm512_mask_sub_epi8(low, load_bits(plane + (2 * I + i) * 8), low,
+                                         _mm512_set1_epi8(-16));
+      });
+    } else {
+      unroll<2>([&](auto i) LOWBIT_LAMBDA {
+        if constexpr (Grouped<F>::kTable) {
+          out[i][0] =
+              _mm512_permutexvar_epi8(Codes::template index<2 * I + i>(codes, block, plane), table);
+        } else {
+          out[i][0] = Codes::template quad<2 * I + i>(codes, block, plane);
+        }
+      });
+    }
   }
   // Sums of token t, that of low bytes `low` behind that of high ones, times the activations' step;
   // the sums of a byte plane of the weights are `plane` apart.
   LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t, std::int64_t low,
                                     const std::byte* record, std::int64_t array, int t) {
     static_assert(kPlanes == 2);
-    const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums + t * 64), 8);
-    const __m512i whole =
-        _mm512_add_epi32(_mm512_add_epi32(high, broadcast(record + array + 4 * t)),
-                         _mm512_load_si512(sums + low + t * 64));
+    __m512i whole = both(sums + t * 64, low);
+    if constexpr (kExtra == Extra::kStart) {
+      whole = _mm512_add_epi32(whole, broadcast(record + array + 4 * t));
+    }
     return _mm512_mul_ps(_mm512_cvtepi32_ps(whole), broadcast_f32(record + 4 * t));
   }
 };
@@ -129,90 +172,103 @@ template <>
 struct Bytes<Format::kNf3, 2> {
   using Codes = Unpack<3>;
   static constexpr int kCount = 2;
-  static constexpr int kZero = Nf3Pair::kZero;
-  static constexpr Init2 kInit2 = Init2::kNone;
+  static constexpr Extra kExtra = Extra::kNone;
   static constexpr float kScale = 1.0f;
   __m512i table[2];
 
   LOWBIT_INLINE Bytes()
-      : table{_mm512_load_si512(pair_tables().first), _mm512_load_si512(pair_tables().second)} {}
+      : table{signed_table(pair_tables().first), signed_table(pair_tables().second)} {}
+  LOWBIT_INLINE static constexpr bool is_signed(int) { return true; }
   template <int I>
-  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block,
-                          const typename Codes::Plane& plane, __m512i (&out)[kCount]) const {
-    const __m512i index = Codes::template index<I>(codes, block, plane);
-    unroll<2>([&](auto i) LOWBIT_LAMBDA { out[i] = _mm512_permutexvar_epi8(index, table[i]); });
+  LOWBIT_INLINE void quads(const std::byte* codes, std::int64_t block,
+                           const typename Codes::Plane& plane, __m512i (&out)[2][kCount]) const {
+    unroll<2>([&](auto i) LOWBIT_LAMBDA {
+      const __m512i index = Codes::template index<2 * I + i>(codes, block, plane);
+      unroll<2>([&](auto j)
+                    LOWBIT_LAMBDA { out[i][j] = _mm512_permutexvar_epi8(index, table[j]); });
+    });
   }
   LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t plane, std::int64_t low,
-                                    const std::byte* record, std::int64_t array, int t) {
-    const __m512i start = broadcast(record + array + 4 * t);
-    __m512 part[2];
-    unroll<2>([&](auto i) LOWBIT_LAMBDA {
-      const std::byte* at = sums + i * plane + t * 64;
-      const __m512i high = _mm512_slli_epi32(_mm512_load_si512(at), 8);
-      part[i] = _mm512_cvtepi32_ps(
-          _mm512_add_epi32(_mm512_add_epi32(high, start), _mm512_load_si512(at + low)));
-    });
-    __m512 both = _mm512_mul_ps(part[1], _mm512_set1_ps(Nf3Pair::kSecond));
-    both = _mm512_fmadd_ps(part[0], _mm512_set1_ps(Nf3Pair::kFirst), both);
-    return _mm512_mul_ps(both, broadcast_f32(record + 4 * t));
+                                    const std::byte* record, std::int64_t, int t) {
+    const __m512 first = _mm512_cvtepi32_ps(both(sums + t * 64, low));
+    const __m512 second = _mm512_cvtepi32_ps(both(sums + plane + t * 64, low));
+    const __m512 value = _mm512_fmadd_ps(first, _mm512_set1_ps(Nf3Pair::kFirst),
+                                         _mm512_mul_ps(second, _mm512_set1_ps(Nf3Pair::kSecond)));
+    return _mm512_mul_ps(value, broadcast_f32(record + 4 * t));
   }
 };
-// Three bytes of a 24-bit integer; of six products the smallest is left out.
+// Three bytes of a 24-bit integer, the highest signed; of six products the smallest is left out.
 template <>
 struct Bytes<Format::kNf4, 2> {
   using Codes = Unpack<4>;
   static constexpr int kCount = 3;
-  static constexpr int kZero = 0;
-  static constexpr Init2 kInit2 = Init2::kSplit;
+  static constexpr Extra kExtra = Extra::kNone;
   static constexpr float kScale = static_cast<float>(256.0 / kWideScale);
   __m512i table[3];
 
   LOWBIT_INLINE Bytes()
-      : table{_mm512_load_si512(byte_tables<Format::kNf4>().high),
+      : table{signed_table(byte_tables<Format::kNf4>().high),
               _mm512_load_si512(byte_tables<Format::kNf4>().middle),
               _mm512_load_si512(byte_tables<Format::kNf4>().low)} {}
+  LOWBIT_INLINE static constexpr bool is_signed(int plane) { return plane == 0; }
   template <int I>
-  LOWBIT_INLINE void quad(const std::byte* codes, std::int64_t block,
-                          const typename Codes::Plane& plane, __m512i (&out)[kCount]) const {
-    const __m512i index = Codes::template index<I>(codes, block, plane);
-    unroll<3>([&](auto i) LOWBIT_LAMBDA { out[i] = _mm512_permutexvar_epi8(index, table[i]); });
+  LOWBIT_INLINE void quads(const std::byte* codes, std::int64_t block,
+                           const typename Codes::Plane& plane, __m512i (&out)[2][kCount]) const {
+    unroll<2>([&](auto i) LOWBIT_LAMBDA {
+      const __m512i index = Codes::template index<2 * I + i>(codes, block, plane);
+      unroll<3>([&](auto j)
+                    LOWBIT_LAMBDA { out[i][j] = _mm512_permutexvar_epi8(index, table[j]); });
+    });
   }
   LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t plane, std::int64_t low,
-                                    const std::byte* record, std::int64_t array, int t) {
+                                    const std::byte* record, std::int64_t, int t) {
     const auto sum = [&](int byte, bool second) LOWBIT_LAMBDA {
       return _mm512_load_si512(sums + byte * plane + t * 64 + (second ? low : 0));
     };
-    const __m512i top = _mm512_add_epi32(sum(0, false), broadcast(record + array + 4 * t));
-    const __m512i middle = _mm512_add_epi32(
-        _mm512_add_epi32(sum(0, true), broadcast(record + 2 * array + 4 * t)), sum(1, false));
+    const __m512i middle = _mm512_add_epi32(sum(0, true), sum(1, false));
     const __m512i rest = _mm512_add_epi32(sum(1, true), sum(2, false));
     __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(256.0f),
                                    _mm512_cvtepi32_ps(rest));
-    value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(top), _mm512_set1_ps(65536.0f), value);
+    value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum(0, false)), _mm512_set1_ps(65536.0f), value);
     return _mm512_mul_ps(value, broadcast_f32(record + 4 * t));
   }
 };
 
 std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
-  return 2 * kRing * kMostSlot + kScaleRing * 2 * kUnitBytes + kRowsMost * kUnitBytes;
+  return 2 * kRing * kMostSlot + kScaleRing * 2 * kUnitBytes + kWriteTiles * kTileBytes;
 }
 
-// Outputs of a row tile; out of line, because it is rare and would take registers.
+// Outputs of a few row tiles; out of line, because it is rare and would take registers.
+// Whole lines go past the caches: reading them first, which a store does, takes as many of the
+// buffers that weights come through as reading weights.
 [[gnu::noinline]] void write(const Epilogue& epilogue, std::int64_t first_token, std::int64_t m,
-                             std::int64_t tile, const std::byte* totals) {
+                             std::int64_t first, std::int64_t tiles, const std::byte* totals) {
+  const RowBlock& rows = epilogue.rows;
+  const bool whole = rows.out_dtype == DType::kFloat32;
+  const std::int64_t bytes = whole ? 4 : 2;
+  const bool lines =
+      reinterpret_cast<std::uintptr_t>(rows.out) % 64 == 0 && rows.out_stride * bytes % 64 == 0;
+  const std::int64_t full = rows.layout.n / kTileRows;  // row tiles without padding
   for (std::int64_t t = 0; t < m; ++t) {
-    epilogue.store(first_token + t, tile, _mm512_load_ps(totals + t * kUnitBytes));
-  }
-}
-
-// Lines that will be written: a store that misses the caches would hold up those behind it.
-[[gnu::noinline]] void expect(const RowBlock& rows, std::int64_t first_token, std::int64_t m,
-                              std::int64_t tile) {
-  const std::int64_t bytes = rows.out_dtype == DType::kFloat32 ? 4 : 2;
-  const char* out = static_cast<const char*>(rows.out) +
-                    (first_token * rows.out_stride + tile * kTileRows) * bytes;
-  for (std::int64_t t = 0; t < m; ++t) {
-    __asm__ volatile("prefetchw (%0)" ::"r"(out + t * rows.out_stride * bytes));
+    std::byte* out =
+        static_cast<std::byte*>(rows.out) + (first_token + t) * rows.out_stride * bytes;
+    const auto sum = [&](std::int64_t tile) LOWBIT_LAMBDA {
+      return _mm512_load_ps(totals + (tile - first) * kTileBytes + t * kUnitBytes);
+    };
+    for (std::int64_t tile = first; tile < first + tiles; ++tile) {
+      if (lines && whole && tile < full) {
+        _mm512_stream_ps(reinterpret_cast<float*>(out + tile * 64),
+                         epilogue.value(tile, sum(tile)));
+      } else if (lines && !whole && tile % 2 == 0 && tile + 1 < first + tiles && tile + 1 < full) {
+        const __m256i low = to_16_bits(rows.out_dtype, epilogue.value(tile, sum(tile)));
+        const __m256i high = to_16_bits(rows.out_dtype, epilogue.value(tile + 1, sum(tile + 1)));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + tile * 32),
+                            _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+        ++tile;
+      } else {
+        epilogue.store(first_token + t, tile, sum(tile));
+      }
+    }
   }
 }
 
@@ -258,6 +314,7 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
   const std::byte* codes = row_tile;
   std::int64_t g = 0, part = 0, multiplied_part = 0;  // of what is expanded; multiplied
   std::int64_t tile = tile_begin;                     // that is added up
+  std::int64_t unwritten = tile_begin;                // the first in `totals`
   const std::size_t groups = static_cast<std::size_t>((tile_end - tile_begin) * shape.groups);
   const std::size_t steps = kPlain ? groups : groups * static_cast<std::size_t>(shape.parts);
   std::size_t expanded = 0, stored = 0, added = 0;  // groups
@@ -279,7 +336,11 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
       unroll<kCount>([&](auto i) LOWBIT_LAMBDA {
         if (kPlain || multiplied_part == 0) tile_zero<i>();
         tile_load<4 + i>(operand + i * kTileBytes, 64);
-        tile_multiply_unsigned<i, 3, 4 + i>();
+        if constexpr (Of::is_signed(i)) {
+          tile_multiply_int8<i, 3, 4 + i>();
+        } else {
+          tile_multiply_unsigned<i, 3, 4 + i>();
+        }
       });
       if (kPlain || ++multiplied_part == shape.parts) {
         multiplied_part = 0;
@@ -292,14 +353,21 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
       std::byte* to = operands + s % kRing * kSlot;
       const auto expand = [&](const std::byte* group, std::int64_t inputs, std::int64_t first,
                               int blocks) LOWBIT_LAMBDA {
-        const auto block = [&](auto half) LOWBIT_LAMBDA {
-          const auto plane = Codes::plane(group, inputs, first + half);
-          unroll<8>([&](auto i) LOWBIT_LAMBDA {
-            prefetch_quad_here<i, Codes::kBlockBytes>(group + (first + half) * Codes::kBlockBytes);
-            __m512i quad[kCount];
-            bytes.template quad<i>(group, first + half, plane, quad);
-            unroll<kCount>([&](auto j) LOWBIT_LAMBDA {
-              _mm512_store_si512(to + j * kTileBytes + half * 512 + i * 64, quad[j]);
+        const auto block = [&](auto second) LOWBIT_LAMBDA {
+          const auto plane = Codes::plane(group, inputs, first + second);
+          unroll<4>([&](auto i) LOWBIT_LAMBDA {
+            const std::byte* lines = group + (first + second) * Codes::kBlockBytes;
+            prefetch_quad_here<2 * i, Codes::kBlockBytes>(lines);
+            __m512i quads[2][kCount];
+            bytes.template quads<i>(group, first + second, plane, quads);
+            unroll<2>([&](auto q) LOWBIT_LAMBDA {
+              unroll<kCount>([&](auto j) LOWBIT_LAMBDA {
+                _mm512_store_si512(to + j * kTileBytes + second * 512 + (2 * i + q) * 64,
+                                   quads[q][j]);
+              });
+              if constexpr (q == 0) {
+                prefetch_quad_here<2 * i + 1, Codes::kBlockBytes>(lines);
+              }
             });
           });
         };
@@ -355,8 +423,11 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
       unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
         constexpr std::int64_t kArray = kTokens * 4;
         if constexpr (kPlanes == 1) {
-          const __m512i sum =
-              _mm512_add_epi32(_mm512_load_si512(at + t * 64), broadcast(adding + kArray + 4 * t));
+          __m512i sum = _mm512_load_si512(at + t * 64);
+          if constexpr (Of::kExtra == Extra::kStart) {
+            sum = _mm512_add_epi32(sum, broadcast(adding + kArray + 4 * t));
+          }
+          sum = _mm512_add_epi32(sum, _mm512_set1_epi32(kBiasBits));
           const __m512 value = _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, offset);
           total[t] = _mm512_fmadd_ps(value, broadcast_f32(adding + 4 * t), total[t]);
         } else {
@@ -365,22 +436,26 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
         }
         if constexpr (kMinimum) {
           total[t] = _mm512_fmadd_ps(_mm512_load_ps(step + kUnitBytes),
-                                     broadcast_f32(adding + 2 * kArray + 4 * t), total[t]);
+                                     broadcast_f32(adding + kArray + 4 * t), total[t]);
         }
       });
       ++added;
       adding += shape.record;
       if (adding == records_end) {
         adding = records;
+        std::byte* sum = totals + (tile - unwritten) * kTileBytes;
         unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
-          _mm512_store_ps(totals + t * kUnitBytes, total[t]);
+          _mm512_store_ps(sum + t * kUnitBytes, total[t]);
           total[t] = _mm512_setzero_ps();
         });
-        write(epilogue, first_token, a.m, tile++, totals);
-        if (tile < tile_end) expect(rows, first_token, a.m, tile);
+        if (++tile % kWriteTiles == 0 || tile == tile_end) {
+          write(epilogue, first_token, a.m, unwritten, tile - unwritten, totals);
+          unwritten = tile;
+        }
       }
     }
   }
+  _mm_sfence();  // lines that went past the caches, before anybody is told
 }
 
 template <Format F, int kPlanes>
@@ -412,7 +487,7 @@ constexpr Path few_path(const char* name, const char* activations) {
   return {name,
           activations,
           activation_bytes<kPlanes>,
-          prepare<kPlanes, Of::kZero, Of::kInit2>,
+          prepare<kPlanes, Of::kExtra>,
           scratch_bytes,
           run<F, kPlanes>,
           1,
@@ -420,26 +495,26 @@ constexpr Path few_path(const char* name, const char* activations) {
           false};
 }
 
-// The activations' names carry the zero point that their starts contain.
+// The activations' names carry what their records hold.
 constexpr Path kPaths[] = {
-    few_path<Format::kSymInt4, 1>("amx.int8.few.sym_int4", "amx.few.int8.z8"),
+    few_path<Format::kSymInt4, 1>("amx.int8.few.sym_int4", "amx.few.int8"),
     few_path<Format::kAsymInt4, 1>("amx.int8.few.asym_int4", "amx.few.int8.sums"),
-    few_path<Format::kSymInt5, 1>("amx.int8.few.sym_int5", "amx.few.int8.z16"),
+    few_path<Format::kSymInt5, 1>("amx.int8.few.sym_int5", "amx.few.int8"),
     few_path<Format::kAsymInt5, 1>("amx.int8.few.asym_int5", "amx.few.int8.sums"),
     few_path<Format::kSymInt8, 1>("amx.int8.few.sym_int8", "amx.few.int8.z128"),
-    few_path<Format::kNf3, 1>("amx.int8.few.nf3", "amx.few.int8.z128"),
-    few_path<Format::kNf4, 1>("amx.int8.few.nf4", "amx.few.int8.z128"),
-    few_path<Format::kFp4, 1>("amx.int8.few.fp4", "amx.few.int8.z128"),
+    few_path<Format::kNf3, 1>("amx.int8.few.nf3", "amx.few.int8"),
+    few_path<Format::kNf4, 1>("amx.int8.few.nf4", "amx.few.int8"),
+    few_path<Format::kFp4, 1>("amx.int8.few.fp4", "amx.few.int8"),
 };
 constexpr Path kPaths2[] = {
-    few_path<Format::kSymInt4, 2>("amx.int8x2.few.sym_int4", "amx.few.int8x2.z8"),
+    few_path<Format::kSymInt4, 2>("amx.int8x2.few.sym_int4", "amx.few.int8x2"),
     few_path<Format::kAsymInt4, 2>("amx.int8x2.few.asym_int4", "amx.few.int8x2.sums"),
-    few_path<Format::kSymInt5, 2>("amx.int8x2.few.sym_int5", "amx.few.int8x2.z16"),
+    few_path<Format::kSymInt5, 2>("amx.int8x2.few.sym_int5", "amx.few.int8x2"),
     few_path<Format::kAsymInt5, 2>("amx.int8x2.few.asym_int5", "amx.few.int8x2.sums"),
     few_path<Format::kSymInt8, 2>("amx.int8x2.few.sym_int8", "amx.few.int8x2.z128"),
-    few_path<Format::kNf3, 2>("amx.int8x2.few.nf3", "amx.few.int8x2.z128"),
-    few_path<Format::kNf4, 2>("amx.int8x2.few.nf4", "amx.few.int8x2.split"),
-    few_path<Format::kFp4, 2>("amx.int8x2.few.fp4", "amx.few.int8x2.z128"),
+    few_path<Format::kNf3, 2>("amx.int8x2.few.nf3", "amx.few.int8x2"),
+    few_path<Format::kNf4, 2>("amx.int8x2.few.nf4", "amx.few.int8x2"),
+    few_path<Format::kFp4, 2>("amx.int8x2.few.fp4", "amx.few.int8x2"),
 };
 
 }  // namespace

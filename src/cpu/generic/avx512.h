@@ -99,17 +99,18 @@ LOWBIT_INLINE __m512i bf16_bits(__m512 value) {
   return _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
 }
 
+LOWBIT_INLINE __m256i to_16_bits(DType dtype, __m512 value) {
+  return dtype == DType::kBFloat16 ? _mm512_cvtepi32_epi16(bf16_bits(value))
+                                   : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
 LOWBIT_INLINE void store16(void* data, DType dtype, std::int64_t i, std::int64_t count,
                            __m512 value) {
   const __mmask16 mask = mask16(count);
   if (dtype == DType::kFloat32) {
     _mm512_mask_storeu_ps(static_cast<float*>(data) + i, mask, value);
-  } else if (dtype == DType::kBFloat16) {
-    _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(data) + i, mask,
-                             _mm512_cvtepi32_epi16(bf16_bits(value)));
   } else {
-    _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(data) + i, mask,
-                             _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(data) + i, mask, to_16_bits(dtype, value));
   }
 }
 
@@ -124,14 +125,16 @@ struct Epilogue {
         factor(_mm512_set1_ps(value_scale)),
         exponent(_mm512_set1_ps(static_cast<float>(block.exponent))) {}
 
+  LOWBIT_INLINE __m512 value(std::int64_t tile, __m512 sum) const {
+    const __m512 value = _mm512_scalef_ps(_mm512_mul_ps(sum, factor), exponent);
+    if (rows.bias == nullptr) return value;
+    const std::int64_t row = tile * kTileRows;
+    return _mm512_add_ps(value, load16(rows.bias, rows.bias_dtype, row, rows.layout.n - row));
+  }
   LOWBIT_INLINE void store(std::int64_t token, std::int64_t tile, __m512 sum) const {
     const std::int64_t row = tile * kTileRows;
-    const std::int64_t count = rows.layout.n - row;
-    __m512 value = _mm512_scalef_ps(_mm512_mul_ps(sum, factor), exponent);
-    if (rows.bias != nullptr) {
-      value = _mm512_add_ps(value, load16(rows.bias, rows.bias_dtype, row, count));
-    }
-    store16(rows.out, rows.out_dtype, token * rows.out_stride + row, count, value);
+    store16(rows.out, rows.out_dtype, token * rows.out_stride + row, rows.layout.n - row,
+            value(tile, sum));
   }
 };
 
