@@ -412,7 +412,8 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       const auto dequantize = [&](auto place) {
         constexpr int s = decltype(place)::value;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) codes[s].template operand<kBf16>(a[s][j], j, p.zero_pair, table);
+        for (int j = 0; j < 4; ++j)
+          codes[s].template operand<kBf16>(a[s][j], j, p.zero_pair, table);
         scale[s] = __half22float2(next_scale[s]);
         if constexpr (kOnes) minimum[s] = __half22float2(next_minimum[s]);
       };
