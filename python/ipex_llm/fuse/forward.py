@@ -13,7 +13,7 @@ from torch import nn
 
 from ipex_llm.errors import translate
 from ipex_llm.fuse import cache as caches
-from ipex_llm.fuse import cross
+from ipex_llm.fuse import collecting, cross
 from ipex_llm.fuse.attention import bias_for
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.describe import Unfit
@@ -72,7 +72,7 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
         return None
     call = Call(state.names, args, kwargs, state.own)
     x = call.hidden
-    if state.description.drops and (module._forward_hooks or module._forward_pre_hooks):
+    if state.description.drops and not collecting.is_idle(module):
         return None  # a hook may be there for the attention weights
     if call.refused is not None or x.dtype not in FLOATS or not x.is_cpu:
         return None

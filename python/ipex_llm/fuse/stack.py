@@ -9,6 +9,7 @@ from torch import nn
 
 from ipex_llm.errors import translate
 from ipex_llm.fuse import cache as caches
+from ipex_llm.fuse import collecting
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.state import STATE, State, local
 from ipex_llm.layers import Mixin
@@ -76,7 +77,7 @@ class Stack:
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
         states = [block.__dict__.get(STATE) for block in self.blocks]
         for block, state in zip(self.blocks, states, strict=True):
-            if state is None or block._forward_hooks or block._forward_pre_hooks:
+            if state is None or not collecting.is_idle(block):
                 return None
             if block.training or not state.ready(block) or state.hooked:
                 return None

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
-from ipex_llm.fuse import cross
+from ipex_llm.fuse import collecting, cross
 from ipex_llm.fuse.attention import is_causal
 from ipex_llm.fuse.call import parameter_names
 from ipex_llm.fuse.describe import Description, Handle
@@ -38,6 +38,7 @@ class State:
         self.names: tuple[str, ...] = ()
         self.own = self.description.arguments()
         self.hooked = False  # hooks on projections, which are served
+        self.collected: tuple[str, ...] = ()  # what transformers' hooks inside collect when asked
         self.flag: torch.Tensor | None = None
         self.modules: list[nn.Module] = []
         self.hook_id = -1
@@ -81,16 +82,19 @@ class State:
             if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
                 return False
             served = [module.get_submodule(name) for name in cross.hookable(self.description)]
-            self.hooked = False
+            self.hooked, collected = False, set()
             for inner in self.modules:
                 if inner._forward_pre_hooks:
                     return False
-                if inner._forward_hooks:
+                keys = {collecting.key_of(hook) for hook in inner._forward_hooks.values()}
+                if None in keys:  # another hook
                     if inner not in served:
                         return False
                     self.hooked = True
+                collected |= keys - {None}
+            self.collected = tuple(sorted(collected))
             self.hook_id = RemovableHandle.next_id
-        return True
+        return not self.collected or not collecting.asked_for(self.collected)
 
 
 class Local(threading.local):

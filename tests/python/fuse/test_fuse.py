@@ -419,6 +419,34 @@ def test_gradients_hidden_states_and_attentions(monkeypatch):
         assert close(a, b)
 
 
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_calls_after_one_that_asked_for_more_are_fused(asked, monkeypatch):
+    """That call leaves transformers' collecting hooks in every block, for good; they used to send
+    every later call to the original blocks."""
+    plain, fused = pair()
+    for model in (plain, fused):
+        model.set_attn_implementation("eager")
+    calls = Calls(monkeypatch)
+    with torch.no_grad():
+        want, have = (m(ids(), **{asked: True}) for m in (plain, fused))
+        key = asked.removeprefix("output_")
+        for a, b in zip(have[key], want[key], strict=True):
+            assert close(a, b)
+        calls.served = calls.refused = 0
+        past = transformers.DynamicCache(config=fused.config)
+        assert close(fused(ids(), past_key_values=past).logits, plain(ids()).logits)
+        assert (calls.served, calls.refused) == (2, 0)
+        before = local.stacks
+        fused(ids()[:, :1], past_key_values=past)
+        assert local.stacks == before + 1  # all blocks at once, as in any step
+        # A hook of the user's own beside them is not taken for one of theirs.
+        seen = []
+        fused.model.layers[1].self_attn.register_forward_hook(lambda *call: seen.append(call[0]))
+        fused(ids())
+        assert seen == [fused.model.layers[1].self_attn]
+        assert close(fused(ids(), **{asked: True})[key][-1], want[key][-1])
+
+
 def test_a_replaced_projection_is_used():
     plain, fused = pair()
     for model in (plain, fused):
