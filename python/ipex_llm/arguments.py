@@ -154,11 +154,10 @@ KEYWORDS = (
 
 
 def reject_unknown(who: str, kwargs: dict, known: Iterable[str]) -> None:
-    """Raises TypeError for the first keyword of `kwargs`, naming the nearest known one."""
+    """Raises TypeError for the first keyword of `kwargs`, naming a known one that is near."""
     for name in kwargs:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         raise TypeError(
-            f"{who}: unknown keyword {name!r}; did you mean {near[0]!r}? "
+            f"{who}: unknown keyword {name!r}{_did_you_mean(name, known, 0.42)}. "
             f"Known keywords: {', '.join(known)}"
         )
 
@@ -174,12 +173,17 @@ def resolve_low_bit(who: str, argument: str, value, none_means: str | None = Non
             f"names: {', '.join(LOW_BITS)}"
         )
     if value not in LOW_BITS:
-        near = difflib.get_close_matches(value, LOW_BITS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = _did_you_mean(value, LOW_BITS)
         raise ValueError(
             f"{who}: unknown {argument} {value!r}, expected one of {', '.join(LOW_BITS)}{hint}"
         )
     return "fp8_e5m2" if value == "fp8" else value
+
+
+def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean 'x'?" for the nearest known name, whatever its case; "" if none is near."""
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def has_groups(low_bit: str) -> bool:
@@ -290,8 +294,7 @@ def _kv_cache_dtype(who: str, value, fuses: bool) -> str | None:
             f"{type(value).__name__} {value!r}; names: {', '.join(KV_CACHE_DTYPES)}"
         )
     if value not in KV_CACHE_DTYPES:
-        near = difflib.get_close_matches(value, KV_CACHE_DTYPES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = _did_you_mean(value, KV_CACHE_DTYPES)
         raise ValueError(
             f"{who}: unknown kv_cache_dtype {value!r}, expected one of "
             f"{', '.join(KV_CACHE_DTYPES)}, or None (the model's dtype){hint}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ipex_llm import arguments, convert, hugging_face, layers, ops
@@ -81,6 +83,12 @@ def optimize_model(
     )
     arguments.module_or_raise("optimize_model", model)
     convert.convert(model, options)
+    if options.low_bit is not None and not convert.has_low_bit(model):
+        warnings.warn(
+            f"optimize_model: no weight of this {type(model).__name__} becomes low-bit; "
+            "print(ipex_llm.plan(model)) says why each stays float",
+            stacklevel=2,
+        )
     _optimize_language_model(model, options)
     convert.finish(model, options)
     ops.return_freed_memory()
@@ -130,6 +138,16 @@ class RefusesSavePretrained(layers.Mixin):
             "save_pretrained: this model's weights are low-bit, which its file format cannot hold; "
             "use model.save_low_bit(directory), or ipex_llm.dequantize(model) first"
         )
+
+    def push_to_hub(self, *args, **kwargs):
+        if convert.has_low_bit(self) and not hugging_face.is_registered():
+            # Before the original makes a repository that it then cannot fill.
+            raise ValueError(
+                "push_to_hub: this model's weights are low-bit, which its file format cannot hold; "
+                "call ipex_llm.register_with_transformers() first, or upload the directory that "
+                "model.save_low_bit(directory) writes"
+            )
+        return super().push_to_hub(*args, **kwargs)
 
     # transformers refuses these for whatever one of its quantizers has loaded.
     def half(self):

@@ -32,6 +32,16 @@ def test_an_unknown_low_bit_lists_all_thirteen():
     assert "'int4'" in str(raised.value)
 
 
+def test_a_low_bit_that_is_near_is_named_whatever_its_case():
+    with pytest.raises(ValueError, match="did you mean 'sym_int4'"):
+        ipex_llm.optimize_model(nn.Linear(4, 4), low_bit="SYM_INT4")
+
+
+def test_a_keyword_that_is_near_nothing_gets_no_guess():
+    with pytest.raises(TypeError, match=r"'trust_remote_code'\. Known"):
+        ipex_llm.optimize_model(nn.Linear(4, 4), trust_remote_code=True)
+
+
 @pytest.mark.parametrize("value", [4, b"sym_int4", ["sym_int4"], torch.int8])
 def test_low_bit_of_another_type_is_a_type_error(value):
     with pytest.raises(TypeError, match="low_bit must be a str"):

@@ -377,6 +377,31 @@ def test_merging_adapters(low_bit):
         assert (merged(x) - floats(x)).norm() < 0.2 * floats(x).norm()
 
 
+def test_merging_small_adapters_warns_before_they_are_lost():
+    """What an adapter adds is often smaller than half a step of four bits: packed anew in the same
+    type, the trained model said what it had said before training, without a word."""
+
+    def trained():
+        torch.manual_seed(3)
+        model = lora(optimize_model(Small()), **TARGETS).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, 0.01)
+        return model
+
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        want = trained()(x)
+        with pytest.warns(UserWarning, match=r"sym_int4 keeps 0% .*median of 2 weights.*low_bit="):
+            ipex_llm.merge_adapters(trained())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            merged = ipex_llm.merge_adapters(trained(), low_bit="bf16")
+        assert {p.low_bit for p in merged.parameters() if isinstance(p, LowBitTensor)} == {"bf16"}
+        assert (merged(x) - want).norm() < 0.02 * want.norm()
+
+
 def test_merging_an_adapted_conv1d_keeps_its_layout():
     from transformers.pytorch_utils import Conv1D
 

@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -329,6 +330,16 @@ def test_save_pretrained_names_the_way_to_go():
     model = optimize_model(LlamaForCausalLM(tiny_llama()))
     with pytest.raises((ValueError, RuntimeError), match="save_low_bit"):
         model.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="save_low_bit"):  # before a repository is made
+        model.push_to_hub("nobody/nothing")
+
+
+def test_a_model_of_which_nothing_becomes_low_bit_is_worth_a_warning():
+    with pytest.warns(UserWarning, match=r"no weight of this Sequential .*ipex_llm\.plan"):
+        optimize_model(nn.Sequential(nn.LayerNorm(8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimize_model(nn.Sequential(nn.LayerNorm(8)), low_bit=None)
 
 
 # ---- interruptions and memory ------------------------------------------------------------
