@@ -344,7 +344,7 @@ def merge_adapters(
     PEFT adds an adapter to the weight in place, which packed codes cannot represent. So, layer by
     layer, the weight is expanded, merged by PEFT and packed again, in `low_bit` or else in the type
     it had: the result is rounded anew, and only one layer is float at a time. Without
-    `adapter_names` the active adapters are merged. Layers that stayed float merge as they always do.
+    `adapter_names` the active adapters are merged. Layers that stayed float merge as ever.
 
     Warns if rounding loses most of what the adapters add: packed weights lie on their grid, so what
     is smaller than half a step of it rounds back to the weight without the adapter.

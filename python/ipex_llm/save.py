@@ -206,6 +206,10 @@ def _extra_files(model: nn.Module, options: dict[str, Any]) -> dict[str, bytes]:
             values["auto_map"] = _local_names(values["auto_map"])
             files.update(_remote_code(model, config, values["auto_map"]))
         files["config.json"] = _json_bytes(values)
+    elif isinstance(config, dict) and callable(getattr(model, "to_json_string", None)):  # diffusers
+        values = json.loads(model.to_json_string())
+        values.pop("_name_or_path", None)  # where it was on this machine
+        files["config.json"] = _json_bytes(values)
     generation = getattr(model, "generation_config", None)
     if callable(getattr(generation, "to_json_string", None)):
         values = json.loads(generation.to_json_string())

@@ -165,6 +165,24 @@ def test_config_and_generation_config_go_along(tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_diffusers_model_is_constructed_from_the_directory_alone(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    kind = diffusers.DiTTransformer2DModel
+    model = kind(num_attention_heads=2, attention_head_dim=16, num_layers=1, sample_size=8).eval()
+    model.register_to_config(_name_or_path=str(tmp_path / "here"))
+    optimize_model(model).save_low_bit(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
+    with low_memory_init():
+        empty = kind.from_config(kind.load_config(tmp_path / "saved")).eval()
+    loaded = load_low_bit(empty, tmp_path / "saved")
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([1])
+    with torch.no_grad():
+        have, want = (
+            m(x, timestep=t, class_labels=c).sample for m in (loaded, model) for x, t, c in [inputs]
+        )
+    assert torch.equal(have, want)
+
+
 def test_remote_code_goes_along_with_what_it_imports(tmp_path):
     source, saved = tmp_path / "source", tmp_path / "saved"
     source.mkdir()
