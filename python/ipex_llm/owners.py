@@ -6,6 +6,7 @@ its mixins, and is made once per combination.
 """
 
 import copyreg
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -74,10 +75,28 @@ def _swapped_class(original: type, mixins: tuple[type, ...]) -> type:
         }
         registers = hasattr(original.__init_subclass__, "__func__")  # object's own does nothing
         first = (_Unregistered,) if registers else ()
-        swapped = type(original)(original.__name__, (*first, *mixins, original), namespace)
+        metaclass = _picklable(type(original))
+        swapped = metaclass(original.__name__, (*first, *mixins, original), namespace)
         _swap_of[swapped] = key
         _swapped_classes[key] = swapped
         return swapped
+
+
+@functools.cache
+def _picklable(metaclass: type) -> type:
+    """`metaclass`, with classes that pickle as what they were made from instead of by a name.
+
+    A class is pickled with everything that is bound to it: with `type(model).some_classmethod`, for
+    one, as the target of another process.
+    """
+    derived = type(metaclass.__name__, (metaclass,), {})
+    copyreg.pickle(derived, _reduce_class)
+    return derived
+
+
+def _reduce_class(cls: type) -> tuple | str:
+    # A subclass that somebody made of a swapped class has the metaclass and a name of its own.
+    return (_swapped_class, _swap_of[cls]) if cls in _swap_of else cls.__qualname__
 
 
 class _Unregistered:

@@ -551,3 +551,25 @@ def test_embedding_owner(low_bit):
     layer.max_norm = 1.0
     with pytest.raises(ValueError, match="max_norm"):
         layer(IDS)
+
+
+class Pooled(nn.Sequential):
+    """Hands a method of its class to other processes, as sentence-transformers does."""
+
+    @classmethod
+    def work(cls, model, x):
+        return model(x).detach()
+
+
+def test_classes_of_optimized_models_pickle():
+    """They went by the original's name and were refused: "it's not the same object"."""
+    model = ipex_llm.optimize_model(Pooled(nn.Linear(64, 64)))
+    x = torch.randn(2, 64)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        data = pickle.dumps((type(model), type(model).work, model), protocol)
+        cls, work, copied = pickle.loads(data)
+        assert cls is type(model) is type(copied)
+        assert torch.equal(work(copied, x), model(x))
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        assert torch.equal(pool.apply(type(model).work, (model, x)), model(x))
