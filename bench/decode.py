@@ -1,10 +1,12 @@
 """Decoding through optimize_llm: tokens per second, fused against not, and at a long context.
 
     python bench/decode.py [--model DIR | --shape llama-1.1b] [--low-bit sym_int4] [--threads 2]
-        [--contenders fused,int8,fp8,unfused] [--saved DIR]
+        [--contenders fused,int8,fp8,unfused] [--contexts 100,2000] [--batches 1,4,16] [--saved DIR]
 
 Contenders: fused, with keys and values in the model's type or as kv_cache_dtype says, and unfused.
-Steps of the contenders alternate, so that a noisy machine slows all alike; medians are reported.
+Before anything is timed, their logits are compared with each other and with those of each sequence
+of the batch alone. Steps of the contenders alternate, so that a noisy machine slows all alike;
+medians are reported, tokens of all sequences counted.
 """
 
 from __future__ import annotations
@@ -57,11 +59,40 @@ def optimized(arguments):
     return load_low_bit(model, saved)
 
 
+# Relative to the norm of the logits, activations exact: what bfloat16 rounds between operators, and
+# 8-bit keys and values on top of it. A sequence that sees another's, or a wrong position, is at 1.
+BOUNDS = {"fused": 0.05, "unfused": 0.05, "int8": 0.1, "fp8": 0.3}
+
+
+def verify(models: dict, prompt: torch.Tensor) -> None:
+    """A prompt and a step of every contender: as the first contender, and as each row alone.
+
+    Raises SystemExit if one differs by more than its bound.
+    """
+    first, reference = next(iter(models)), None
+    with ipex_llm.set_activation_precision("fp32"):
+        for name, model in models.items():
+            logits = _step_logits(model, prompt)
+            alone = torch.cat([_step_logits(model, row[None]) for row in prompt])
+            reference = logits if reference is None else reference
+            for other, want in ((first, reference), ("each sequence alone", alone)):
+                error = float((logits - want).norm(dim=-1).div(want.norm(dim=-1)).max())
+                print(f"verified: {name} in a batch of {len(prompt)} against {other}: {error:.1e}")
+                if not error <= max(BOUNDS[name], BOUNDS[first]):
+                    raise SystemExit(f"{name} differs from {other} by {error:.3f} of its logits")
+
+
+def _step_logits(model, prompt: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, vocabulary] of the last token, read after all others are in the cache."""
+    cache = model(prompt[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+    return model(prompt[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1].float()
+
+
 class Decoder:
-    """One contender: a model with a filled cache, advanced token by token."""
+    """One contender: a model with a filled cache, advanced by a token of every sequence."""
 
     def __init__(self, model, prompt):
-        self.model = model
+        self.model, self.batch = model, len(prompt)
         self.times: list[float] = []
         start = time.perf_counter()
         out = model(prompt, use_cache=True, logits_to_keep=1)
@@ -76,7 +107,7 @@ class Decoder:
 
     @property
     def speed(self) -> float:
-        return 1 / statistics.median(self.times)
+        return self.batch / statistics.median(self.times)
 
 
 def main() -> None:
@@ -87,6 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--contexts", default="100,2000")
+    parser.add_argument("--batches", default="1", help="sequences decoded at once")
     parser.add_argument("--contenders", default="fused,unfused")
     parser.add_argument("--saved", type=Path)
     arguments = parser.parse_args()
@@ -100,26 +132,29 @@ def main() -> None:
             fuse_model(models[name], None if name == "fused" else name)
     print(ipex_llm.optimization_report(next(iter(models.values()))))
     contexts = [int(c) for c in arguments.contexts.split(",")]
+    batches = [int(b) for b in arguments.batches.split(",")]
     vocabulary = next(iter(models.values())).config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(5, vocabulary, (1, c), generator=generator) for c in contexts]
     decoders = {}
     with torch.no_grad():
-        for model in models.values():
-            model(prompts[0][:, :8])  # memory of the operators, thread pool
-        for context, prompt in zip(contexts, prompts, strict=True):
-            for name, model in models.items():
-                decoders[name, context] = Decoder(model, prompt)
+        verify(models, torch.randint(5, vocabulary, (max(batches), 24), generator=generator))
+        for batch in batches:
+            for context in contexts:
+                prompt = torch.randint(5, vocabulary, (batch, context), generator=generator)
+                for name, model in models.items():
+                    decoders[name, batch, context] = Decoder(model, prompt)
         for _ in range(arguments.steps):
             for decoder in decoders.values():
                 decoder.step()
     first = next(iter(models))
-    for (name, context), decoder in decoders.items():
+    for (name, batch, context), decoder in decoders.items():
         print(
-            f"{name} at {context}: decode {decoder.speed:.1f} tok/s, "
-            f"prompt {context / decoder.prefill:.0f} tok/s; "
-            f"{decoder.speed / decoders[name, contexts[0]].speed:.2f} of that at {contexts[0]}, "
-            f"{decoder.speed / decoders[first, context].speed:.2f} of {first}"
+            f"{name}, {batch} at {context}: decode {decoder.speed:.1f} tok/s, "
+            f"prompt {batch * context / decoder.prefill:.0f} tok/s; "
+            f"{decoder.speed / decoders[name, batch, contexts[0]].speed:.2f} of that at "
+            f"{contexts[0]}, {decoder.speed / decoders[name, batches[0], context].speed:.2f} of "
+            f"that of {batches[0]}, {decoder.speed / decoders[first, batch, context].speed:.2f} of "
+            f"{first}"
         )
 
 
