@@ -75,6 +75,12 @@ class Options:
             del values["kv_cache_dtype"]  # as saves were before there was a choice
         return values
 
+    def below(self, name: str) -> Options:
+        """The same for the part `name` of a model, as that part would be told."""
+        entries = self.modules_to_not_convert
+        kept = tuple(entry.removeprefix(f"{name}.") for entry in entries)
+        return dataclasses.replace(self, modules_to_not_convert=kept)
+
     @classmethod
     def from_dict(cls, values: dict) -> Options:
         """The inverse of `to_dict`; unknown and missing keys fall back to the defaults."""

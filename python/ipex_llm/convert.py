@@ -135,11 +135,23 @@ def finish(model: nn.Module, options: Options | dict) -> nn.Module:
     for root in dict.fromkeys((model, unwrap(model))):
         give_methods(root)
         root.__dict__[_STATE] = {**options.to_dict(), "complete": True}
+        for name, part in models_inside(root):
+            give_methods(part)
+            part.__dict__[_STATE] = {**options.below(name).to_dict(), "complete": True}
     if loaded and options.optimize_llm and options.low_bit is not None:
         from ipex_llm.fuse import fuse_later
 
         fuse_later(model, options.kv_cache_dtype)
     return model
+
+
+def models_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of low-bit models inside that may be saved on their own: roots as well."""
+    return [
+        (name, part)
+        for name, part in model.named_modules()
+        if part is not model and hasattr(type(part), "save_pretrained") and has_low_bit(part)
+    ]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -331,7 +343,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         object.__setattr__(module, "__class__", original_class(module))
         layers.refresh_flat_weights(module)
         module.__dict__.pop("_home_devices", None)
-    for root in (model, unwrap(model)):
+    for root in model.modules():
         root.__dict__.pop(_STATE, None)
     return model
 

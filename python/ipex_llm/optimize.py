@@ -10,7 +10,7 @@ from ipex_llm import arguments, convert, hugging_face, layers, ops
 from ipex_llm.arguments import Options
 from ipex_llm.low_memory import low_memory_init
 from ipex_llm.save import load_low_bit, save_low_bit
-from ipex_llm.tensor import swap_class
+from ipex_llm.tensor import lowbit_parameters, swap_class
 
 __all__ = ["load_low_bit", "low_memory_init", "optimize_model"]
 
@@ -130,7 +130,7 @@ class RefusesSavePretrained(layers.Mixin):
     """
 
     def save_pretrained(self, *args, **kwargs):
-        if not convert.has_low_bit(self):
+        if not convert.has_low_bit(self) or _saves_no_low_bit_itself(self):
             return super().save_pretrained(*args, **kwargs)
         if hugging_face.is_registered():
             return _save_pretrained(self, *args, **kwargs)
@@ -155,6 +155,20 @@ class RefusesSavePretrained(layers.Mixin):
 
     def float(self):
         return torch.nn.Module.float(self)
+
+
+def _saves_no_low_bit_itself(model) -> bool:
+    """Whether the original save_pretrained leaves every low-bit weight to others.
+
+    PEFT writes adapters alone; sentence-transformers has each of its modules saved by itself.
+    """
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    if hasattr(type(model), "base_model_prefix"):  # of transformers: writes all that it holds
+        return False
+    parts = [part for _, part in convert.models_inside(model)]
+    theirs = {id(weight) for part in parts for _, weight in lowbit_parameters(part)}
+    return all(id(weight) in theirs for _, weight in lowbit_parameters(model))
 
 
 def _save_pretrained(model, save_directory, *args, max_shard_size="4GB", **kwargs):

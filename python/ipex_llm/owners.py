@@ -23,7 +23,6 @@ __all__ = [
     "EmbeddingForward",
     "LinearForward",
     "LowBitOwner",
-    "LowBitRoot",
     "install",
     "original_class",
     "swap_class",
@@ -276,16 +275,6 @@ class EmbeddingForward(LowBitOwner):
         if _is_exporting():
             return super().forward(input)
         return ops.embedding(weight.packed, input, *weight.numbers, weight.dtype)
-
-
-class LowBitRoot:
-    """The module that optimize_model was given."""
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            "save_pretrained cannot write low-bit weights; use model.save_low_bit(directory), "
-            "and ipex_llm.load_low_bit to read them back"
-        )
 
 
 # The forwards that a mixin may stand in for. A class with a forward of its own keeps it, and its

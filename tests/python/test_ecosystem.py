@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ipex_llm import LowBitTensor, set_activation_precision
-from ipex_llm.owners import LowBitRoot
+from ipex_llm.optimize import RefusesSavePretrained
 from ipex_llm.tensor import install, lowbit_parameters, swap_class
 
 transformers = pytest.importorskip("transformers")
@@ -168,8 +168,8 @@ def test_ties_and_footprint():
 
 
 def test_save_pretrained_is_refused(tmp_path):
-    model = swap_class(convert_all(tiny("llama")), LowBitRoot)
-    with pytest.raises(RuntimeError, match="save_low_bit"):
+    model = swap_class(convert_all(tiny("llama")), RefusesSavePretrained)
+    with pytest.raises(ValueError, match="save_low_bit"):
         model.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
     agree(model)

@@ -141,7 +141,7 @@ import ipex_llm.transformers
 from ipex_llm import LowBitTensor
 from sentence_transformers import SentenceTransformer
 from transformers import pipeline
-text, minilm, float_minilm = sys.argv[1:]
+text, minilm, float_minilm, saved = sys.argv[1:]
 
 generate = pipeline("text-generation", model=text)
 assert isinstance(generate.model.model.layers[0].mlp.up_proj.weight, LowBitTensor)
@@ -154,6 +154,13 @@ assert any(isinstance(p, LowBitTensor) for p in encoder.parameters())
 ours = torch.as_tensor(encoder.encode(sentences))
 exact = torch.as_tensor(SentenceTransformer(float_minilm, device="cpu").encode(sentences))
 assert torch.cosine_similarity(ours, exact).min() > 0.99
+
+# Saved by its own method: transformer, pooling and normalizing.
+encoder = ipex_llm.optimize_model(SentenceTransformer(float_minilm, device="cpu"), "nf4")
+encoder.save_pretrained(saved)
+again = SentenceTransformer(saved, device="cpu")
+assert {p.low_bit for p in again.parameters() if isinstance(p, LowBitTensor)} == {"nf4"}
+assert torch.equal(*(torch.as_tensor(m.encode(sentences)) for m in (again, encoder)))
 print("passed")
 """
 
@@ -163,8 +170,9 @@ def test_pipelines_and_sentence_transformers_load_conversions(smollm2_dir, minil
     for source, name in ((smollm2_dir, "text"), (minilm_dir, "minilm")):
         arguments = ["convert", source, tmp_path / name, "--low-bit", "sym_int8", "--quiet"]
         subprocess.run([program.PROGRAM, *map(str, arguments)], check=True)
+    arguments = [tmp_path / "text", tmp_path / "minilm", minilm_dir, tmp_path / "saved"]
     done = subprocess.run(
-        [sys.executable, "-c", LIBRARIES, tmp_path / "text", tmp_path / "minilm", minilm_dir],
+        [sys.executable, "-c", LIBRARIES, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -187,3 +195,17 @@ def test_importing_ipex_llm_registers_nothing():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     assert done.returncode == 0
+
+
+def test_the_archived_projects_classes_are_answered_with_what_to_do_instead():
+    done = subprocess.run(
+        [sys.executable, "-c", "from ipex_llm.transformers import AutoModelForCausalLM"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert done.returncode == 1
+    assert (
+        "ImportError: ipex_llm.transformers has no AutoModelForCausalLM; load with" in done.stderr
+    )

@@ -22,6 +22,7 @@ from torch import nn
 import ipex_llm
 from ipex_llm import LowBitTensor, optimize_model
 from ipex_llm.arguments import LOW_BITS
+from ipex_llm.optimize import load_low_bit, low_memory_init
 from references import assert_close, dequantized, exact
 
 
@@ -332,6 +333,43 @@ def test_save_pretrained_names_the_way_to_go():
         model.save_pretrained("nowhere")
     with pytest.raises(ValueError, match="save_low_bit"):  # before a repository is made
         model.push_to_hub("nobody/nothing")
+
+
+def test_a_model_inside_another_is_saved_on_its_own(tmp_path):
+    """Its save_pretrained used to fail in the middle, about an 'invalid python storage'."""
+    from transformers import LlamaForCausalLM
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm, self.extra = LlamaForCausalLM(tiny_llama()), nn.Linear(32, 32)
+
+    wrapper = optimize_model(Wrapper(), modules_to_not_convert=["lm.model.layers.0"])
+    for part in (wrapper.lm, wrapper.lm.model):
+        with pytest.raises(ValueError, match="save_low_bit"):
+            part.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    wrapper.lm.save_low_bit(tmp_path)
+    with low_memory_init():
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    load_low_bit(loaded, tmp_path)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, wrapper.lm(ids).logits)
+    with pytest.raises(ValueError, match="already optimized"):
+        optimize_model(wrapper.lm)
+    assert not hasattr(ipex_llm.dequantize(wrapper).lm, "save_low_bit")
+
+
+def test_adapters_around_a_low_bit_model_are_saved_by_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaForCausalLM
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    model = optimize_model(peft.get_peft_model(LlamaForCausalLM(tiny_llama()), config))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_model_of_which_nothing_becomes_low_bit_is_worth_a_warning():
