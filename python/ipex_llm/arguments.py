@@ -193,6 +193,7 @@ def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def has_groups(low_bit: str) -> bool:
+    """Whether a (canonical) type has one scale per group of inputs, so that group_size counts."""
     return low_bit not in ROW_SCALED and low_bit not in SIXTEEN_BIT
 
 
@@ -211,6 +212,7 @@ def module_or_raise(who: str, model) -> torch.nn.Module:
 
 
 def flag(who: str, name: str, value) -> bool:
+    """`value` if it is True or False; otherwise TypeError: 0, 1 and None are none of them."""
     if not isinstance(value, bool):
         raise TypeError(
             f"{who}: {name} must be True or False, got {type(value).__name__} {value!r}"

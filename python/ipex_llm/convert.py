@@ -172,6 +172,7 @@ def options_of(model: nn.Module) -> dict | None:
 
 
 def is_complete(model: nn.Module) -> bool:
+    """Whether `model` was optimized or loaded without an interruption."""
     state = model.__dict__.get(_STATE)
     return state is not None and state["complete"]
 
@@ -210,6 +211,7 @@ def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def has_low_bit(model: nn.Module) -> bool:
+    """Whether any parameter of the tree is a LowBitTensor."""
     return next(lowbit_parameters(model), None) is not None
 
 
@@ -217,6 +219,7 @@ def has_low_bit(model: nn.Module) -> bool:
 
 
 def reject_unconvertible(who: str, model: nn.Module) -> None:
+    """TypeError for TorchScript, ValueError for FSDP, anywhere in the tree."""
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -233,6 +236,7 @@ def reject_unconvertible(who: str, model: nn.Module) -> None:
 
 
 def reject_optimized(who: str, model: nn.Module) -> None:
+    """ValueError if `model` was optimized to the end already."""
     if not is_complete(model):
         return
     types = sorted({weight.low_bit for _, weight in lowbit_parameters(model)})
@@ -253,6 +257,7 @@ def check_progress(who: str, model: nn.Module, plan, pending) -> None:
 
 
 def check_strict(who: str, plan) -> None:
+    """ValueError if a matrix larger than the share that `strict` names would stay float."""
     if plan.options.strict is None:
         return
     left = plan.left_float(plan.options.strict)
@@ -281,6 +286,7 @@ def check_strict(who: str, plan) -> None:
 
 
 def check_has_data(who: str, pending) -> None:
+    """ValueError if a weight is on the meta device, where it has no values."""
     missing = [entry.name for entry in pending if entry.device.type == "meta"]
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -292,6 +298,7 @@ def check_has_data(who: str, pending) -> None:
 
 
 def check_finite(who: str, pending) -> None:
+    """ValueError for the first NaN or infinity of a weight, with its name and indices."""
     for entry in pending:
         module, attribute = entry.slots[0]
         weight = module._parameters[attribute].detach()

@@ -60,6 +60,7 @@ def register_with_transformers() -> None:
 
 
 def is_registered() -> bool:
+    """Whether transformers' own loading and saving was wrapped in this process."""
     return _registered
 
 

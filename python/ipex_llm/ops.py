@@ -747,6 +747,7 @@ def plain_quantize(weight, format, group_size):
 
 
 def plain_first_nonfinite(x):
+    """Flat position of the first NaN or infinity of `x`; -1 if there is none."""
     bad = (~torch.isfinite(x)).reshape(-1).nonzero()
     return int(bad[0]) if bad.numel() else -1
 

@@ -11,6 +11,7 @@ PROGRAM = Path(__file__).parent / "lib" / ("lowbit.exe" if os.name == "nt" else 
 
 
 def main() -> None:
+    """Runs the `lowbit` program of this installation with the same arguments and exit code."""
     if not PROGRAM.exists():
         sys.exit(
             f"lowbit: {PROGRAM} does not exist: this installation was built without it "

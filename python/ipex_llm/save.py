@@ -522,6 +522,7 @@ def _stored_shape(entry: dict) -> list[int]:
 
 
 def directory_name(who: str, path) -> str:
+    """`path` as a str; TypeError for what is no path, ValueError for an empty one."""
     try:
         text = os.fspath(path)
     except TypeError:

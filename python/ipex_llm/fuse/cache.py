@@ -192,6 +192,7 @@ def layer_of(past, index: int, format: int = 0):
 
 
 def is_cache(value) -> bool:
+    """Whether `value` is a cache of transformers; does not import it."""
     module = sys.modules.get("transformers.cache_utils")
     return module is not None and isinstance(value, module.Cache)
 

@@ -84,6 +84,8 @@ class Latent:
 
 @dataclass
 class Attention:
+    """An attention half: its modules by name, and where heads lie in the columns they give."""
+
     inputs: list[str]  # modules of the projections, their outputs counted as one row of columns
     output: str
     heads: int
@@ -155,6 +157,8 @@ class Gating:
 
 @dataclass
 class Mlp:
+    """An MLP half: its modules by name, and what lies where in the columns they give."""
+
     inputs: list[str]
     output: str
     width: int

@@ -45,6 +45,8 @@ class Step:
 
 @dataclass
 class Proof:
+    """How far the fused form is from the original, where it was accepted."""
+
     agreement: float  # largest relative difference in float32
     error_ratio: float | None = None  # in the working dtype, against the original's error
 
@@ -58,6 +60,7 @@ def named(module: nn.Module, step: Step) -> dict[str, Any]:
 
 
 def hidden_name(arguments: dict[str, Any]) -> str:
+    """The name under which a step gets its hidden states; Unrecognised without any."""
     for name, value in arguments.items():
         if name in HIDDEN and isinstance(value, torch.Tensor) and value.dim() in (2, 3):
             if value.is_floating_point():
@@ -66,6 +69,7 @@ def hidden_name(arguments: dict[str, Any]) -> str:
 
 
 def tables_of(arguments: dict[str, Any]):
+    """(cos, sin) in float32 if the arguments hold rotary tables; None otherwise."""
     for name in ROPE:
         value = arguments.get(name)
         if isinstance(value, torch.Tensor) and value.is_complex():
@@ -234,6 +238,7 @@ def _same_bias(want, have, bias_at: int) -> bool:
 
 
 def tensor_of(result) -> torch.Tensor:
+    """The tensor of a result that is one or a tuple that begins with one."""
     return result if isinstance(result, torch.Tensor) else result[0]
 
 

@@ -98,6 +98,8 @@ class State:
 
 
 class Local(threading.local):
+    """What a thread is in the middle of."""
+
     stack: Stack | None = None
     stacks = 0  # runs of a stack so far, for tests and proofs
     watch: Callable[[nn.Module, tuple, dict[str, Any]], None] | None = None

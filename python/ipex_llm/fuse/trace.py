@@ -189,6 +189,8 @@ class Product:
 
 @dataclass
 class Softmax:
+    """One call of softmax."""
+
     input: torch.Tensor
     output: torch.Tensor
 
@@ -204,6 +206,8 @@ class Clamped:
 
 @dataclass
 class Record:
+    """What one run of a shadow showed, in the order of the calls."""
+
     calls: list[Seen] = field(default_factory=list)
     attention: list[Attended] = field(default_factory=list)
     # Products and softmaxes in their order, for attention written out.
@@ -287,6 +291,7 @@ class _AttentionMode(TorchFunctionMode):
 
 
 def first_tensor(value: Any) -> torch.Tensor | None:
+    """The tensor that `value` is or begins with; None if that is none."""
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, (tuple, list)) and value:

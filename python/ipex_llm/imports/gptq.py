@@ -242,6 +242,7 @@ def runs(where: str, k: int, groups: int, size: Any) -> torch.Tensor:
 
 
 def check_finite(where: str, name: str, tensor: torch.Tensor) -> None:
+    """ValueError if a tensor of a checkpoint holds a NaN or an infinity."""
     bad = (~torch.isfinite(tensor.float())).reshape(-1).nonzero()
     if len(bad):
         at = int(bad[0])

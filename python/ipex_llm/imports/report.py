@@ -58,6 +58,7 @@ class Report:
 
 
 def keep_report(model: nn.Module, report: Report) -> None:
+    """Keeps the report for `import_report(model)`."""
     model.__dict__[_REPORT] = report.entries
 
 

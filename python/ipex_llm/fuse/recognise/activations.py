@@ -40,6 +40,7 @@ def numbers_in(record: Record) -> list[float]:
 
 
 def numbers_of(modules: Iterable[nn.Module]) -> list[float]:
+    """Floats among the attributes of modules that may be the parameter of an activation."""
     values = (v for module in modules for v in module.__dict__.values())
     return [*dict.fromkeys(v for v in values if type(v) is float and 0.1 <= v <= 1000)]
 

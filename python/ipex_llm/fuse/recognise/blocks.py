@@ -133,6 +133,7 @@ def find_cross_module(record: Record, x: torch.Tensor, memories) -> Description:
 
 
 def find_mlp_module(record: Record, x: torch.Tensor) -> Description:
+    """An MLP that is a module of its own; Unrecognised if there is attention in it."""
     mlp, last = find_mlp(record, x)
     if record.attention:
         raise Unrecognised("not an MLP")

@@ -28,6 +28,7 @@ def column_of(outputs: torch.Tensor, head: torch.Tensor) -> int | None:
 
 
 def readers(record: Record, tensor: torch.Tensor) -> list[Seen]:
+    """The packed products that read `tensor` [batch, tokens, inputs]."""
     return [c for c in linears(record) if c.output.dim() == 3 and same(c.input, tensor)]
 
 
@@ -156,6 +157,7 @@ def moved(groups: list[Seen], used: list[Seen], columns: list[int]) -> list[int]
 
 
 def heads_at(columns: list[int], per_group: int) -> Heads:
+    """Heads that begin at `columns`, as strides; Unrecognised if they have none."""
     groups = len(columns) // per_group
     head_stride = columns[1] - columns[0] if per_group > 1 else 0
     group_stride = columns[per_group] - columns[0] if groups > 1 else 0

@@ -18,6 +18,7 @@ class Unrecognised(Exception):
 
 
 def equal(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether shapes are equal and values are, up to `tolerance` of the largest of `b`."""
     if a.shape != b.shape or a.numel() == 0:
         return False
     a, b = a.float(), b.float()
@@ -35,6 +36,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def linears(record: Record) -> list[Seen]:
+    """The calls of modules that multiply by a packed matrix [outputs, inputs], in order."""
     return [
         call
         for call in record.calls
@@ -57,6 +59,7 @@ def with_matrices(record: Record) -> set[str]:
 
 
 def first_result(record: Record) -> torch.Tensor:
+    """The tensor that the module returned, or the first of its tuple; Unrecognised without one."""
     result = record.result
     while isinstance(result, (tuple, list)) and result:
         result = result[0]
@@ -83,4 +86,5 @@ def factor_of(total: torch.Tensor, base: torch.Tensor, update: torch.Tensor) -> 
 
 
 def flat(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[1, tokens, everything else]"""
     return tensor.reshape(1, tokens, -1)
