@@ -45,6 +45,12 @@ struct Codec {
   float bin_mul, bin_add;
 };
 
+// The fp8 codes of one row's weights of 16 bits, by mantissa: generic/quantize_fp8.h.
+struct Fp8Table {
+  alignas(64) std::uint8_t entries[128];
+  std::uint8_t low, offset;
+};
+
 // Whose codes lie side by side where those of four vectors are narrowed to bytes.
 enum class Order : int {
   kInputs,   // the vectors' lanes one after the other

@@ -31,6 +31,7 @@ struct V {
     return {_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(after(p, 16)))};
   }
   static F load_brain(const void* p) { return from_bits(shift_left<16>(load_codes16(p))); }
+  static constexpr bool kByteTables = false;
   static constexpr int kLinesTogether = 2;
   static constexpr Order kBrainOrder = Order::kInputs;
   static void load_two_brain(const void* p, F& first, F& second) {

@@ -23,6 +23,7 @@ struct V {
     const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static constexpr bool kByteTables = true;
   static constexpr int kLinesTogether = 4;
   static constexpr Order kBrainOrder = Order::kEvenOdd;
   static void load_two_brain(const void* p, F& even, F& odd) {
@@ -284,6 +285,65 @@ struct V {
       t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
     }
     for (int i = 0; i < 16; ++i) v[i] = t[i];
+  }
+
+  static std::uint64_t different_bytes(const unsigned char* a, const unsigned char* b) {
+    return _mm512_cmpneq_epi8_mask(load_bytes(a), load_bytes(b));
+  }
+
+  // Codes of a row's weights by its table (generic/quantize_fp8.h), 64 at a time; bit i of the
+  // result: those from 64 i on are not all what they should be.
+  template <bool kHalf, int kMantissaBits>
+  static unsigned fp8_codes(const Fp8Table& table, const char* at, int inputs,
+                            unsigned char* codes) {
+    constexpr int kEither = 0xec;  // (a & mask) | b
+    const auto words = [](int value) { return _mm512_set1_epi16(static_cast<short>(value)); };
+    const B low_bytes = words(0x00ff), high_bytes = words(static_cast<short>(0xff00));
+    const B entries = load_bytes(table.entries), more_entries = load_bytes(table.entries + 64);
+    const B low = set_bytes(table.low), offset = set_bytes(table.offset);
+    // Byte 2 i is of word i of the first 32, byte 2 i + 1 of word i of the others.
+    alignas(64) static constexpr auto kOrder = [] {
+      struct {
+        std::uint8_t of[64];
+      } order{};
+      for (int i = 0; i < 64; ++i) order.of[i] = static_cast<std::uint8_t>(i % 32 * 2 + i / 32);
+      return order;
+    }();
+    const B order = load_bytes(kOrder.of);
+    unsigned left = 0;
+    for (int i = 0; i < inputs; i += 64) {
+      const B a = _mm512_loadu_si512(at + 2 * i);
+      const B b = i + 64 <= inputs ? _mm512_loadu_si512(at + 2 * i + 64) : a;
+      const B lower = _mm512_ternarylogic_epi32(a, _mm512_slli_epi16(b, 8), low_bytes, kEither);
+      const B upper = _mm512_ternarylogic_epi32(b, _mm512_srli_epi16(a, 8), high_bytes, kEither);
+      B code;
+      __mmask64 unsure = 0;
+      if constexpr (kHalf) {
+        const B place = _mm512_ternarylogic_epi32(_mm512_slli_epi16(b, 5),
+                                                  _mm512_srli_epi16(_mm512_slli_epi16(a, 5), 8),
+                                                  high_bytes, kEither);
+        const B entry = _mm512_permutex2var_epi8(entries, place, more_entries);
+        const B sum = _mm512_add_epi8(entry, and_bytes(lower, 7));
+        const B exponent = kMantissaBits == 3
+                               ? and_bytes(_mm512_add_epi8(upper, upper), static_cast<char>(0xf8))
+                               : and_bytes(upper, 0x7c);
+        code = _mm512_add_epi8(_mm512_add_epi8(_mm512_subs_epu8(exponent, low), offset),
+                               and_bytes(_mm512_srli_epi16(sum, 3), 31));
+        unsure = _mm512_testn_epi8_mask(exponent, exponent);
+      } else {
+        const B exponent =
+            _mm512_ternarylogic_epi32(_mm512_srli_epi16(lower, 7), _mm512_add_epi8(upper, upper),
+                                      _mm512_set1_epi8(1), kEither);
+        code = _mm512_add_epi8(_mm512_slli_epi16(_mm512_subs_epu8(exponent, low), kMantissaBits),
+                               _mm512_permutex2var_epi8(entries, lower, more_entries));
+      }
+      const B least = _mm512_set1_epi8(1 << kMantissaBits);
+      left |= unsigned{(_mm512_cmplt_epi8_mask(code, least) | unsure) != 0} << i / 64;
+      constexpr int kSignOfFirst = 0xe4;  // mask ? a : b
+      code = _mm512_ternarylogic_epi32(upper, code, set_bytes(0x80), kSignOfFirst);
+      store_bytes(codes + i, _mm512_permutexvar_epi8(order, code));
+    }
+    return left;
   }
 
   static bool finite32(const unsigned char* p, int bytes) {

@@ -347,6 +347,14 @@ inline void encode_row(const Codec& codec, const Bounds& bounds, const char* at,
   }
 }
 
+}  // namespace
+}  // namespace lowbit::cpu
+
+#include "cpu/generic/quantize_fp8.h"
+
+namespace lowbit::cpu {
+namespace {
+
 // 16-bit codes need no scale, hence no second look. Returns the largest magnitudes.
 template <Coder kCoder, DType kDType>
 inline F encode_wide(const Codec& codec, const char* const (&rows)[16], std::int64_t begin,
@@ -536,18 +544,34 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
     return kAhead + (16 * source.row_stride - source.cols) * kBytes;
   };
 
+  [[maybe_unused]] Fp8Table tables[kByTable<kCoder, kDType> ? 16 : 1];
+  [[maybe_unused]] bool by_table = false;
   if constexpr (kRowScale<kCoder>) {
     // The scale needs the whole row first; the second pass finds it in the second-level cache.
+    constexpr bool kWords = kDType != DType::kFloat32;
     F magnitude = V::set(0.0f);
+    [[maybe_unused]] WordExtremes most;
+    most.start();
     for (std::int64_t begin = 0; begin < source.cols; begin += step) {
       const int logical = logical_inputs(begin);
       const int padded = (logical + 31) / 32 * 32;
       const char* at[16];
       const std::int64_t from = chunk_rows(begin, logical, padded, at);
-      const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, ahead(begin));
-      magnitude = V::max_bits(magnitude, e.magnitude);
+      if constexpr (kWords) {
+        most.template add<kDType>(at, from, padded, ahead(begin));
+      } else {
+        const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, ahead(begin));
+        magnitude = V::max_bits(magnitude, e.magnitude);
+      }
     }
+    if constexpr (kWords) magnitude = most.template magnitude<kDType>();
     choose_row_scales(codec, magnitude, source.rows, &range, &scales, out);
+    if constexpr (kByTable<kCoder, kDType>) {
+      by_table = !scales.divides && source.cols >= kTableInputs<kDType>;
+      for (int r = 0; by_table && r < 16; ++r) {
+        make_table<kCoder, kDType>(codec, bounds, scales, r, &tables[r]);
+      }
+    }
   }
 
   for (std::int64_t begin = 0; begin < source.cols; begin += step) {
@@ -571,9 +595,17 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
           prefetch_row<kDType>(rows[r] + (begin + 16 * source.row_stride) * kElementBytes<kDType>,
                                padded);
         }
+        const char* row = at[r] + from * kElementBytes<kDType>;
+        unsigned char* codes = staging.bytes + r * kChunk;
+        if constexpr (kByTable<kCoder, kDType>) {
+          if (by_table) {
+            encode_row_by_table<kCoder, kDType>(codec, bounds, row, padded, scales, tables[r], r,
+                                                codes);
+            continue;
+          }
+        }
         const auto encode_as = [&](auto divides) {
-          encode_row<kCoder, kDType, divides>(codec, bounds, at[r] + from * kElementBytes<kDType>,
-                                              padded, scales, r, staging.bytes + r * kChunk);
+          encode_row<kCoder, kDType, divides>(codec, bounds, row, padded, scales, r, codes);
         };
         if (kRowScale<kCoder> && scales.divides) {
           encode_as(std::bool_constant<kRowScale<kCoder>>{});
