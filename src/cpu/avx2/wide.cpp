@@ -55,8 +55,8 @@ void tile_nf4(const Tables& tables, const GroupWalk<false>& walk, const std::byt
       });
       const std::byte* x = quads;
       for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-        if constexpr (first == 0) prefetch<kBlock>(codes + b * kBlock);
         unroll<8>([&](auto i) LOWBIT_LAMBDA {
+          if constexpr (first == 0) prefetch_quad_here<i, kBlock>(codes + b * kBlock);
           unroll<kHalves>([&](auto h) LOWBIT_LAMBDA {
             const __m256i code = Unpack<4>::quad<i>(codes, inputs, b, first + h);
             const __m256i top = _mm256_shuffle_epi8(tables.high, code);
@@ -118,6 +118,7 @@ void run_nf4(const RowBlock& rows, const Activations& a, std::int64_t first_toke
 template <int kCount>
 void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile, const std::byte* x,
               const Epilogue& epilogue, std::int64_t token, std::int64_t tile_index) {
+  constexpr std::int64_t kBlock = Unpack<3>::kBlockBytes;
   __m256 total[kCount][2];
   unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
   for (std::int64_t g = 0; g < walk.groups; ++g) {
@@ -127,8 +128,8 @@ void tile_nf3(__m256 table, const GroupWalk<false>& walk, const std::byte* tile,
     unroll<kCount * 4>([&](auto i)
                            LOWBIT_LAMBDA { sum[i / 4][i / 2 % 2][i % 2] = _mm256_setzero_ps(); });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-      unroll<2>([&](auto i) LOWBIT_LAMBDA { prefetch_ahead(codes + b * 128 + i * 64); });
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
+        prefetch_quad_here<i, kBlock>(codes + b * kBlock);
         // Flipped where the third bit is set, which sets it: the upper half of the table is stored
         // backwards.
         __m256i code[2];

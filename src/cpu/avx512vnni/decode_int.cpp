@@ -104,13 +104,13 @@ void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<
       rest[t] = mid2[t] = rest2[t] = _mm512_setzero_si512();
     });
     for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-      prefetch_block<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
       // A block ahead: some thirty cycles of latency, more than the schedulers see.
       const auto plane = next;
       next = b + 1 < inputs / kInputBlock
                  ? Codes::plane(codes, inputs, b + 1)
                  : Codes::plane(tile + walk.codes(following), walk.inputs(following), 0);
       unroll<8>([&](auto i) LOWBIT_LAMBDA {
+        prefetch_quad_here<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
         const __m512i index = Codes::template index<i>(codes, b, plane);
         const __m512i w2 = _mm512_permutexvar_epi8(index, high);
         const __m512i w1 = _mm512_permutexvar_epi8(index, middle);

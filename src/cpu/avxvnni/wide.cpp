@@ -49,8 +49,10 @@ void tile_wide(const Tables& tables, const GroupWalk<false>& walk, const std::by
       });
       const std::byte* x = quads;
       for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-        if constexpr (h == 0) prefetch<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
         unroll<8>([&](auto i) LOWBIT_LAMBDA {
+          if constexpr (h == 0) {
+            prefetch_quad_here<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
+          }
           const __m256i code = Codes::template quad<i>(codes, inputs, b, h);
           const __m256i w2 = _mm256_shuffle_epi8(tables.high, code);
           const __m256i w1 = _mm256_shuffle_epi8(tables.middle, code);
@@ -111,8 +113,10 @@ void tile_pair(const __m256i (&tables)[2], const GroupWalk<false>& walk, const s
       });
       const std::byte* x = quads;
       for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-        if constexpr (h == 0) prefetch<Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
         unroll<8>([&](auto i) LOWBIT_LAMBDA {
+          if constexpr (h == 0) {
+            prefetch_quad_here<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
+          }
           const __m256i code = Codes::template quad<i>(codes, inputs, b, h);
           const __m256i weights[2] = {_mm256_shuffle_epi8(tables[0], code),
                                       _mm256_shuffle_epi8(tables[1], code)};

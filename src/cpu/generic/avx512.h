@@ -51,19 +51,6 @@ LOWBIT_INLINE void prefetch_quad(const std::byte* block) {
       [&](auto line) LOWBIT_LAMBDA { prefetch_ahead(block + (kFirst + line) * 64); });
 }
 
-// The same, kept where it stands: the compiler would gather the fetches of a block, and a burst of
-// them fills the buffers of the L1.
-template <int I, std::int64_t kBlockBytes>
-LOWBIT_INLINE void prefetch_quad_here(const std::byte* block) {
-  constexpr int kLines = static_cast<int>(kBlockBytes / 64);
-  constexpr int kFirst = I * kLines / 8;
-  unroll<(I + 1) * kLines / 8 - kFirst>([&](auto line) LOWBIT_LAMBDA {
-    __asm__ volatile("prefetcht1 %c1(%0)\n\tprefetcht0 %c2(%0)" ::"r"(block),
-                     "i"(kFar + (kFirst + line) * 64), "i"(kNear + (kFirst + line) * 64)
-                     : "memory");
-  });
-}
-
 LOWBIT_INLINE std::int64_t align64(std::int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
