@@ -5,6 +5,7 @@
 // A step is 32 inputs of a row tile: a tile of weights is made in L1 (bf16 weights are one as they
 // lie) and multiplied kBehind steps later, when it has arrived there; the vector units have nothing
 // else to do. Outputs of row tiles are written while the next ones pass by.
+#include "cpu/amx/few_outputs.h"
 #include "cpu/amx/paths.h"
 #include "cpu/amx/tiles.h"
 #include "cpu/generic/avx512_floats.h"
@@ -88,19 +89,26 @@ LOWBIT_INLINE void fetch_line(const std::byte* far, const std::byte* near) {
   __asm__ volatile("prefetcht1 (%0)\n\tprefetcht0 (%1)" ::"r"(far), "r"(near) : "memory");
 }
 
-// Outputs of a row tile; out of line, because it is rare.
+constexpr int kTiles = 4;  // row tiles that pass by together, so that activations are loaded once
+
+// Outputs of `tiles` row tiles; out of line, because it is rare.
 template <Format F, int kPlanes>
 [[gnu::noinline]] void write(const Epilogue& epilogue, std::int64_t first_token, std::int64_t m,
-                             std::int64_t tile, const std::byte* sums) {
-  const __m512 scale = row_scales<F>(epilogue.rows.packed + tile * epilogue.rows.layout.tile_bytes);
-  for (std::int64_t t = 0; t < m; ++t) {
-    __m512 total = _mm512_load_ps(sums + t * 64);
-    if constexpr (kPlanes == 2) total = _mm512_add_ps(total, _mm512_load_ps(sums + (m + t) * 64));
-    epilogue.store(first_token + t, tile, _mm512_mul_ps(total, scale));
+                             std::int64_t first, std::int64_t tiles, const std::byte* sums) {
+  __m512 scales[kTiles];
+  for (std::int64_t n = 0; n < tiles; ++n) {
+    scales[n] = row_scales<F>(epilogue.rows.packed + (first + n) * epilogue.rows.layout.tile_bytes);
   }
+  write_outputs(epilogue, first_token, m, first, tiles,
+                [&](std::int64_t t, std::int64_t tile) LOWBIT_LAMBDA {
+                  const std::byte* at = sums + (tile - first) * kTileBytes;
+                  __m512 total = _mm512_load_ps(at + t * 64);
+                  if constexpr (kPlanes == 2) {
+                    total = _mm512_add_ps(total, _mm512_load_ps(at + (m + t) * 64));
+                  }
+                  return _mm512_mul_ps(total, scales[tile - first]);
+                });
 }
-
-constexpr int kTiles = 4;  // row tiles that pass by together, so that activations are loaded once
 
 std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
   return kTiles * (kRing + 2) * kTileBytes;
@@ -127,10 +135,8 @@ void run_tiles(const RowBlock& rows, const Activations& a, std::int64_t first_to
   std::size_t multiplied = 0;                                   // of a row tile
   std::int64_t tile = tile_begin, waiting = -1;
   const auto write_waiting = [&] {
-    for (int n = 0; n < kCount; ++n) {
-      write<F, kPlanes>(epilogue, first_token, a.m, waiting + n,
-                        sums + ((waiting - tile_begin) / kCount % 2 * kTiles + n) * kTileBytes);
-    }
+    write<F, kPlanes>(epilogue, first_token, a.m, waiting, kCount,
+                      sums + (waiting - tile_begin) / kCount % 2 * kTiles * kTileBytes);
   };
   const std::byte* x = a.data;
   unroll<kCount>([&](auto n) LOWBIT_LAMBDA { tile_zero<n>(); });
@@ -201,6 +207,7 @@ void run(const RowBlock& rows, const Activations& a, std::int64_t first_token,
   const std::int64_t whole = tile_begin + (tile_end - tile_begin) / kTiles * kTiles;
   run_tiles<F, kPlanes, kTiles>(rows, a, first_token, tile_begin, whole, scratch);
   run_tiles<F, kPlanes, 1>(rows, a, first_token, whole, tile_end, scratch);
+  _mm_sfence();  // outputs that went past the caches, before anybody is told
 }
 
 template <Format F, int kPlanes>

@@ -12,6 +12,7 @@
 //               stay in registers
 // What is written must have reached L1 before tiles load it, hence the distance. Lines are fetched
 // one at a time, spread over a step: in bursts they cost a tenth of the bandwidth.
+#include "cpu/amx/few_outputs.h"
 #include "cpu/amx/paths.h"
 #include "cpu/amx/tiles.h"
 #include "cpu/generic/avx512_codes.h"
@@ -239,37 +240,12 @@ std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
 }
 
 // Outputs of a few row tiles; out of line, because it is rare and would take registers.
-// Whole lines go past the caches: reading them first, which a store does, takes as many of the
-// buffers that weights come through as reading weights.
 [[gnu::noinline]] void write(const Epilogue& epilogue, std::int64_t first_token, std::int64_t m,
                              std::int64_t first, std::int64_t tiles, const std::byte* totals) {
-  const RowBlock& rows = epilogue.rows;
-  const bool whole = rows.out_dtype == DType::kFloat32;
-  const std::int64_t bytes = whole ? 4 : 2;
-  const bool lines =
-      reinterpret_cast<std::uintptr_t>(rows.out) % 64 == 0 && rows.out_stride * bytes % 64 == 0;
-  const std::int64_t full = rows.layout.n / kTileRows;  // row tiles without padding
-  for (std::int64_t t = 0; t < m; ++t) {
-    std::byte* out =
-        static_cast<std::byte*>(rows.out) + (first_token + t) * rows.out_stride * bytes;
-    const auto sum = [&](std::int64_t tile) LOWBIT_LAMBDA {
-      return _mm512_load_ps(totals + (tile - first) * kTileBytes + t * kUnitBytes);
-    };
-    for (std::int64_t tile = first; tile < first + tiles; ++tile) {
-      if (lines && whole && tile < full) {
-        _mm512_stream_ps(reinterpret_cast<float*>(out + tile * 64),
-                         epilogue.value(tile, sum(tile)));
-      } else if (lines && !whole && tile % 2 == 0 && tile + 1 < first + tiles && tile + 1 < full) {
-        const __m256i low = to_16_bits(rows.out_dtype, epilogue.value(tile, sum(tile)));
-        const __m256i high = to_16_bits(rows.out_dtype, epilogue.value(tile + 1, sum(tile + 1)));
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + tile * 32),
-                            _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-        ++tile;
-      } else {
-        epilogue.store(first_token + t, tile, sum(tile));
-      }
-    }
-  }
+  write_outputs(epilogue, first_token, m, first, tiles,
+                [&](std::int64_t t, std::int64_t tile) LOWBIT_LAMBDA {
+                  return _mm512_load_ps(totals + (tile - first) * kTileBytes + t * kUnitBytes);
+                });
 }
 
 template <Format F, int kPlanes, int kTokens, bool kPlain>
@@ -455,7 +431,7 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
       }
     }
   }
-  _mm_sfence();  // lines that went past the caches, before anybody is told
+  _mm_sfence();  // outputs that went past the caches, before anybody is told
 }
 
 template <Format F, int kPlanes>
