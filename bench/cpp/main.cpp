@@ -196,7 +196,7 @@ int run(const Options& options) {
             std::memcpy(&bits, &sampled, 4);
             value = static_cast<std::uint16_t>(bits >> 16);
           }
-          std::vector<float> out(static_cast<std::size_t>(m * n));
+          const Bytes out = allocate(m * n * 4);  // begins at a cache line, as tensors do
           LinearArgs args{};
           args.x = x.data();
           args.x_dtype = DType::kBFloat16;
@@ -204,7 +204,7 @@ int run(const Options& options) {
           args.packed = ring.get();
           args.layout = layout;
           args.exponent = exponent;
-          args.out = out.data();
+          args.out = out.get();
           args.out_dtype = DType::kFloat32;
           args.out_stride = n;
           args.m = m;
