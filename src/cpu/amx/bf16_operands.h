@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/amx/tiles.h"
+#include "cpu/generic/avx512_bf16.h"
 #include "cpu/generic/avx512_floats.h"
 
 namespace lowbit::cpu {
@@ -106,14 +107,6 @@ struct Brain {
     } else {
       floats.template quad<I>(codes, block, plane, out);
     }
-  }
-  // Row r's lane: first in its low half, second in its high half.
-  LOWBIT_INLINE static __m512i interleave(__m512 first, __m512 second) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    const __m512i order =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, both);
   }
   // All of a block: inputs [k, k + 32) of a row tile.
   LOWBIT_INLINE static void expand_block(Floats<F>& floats, const AnyWalk<F>& walk,

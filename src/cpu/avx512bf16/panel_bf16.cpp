@@ -2,6 +2,7 @@
 // vdpbf16ps takes two inputs per step. It flushes subnormals, in its sums too.
 //
 // The panel holds inputs 0..3 of a quad as pairs (0, 2) and (1, 3); so do the activations.
+#include "cpu/generic/avx512_bf16.h"
 #include "cpu/generic/avx512_panel_float.h"
 #include "cpu/generic/avx512_paths.h"
 
@@ -17,14 +18,6 @@ struct Bf16Policy {
   LOWBIT_INLINE static __m512 multiply_add(__m512 x, __m512 w, __m512 sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(x),
                             (__m512bh)_mm512_castps_si512(w));
-  }
-  // Row r's lane: first in its low half, second in its high half.
-  LOWBIT_INLINE static __m512i interleave(__m512 first, __m512 second) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    const __m512i order =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, both);
   }
 };
 
