@@ -1,9 +1,10 @@
 #!/bin/sh
-# Installs the system packages that the build, the tests and the demo need, where apt-get exists.
+# Installs the system packages that the build, the tests and the demo need, where apt-get exists, and
+# those that are named as arguments.
 # Says nothing and takes milliseconds when all are there.
 set -eu
 
-packages="ffmpeg espeak-ng nlohmann-json3-dev libcli11-dev libgtest-dev libgmock-dev libbenchmark-dev libxxhash-dev"
+packages="ffmpeg espeak-ng nlohmann-json3-dev libcli11-dev libgtest-dev libgmock-dev libbenchmark-dev libxxhash-dev $*"
 command -v g++ >/dev/null 2>&1 || packages="$packages g++"
 command -v ccache >/dev/null 2>&1 || packages="$packages ccache"
 "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3 python3-venv"
