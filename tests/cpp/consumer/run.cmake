@@ -17,7 +17,9 @@ function(refuse_torch what text)
   string(TOLOWER "${WORK}" work)
   string(REPLACE "${source}" "" text "${text}")
   string(REPLACE "${work}" "" text "${text}")
-  if(text MATCHES "torch|c10|aten")
+  # At the start of a word, or behind what a linker or compiler puts before a name: an address that
+  # the loader prints may hold the digits "c10".
+  if(text MATCHES "(^|[^a-z0-9])(lib|[il])?(torch|c10|aten)")
     message(FATAL_ERROR "${what} mentions torch:\n${text}")
   endif()
 endfunction()
