@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from . import ops
+from .autograd import select_linear
 from .errors import translate
-from .ops import _state
+from .precision import _state
 from .tensor import _FLOAT_DTYPES, LowBitTensor
 
 __all__ = [
@@ -258,7 +259,7 @@ class LinearForward(LowBitOwner):
             return super().forward(input)
         bias = parameters["bias"]
         try:
-            return ops.select_linear(input, bias)(
+            return select_linear(input, bias)(
                 input, weight.packed, bias, *weight.numbers, _state.precision
             )
         except RuntimeError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import ops
+from .formats import FORMATS, _packed_shape, canonical_name, default_group_size
 
 __all__ = ["LowBitTensor", "lowbit_parameters"]
 
@@ -132,7 +133,7 @@ class LowBitTensor(torch.Tensor):
             stored_shape=stored_shape,
             # What the operators take after the tensors. `direct`: it is one matrix, and linear()
             # may take it as it is.
-            numbers=(*stored_shape[-2:], ops.FORMATS[low_bit].number, group_size, exponent),
+            numbers=(*stored_shape[-2:], FORMATS[low_bit].number, group_size, exponent),
             direct=len(stored_shape) == 2 and not transposed and shape == natural,
             reshaped=shape != natural,
             _logical_dtype=dtype,
@@ -158,8 +159,8 @@ class LowBitTensor(torch.Tensor):
         Groups run along the last dimension; with `transposed`, along the one before it (for weights
         that are used as x @ w). `stored_shape` packs `weight.reshape(stored_shape)` instead.
         """
-        name = ops.canonical_name(low_bit)
-        size = ops.default_group_size(low_bit, group_size)
+        name = canonical_name(low_bit)
+        size = default_group_size(low_bit, group_size)
         if not isinstance(weight, torch.Tensor):
             raise TypeError(
                 f"LowBitTensor.quantize: weight must be a tensor, got {type(weight).__name__}"
@@ -229,8 +230,8 @@ class LowBitTensor(torch.Tensor):
             )
         return cls(
             packed,
-            ops.canonical_name(low_bit),
-            ops.default_group_size(low_bit, group_size),
+            canonical_name(low_bit),
+            default_group_size(low_bit, group_size),
             exponent,
             stored_shape=tuple(codes.shape),
             transposed=transposed,
@@ -430,9 +431,9 @@ def rebuild_lowbit_tensor(packed: torch.Tensor, description: dict, is_param: boo
     """What a pickled LowBitTensor calls. Name and arguments are a file format: only add to them."""
     if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8:
         raise ValueError("a saved LowBitTensor must hold uint8 bytes; is the file complete?")
-    info = ops.FORMATS[ops.canonical_name(description["low_bit"])]
-    size = ops.default_group_size(info.name, description["group_size"])
-    expected = ops._packed_shape(description["stored_shape"], info, size)
+    info = FORMATS[canonical_name(description["low_bit"])]
+    size = default_group_size(info.name, description["group_size"])
+    expected = _packed_shape(description["stored_shape"], info, size)
     if tuple(packed.shape) != expected:
         raise ValueError(
             f"a saved LowBitTensor of {description['stored_shape']} in {info.name} needs packed "

@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from ipex_llm.ops import _ops
+from ipex_llm.library import _ops
 
 _STEP = 256  # positions of room beyond what is needed: a copy every 256 tokens at least ...
 _GROWTH = 8  # ... and at most once per eighth of the length, so copies stay a constant share

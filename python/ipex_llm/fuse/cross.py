@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse.describe import Attention, Description
-from ipex_llm.ops import _ops
+from ipex_llm.library import _ops
 
 _blocks = _ops.fused_blocks.default
 _columns = _ops.fused_columns.default

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm.ops import _ops
+from ipex_llm.library import _ops
 from ipex_llm.tensor import LowBitTensor
 
 # lowbit::Activation, in its order

@@ -13,7 +13,8 @@ from ipex_llm.fuse import collecting
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.state import STATE, State, local
 from ipex_llm.layers import Mixin
-from ipex_llm.ops import _ops, _state
+from ipex_llm.library import _ops
+from ipex_llm.precision import _state
 
 _blocks = _ops.fused_blocks.default
 _is_compiling = torch.compiler.is_compiling

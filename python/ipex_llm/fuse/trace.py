@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ipex_llm.ops import PRECISIONS, _state
+from ipex_llm.precision import PRECISIONS, _state
 from ipex_llm.tensor import LowBitTensor
 
 _HOOKS = (
