@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="two shapes, five batch sizes")
     parser.add_argument("--formats", nargs="+", default=list(formats.FORMATS))
     args = parser.parse_args()
-    if not torch.cuda.is_available() or not library._CUDA_KERNELS:
+    if not torch.cuda.is_available() or not library.HAS_CUDA_KERNELS:
         sys.exit("bench/gpu.py needs a CUDA device and liblowbit_ops_cuda.so (-DLOWBIT_CUDA=ON)")
     bandwidth = copy_bandwidth()
     results = {

@@ -1,7 +1,7 @@
 // Every operator's schema, in one place. Numbers: `format` is lowbit::Format, `precision` is
 // lowbit::Precision; `packed` is uint8 [tiles, tile_bytes] (docs/formats.md), several matrices one
-// after the other. In python/ipex_llm: fake kernels in ops.py, autograd in autograd.py, the path for
-// devices without kernels in plain.py.
+// after the other. In python/ipex_llm: fake kernels in ops.py, autograd in autograd.py, the path
+// for devices without kernels in plain.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lowbit, m) {

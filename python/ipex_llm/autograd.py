@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
-from .library import _ops
+from .library import operators
 
-_linear = _ops.linear.default
-_linear_forward = _ops.linear_forward.default
-_dequantize = _ops.dequantize.default
+_linear = operators.linear.default
+_linear_forward = operators.linear_forward.default
+_dequantize = operators.dequantize.default
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _transforms_active = torch._C._are_functorch_transforms_active

@@ -6,13 +6,13 @@ The rows are those of the C++ core's table (include/lowbit/format.h), read from 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .library import _ops
+from .library import operators
 
-_TILE_ROWS = 16
-_INPUT_BLOCK = 32
-_SCALE_BLOCK = 64  # bytes
-_INTEGER, _TABLE, _FLOAT = range(3)  # lowbit::CodeKind
-_GROUP, _GROUP_MINIMUM, _ROW, _NONE = range(4)  # lowbit::ScaleKind
+TILE_ROWS = 16
+_INPUT_BLOCK = 32  # inputs are padded to a multiple of it
+SCALE_BLOCK = 64  # bytes
+INTEGER_CODE, TABLE_CODE, FLOAT_CODE = range(3)  # lowbit::CodeKind
+GROUP_SCALE, GROUP_SCALE_AND_MINIMUM, ROW_SCALE, NO_SCALE = range(4)  # lowbit::ScaleKind
 
 
 class Format(NamedTuple):
@@ -29,7 +29,7 @@ class Format(NamedTuple):
 
     @property
     def grouped(self) -> bool:
-        return self.scale_kind in (_GROUP, _GROUP_MINIMUM)
+        return self.scale_kind in (GROUP_SCALE, GROUP_SCALE_AND_MINIMUM)
 
     def code_bytes(self, inputs: int) -> int:
         """Bytes of the codes of 16 rows of `inputs` (a multiple of 32) elements."""
@@ -38,18 +38,18 @@ class Format(NamedTuple):
 
 def _read_formats() -> dict[str, Format]:
     rows = {}
-    for number, line in enumerate(_ops.format_table().splitlines()):
+    for number, line in enumerate(operators.format_table().splitlines()):
         name, *numbers = line.split()
         rows[name] = Format(number, name, *map(int, numbers[:5]), tuple(map(float, numbers[5:])))
     return rows
 
 
 FORMATS = _read_formats()
-_BY_NUMBER = tuple(FORMATS.values())
+BY_NUMBER = tuple(FORMATS.values())  # as operators number them
 FORMAT_ALIASES = {"fp8": "fp8_e5m2"}
 FORMAT_NAMES = (*FORMATS, *FORMAT_ALIASES)
 _GROUP_SIZES = (32, 64, 128, 256)
-_DEFAULT_GROUP_SIZE = 64
+DEFAULT_GROUP_SIZE = 64
 
 
 def canonical_name(low_bit: str) -> str:
@@ -65,12 +65,12 @@ def default_group_size(low_bit: str, group_size: int = 0) -> int:
     info = FORMATS[canonical_name(low_bit)]
     if not info.grouped:
         if group_size:
-            kind = "one scale per row" if info.scale_kind == _ROW else "no scales"
+            kind = "one scale per row" if info.scale_kind == ROW_SCALE else "no scales"
             raise ValueError(
                 f"{info.name} has {kind}, so group_size cannot be {group_size}; leave it out"
             )
         return 0
-    size = group_size or _DEFAULT_GROUP_SIZE
+    size = group_size or DEFAULT_GROUP_SIZE
     if size not in _GROUP_SIZES:
         raise ValueError(
             f"group_size must be one of {', '.join(map(str, _GROUP_SIZES))}, got {group_size}"
@@ -78,7 +78,7 @@ def default_group_size(low_bit: str, group_size: int = 0) -> int:
     return size
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """lowbit::Layout in Python, for fake kernels and the plain-torch path."""
 
     tiles: int
@@ -88,29 +88,31 @@ class _Geometry(NamedTuple):
     tile_bytes: int
 
 
-def _geometry(info: Format, n: int, k: int, group_size: int) -> _Geometry:
-    tiles = (n + _TILE_ROWS - 1) // _TILE_ROWS
+def geometry_of(info: Format, n: int, k: int, group_size: int) -> Geometry:
+    """How a matrix [n, k] is packed; `group_size` is one that default_group_size has returned."""
+    tiles = (n + TILE_ROWS - 1) // TILE_ROWS
     inputs = (k + _INPUT_BLOCK - 1) // _INPUT_BLOCK * _INPUT_BLOCK
     codes = info.code_bytes(inputs)
     if not info.grouped:
-        scales = _SCALE_BLOCK if info.scale_kind == _ROW else 0
-        return _Geometry(tiles, inputs, 1, codes, codes + scales)
+        scales = SCALE_BLOCK if info.scale_kind == ROW_SCALE else 0
+        return Geometry(tiles, inputs, 1, codes, codes + scales)
     groups = (k + group_size - 1) // group_size
-    blocks = groups if info.scale_kind == _GROUP_MINIMUM else (groups + 1) // 2
-    return _Geometry(
-        tiles, inputs, groups, info.code_bytes(group_size), codes + _SCALE_BLOCK * blocks
+    blocks = groups if info.scale_kind == GROUP_SCALE_AND_MINIMUM else (groups + 1) // 2
+    return Geometry(
+        tiles, inputs, groups, info.code_bytes(group_size), codes + SCALE_BLOCK * blocks
     )
 
 
 def packed_shape(shape: Sequence[int], low_bit: str, group_size: int = 0) -> tuple[int, int]:
     """Shape of the packed bytes of a tensor [..., n, k]."""
     info = FORMATS[canonical_name(low_bit)]
-    return _packed_shape(shape, info, default_group_size(low_bit, group_size))
+    return tiles_shape(shape, info, default_group_size(low_bit, group_size))
 
 
-def _packed_shape(shape: Sequence[int], info: Format, group_size: int) -> tuple[int, int]:
+def tiles_shape(shape: Sequence[int], info: Format, group_size: int) -> tuple[int, int]:
+    """packed_shape(), [tiles, tile_bytes], of a group size that default_group_size has returned."""
     *stack, n, k = shape
-    geometry = _geometry(info, n, k, group_size)
+    geometry = geometry_of(info, n, k, group_size)
     matrices = 1
     for size in stack:
         matrices *= size

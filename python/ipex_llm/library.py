@@ -5,33 +5,34 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).parent / "lib" / "liblowbit_ops.so"
+LIBRARY = Path(__file__).parent / "lib" / "liblowbit_ops.so"
 
 
-def _load_library() -> None:
-    if not _LIBRARY.exists():
+def load_library() -> None:
+    """Loads LIBRARY into torch. ImportError, with what to do, if it is missing or does not load."""
+    if not LIBRARY.exists():
         raise ImportError(
-            f"ipex_llm: its operators are not built: {_LIBRARY} does not exist. Install the wheel, "
+            f"ipex_llm: its operators are not built: {LIBRARY} does not exist. Install the wheel, "
             "or build them in a source tree with `make build` "
             "(cmake -S . -B build -DLOWBIT_TORCH=ON && cmake --build build)."
         )
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise ImportError(
-            f"ipex_llm: {_LIBRARY} does not load into torch {torch.__version__}: {error}. "
+            f"ipex_llm: {LIBRARY} does not load into torch {torch.__version__}: {error}. "
             "It needs torch 2.11 or later; if it was built for another system, rebuild it with "
             "`make build`."
         ) from error
 
 
-_load_library()
-_ops = torch.ops.lowbit
+load_library()
+operators = torch.ops.lowbit  # schemas: bindings/torch/schemas.cpp
 
 
 def _load_cuda_library() -> bool:
     """Loads the CUDA operators where torch sees a GPU; otherwise CUDA takes the plain path."""
-    library = _LIBRARY.with_name("liblowbit_ops_cuda.so")
+    library = LIBRARY.with_name("liblowbit_ops_cuda.so")
     if not library.exists() or not torch.cuda.is_available():
         return False
     try:
@@ -46,4 +47,4 @@ def _load_cuda_library() -> bool:
     return True
 
 
-_CUDA_KERNELS = _load_cuda_library()
+HAS_CUDA_KERNELS = _load_cuda_library()

@@ -12,17 +12,17 @@ from . import plain as _plain  # noqa: F401  (registers the operators of other d
 from .autograd import select_linear
 from .errors import translate
 from .formats import (
-    _BY_NUMBER,
-    _DEFAULT_GROUP_SIZE,
-    _GROUP_MINIMUM,
+    BY_NUMBER,
+    DEFAULT_GROUP_SIZE,
     FORMATS,
-    _geometry,
-    _packed_shape,
+    GROUP_SCALE_AND_MINIMUM,
     canonical_name,
     default_group_size,
+    geometry_of,
+    tiles_shape,
 )
-from .library import _CUDA_KERNELS, _ops
-from .precision import _state
+from .library import HAS_CUDA_KERNELS, operators
+from .precision import current
 
 __all__ = [
     "available_isas",
@@ -43,12 +43,12 @@ __all__ = [
     "unpack_codes",
 ]
 
-_quantize = _ops.quantize.default
-_dequantize = _ops.dequantize.default
-_embedding = _ops.embedding.default
-_pack_codes = _ops.pack_codes.default
-_unpack_codes = _ops.unpack_codes.default
-_KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_quantize = operators.quantize.default
+_dequantize = operators.dequantize.default
+_embedding = operators.embedding.default
+_pack_codes = operators.pack_codes.default
+_unpack_codes = operators.unpack_codes.default
+KERNEL_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
 def linear(
@@ -67,8 +67,8 @@ def linear(
     float64 activations, which no kernel takes, are multiplied by dequantized weights.
     """
     if precision is None:
-        precision = _state.precision
-    if x.dtype not in _KERNEL_DTYPES and not x.is_floating_point():
+        precision = current.precision
+    if x.dtype not in KERNEL_DTYPES and not x.is_floating_point():
         raise TypeError(f"linear: x must be a float tensor, got {x.dtype}; convert it first")
     if x.dtype == torch.float64:
         weight = dequantize(packed, (n, k), format, group_size, exponent, x.dtype)
@@ -83,7 +83,7 @@ def linear(
 
 def has_grouped_linear() -> bool:
     """Whether linear_grouped() exists: with the CUDA kernels."""
-    return _CUDA_KERNELS
+    return HAS_CUDA_KERNELS
 
 
 def linear_grouped(
@@ -104,9 +104,9 @@ def linear_grouped(
     kernel takes all experts at once (fp32 activations, 16-bit weights, K not a multiple of 64).
     """
     if precision is None:
-        precision = _state.precision
+        precision = current.precision
     try:
-        return _ops.linear_grouped.default(
+        return operators.linear_grouped.default(
             x, packed, ends.to(torch.int32), n, k, format, group_size, exponent, precision
         )
     except RuntimeError as error:
@@ -195,7 +195,7 @@ def unpack_codes(
         codes, scales, minima = _unpack_codes(packed, shape, info.number, size)
     except RuntimeError as error:
         raise translate(error) from None
-    minima = minima.to(device) if info.scale_kind == _GROUP_MINIMUM else None
+    minima = minima.to(device) if info.scale_kind == GROUP_SCALE_AND_MINIMUM else None
     return codes.to(device), scales.to(device), minima
 
 
@@ -219,35 +219,35 @@ def embedding(
 def first_nonfinite(x: torch.Tensor) -> int:
     """Row-major flat index of the first NaN or infinity in `x`, or -1."""
     try:
-        return _ops.first_nonfinite(x)
+        return operators.first_nonfinite(x)
     except RuntimeError as error:
         raise translate(error) from None
 
 
 def return_freed_memory() -> None:
     """Gives what the C library's allocator keeps of freed memory back to the system."""
-    _ops.return_freed_memory()
+    operators.return_freed_memory()
 
 
 def isa() -> str:
     """The instruction set in force."""
-    return _ops.isa()
+    return operators.isa()
 
 
 def describe_isa() -> str:
     """One line: the instruction set in force, why, and what the machine has."""
-    return _ops.describe_isa()
+    return operators.describe_isa()
 
 
 def available_isas() -> tuple[str, ...]:
     """The instruction sets that this build has and this machine runs, worst to best."""
-    return tuple(_ops.available_isas().split())
+    return tuple(operators.available_isas().split())
 
 
 def force_isa(name: str) -> None:
     """Forces an instruction set for the whole process; "" goes back to the default."""
     try:
-        _ops.force_isa(name)
+        operators.force_isa(name)
     except RuntimeError as error:
         raise translate(error) from None
 
@@ -264,18 +264,18 @@ def move_packed(
     from them, losslessly; everywhere else they are in the order of docs/formats.md.
     """
     device = torch.device(device)
-    if packed.device.type == "cuda" and _CUDA_KERNELS and device.type not in ("cuda", "meta"):
-        packed = _ops.repack_from_device(packed, k, format, group_size)
+    if packed.device.type == "cuda" and HAS_CUDA_KERNELS and device.type not in ("cuda", "meta"):
+        packed = operators.repack_from_device(packed, k, format, group_size)
     moved = packed.to(device)
-    if device.type == "cuda" and _CUDA_KERNELS and packed.device.type not in ("cuda", "meta"):
-        moved = _ops.repack_to_device(moved, k, format, group_size)
+    if device.type == "cuda" and HAS_CUDA_KERNELS and packed.device.type not in ("cuda", "meta"):
+        moved = operators.repack_to_device(moved, k, format, group_size)
     return moved
 
 
 def copy_packed(packed: torch.Tensor) -> torch.Tensor:
     """The same packed bytes once more; on the CPU in huge pages, as quantize() makes them."""
     if type(packed) is torch.Tensor and packed.device.type == "cpu" and packed.is_contiguous():
-        return _ops.copy_packed(packed)
+        return operators.copy_packed(packed)
     return packed.clone()
 
 
@@ -294,9 +294,9 @@ def _linear_fake(x, packed, bias, n, k, format, group_size, exponent, precision)
 
 @torch.library.register_fake("lowbit::quantize")
 def _quantize_fake(weight, format, group_size):
-    info = _BY_NUMBER[format]
-    size = (group_size or _DEFAULT_GROUP_SIZE) if info.grouped else 0
-    packed = weight.new_empty(_packed_shape(weight.shape, info, size), dtype=torch.uint8)
+    info = BY_NUMBER[format]
+    size = (group_size or DEFAULT_GROUP_SIZE) if info.grouped else 0
+    packed = weight.new_empty(tiles_shape(weight.shape, info, size), dtype=torch.uint8)
     return packed, torch.empty((), dtype=torch.int64, device="cpu")
 
 
@@ -312,21 +312,21 @@ def _dequantize_fake(packed, shape, format, group_size, exponent, dtype):
 
 @torch.library.register_fake("lowbit::pack_codes")
 def _pack_codes_fake(codes, scales, minima, format, group_size):
-    info = _BY_NUMBER[format]
-    size = (group_size or _DEFAULT_GROUP_SIZE) if info.grouped else 0
-    return codes.new_empty(_packed_shape(codes.shape, info, size))
+    info = BY_NUMBER[format]
+    size = (group_size or DEFAULT_GROUP_SIZE) if info.grouped else 0
+    return codes.new_empty(tiles_shape(codes.shape, info, size))
 
 
 @torch.library.register_fake("lowbit::unpack_codes")
 def _unpack_codes_fake(packed, shape, format, group_size):
-    info = _BY_NUMBER[format]
+    info = BY_NUMBER[format]
     *lead, n, k = shape
     if not info.grouped:
         scales = packed.new_empty((*lead, n), dtype=torch.float32)
         return packed.new_empty(shape), scales, scales.new_empty((*lead, n, 0), dtype=torch.float16)
-    groups = _geometry(info, n, k, group_size or _DEFAULT_GROUP_SIZE).groups
+    groups = geometry_of(info, n, k, group_size or DEFAULT_GROUP_SIZE).groups
     scales = packed.new_empty((*lead, n, groups), dtype=torch.float16)
-    minima = groups if info.scale_kind == _GROUP_MINIMUM else 0
+    minima = groups if info.scale_kind == GROUP_SCALE_AND_MINIMUM else 0
     return packed.new_empty(shape), scales, scales.new_empty((*lead, n, minima))
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from . import ops
 from .autograd import select_linear
 from .errors import translate
-from .precision import _state
+from .ops import KERNEL_DTYPES
+from .precision import current
 from .tensor import _FLOAT_DTYPES, LowBitTensor
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
 ]
 
 _is_exporting = torch.compiler.is_exporting
-_KERNEL_DTYPES = ops._KERNEL_DTYPES
 
 
 # ---- the class swap ------------------------------------------------------------------------------
@@ -255,12 +255,12 @@ class LinearForward(LowBitOwner):
         # Not ours: a float override (functional_call), a parametrization, an export.
         if type(weight) is not LowBitTensor or "bias" not in parameters or _is_exporting():
             return super().forward(input)
-        if not weight.direct or input.dtype not in _KERNEL_DTYPES:
+        if not weight.direct or input.dtype not in KERNEL_DTYPES:
             return super().forward(input)
         bias = parameters["bias"]
         try:
             return select_linear(input, bias)(
-                input, weight.packed, bias, *weight.numbers, _state.precision
+                input, weight.packed, bias, *weight.numbers, current.precision
             )
         except RuntimeError as error:
             raise translate(error) from None

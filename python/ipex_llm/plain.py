@@ -11,22 +11,22 @@ from functools import cache
 import torch
 
 from .formats import (
-    _BY_NUMBER,
-    _GROUP,
-    _INTEGER,
-    _NONE,
-    _ROW,
-    _SCALE_BLOCK,
-    _TABLE,
-    _TILE_ROWS,
+    BY_NUMBER,
+    GROUP_SCALE,
+    INTEGER_CODE,
+    NO_SCALE,
+    ROW_SCALE,
+    SCALE_BLOCK,
+    TABLE_CODE,
+    TILE_ROWS,
     Format,
-    _Geometry,
-    _geometry,
+    Geometry,
+    geometry_of,
 )
-from .library import _ops
+from .library import operators
 from .precision import PRECISIONS
 
-_quantize = _ops.quantize.default
+_quantize = operators.quantize.default
 _CHUNK_ELEMENTS = 1 << 22  # of one round of unpacking: its temporaries stay under 64 MiB
 
 
@@ -39,14 +39,14 @@ def plain_dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`dequantize` in plain torch, on whatever device `packed` is."""
-    info = _BY_NUMBER[format]
+    info = BY_NUMBER[format]
     *_, n, k = shape
-    geometry = _geometry(info, n, k, group_size)
+    geometry = geometry_of(info, n, k, group_size)
     out = torch.empty(shape, dtype=dtype, device=packed.device)
     if out.numel() == 0:
         return out
     rows = out.view(-1, n, k)
-    step = max(1, _CHUNK_ELEMENTS // (_TILE_ROWS * geometry.inputs))
+    step = max(1, _CHUNK_ELEMENTS // (TILE_ROWS * geometry.inputs))
     for matrix in range(rows.shape[0]):
         first = matrix * geometry.tiles
         for tile in range(0, geometry.tiles, step):
@@ -54,19 +54,19 @@ def plain_dequantize(
             values = _unpack_tiles(
                 packed[first + tile : first + tile + count], info, geometry, k, group_size
             )
-            values = values.reshape(count * _TILE_ROWS, k)[: n - tile * _TILE_ROWS]
-            start = tile * _TILE_ROWS
+            values = values.reshape(count * TILE_ROWS, k)[: n - tile * TILE_ROWS]
+            start = tile * TILE_ROWS
             rows[matrix, start : start + values.shape[0]] = _times_power(values, exponent)
     return out
 
 
 def plain_embedding(packed, ids, n, k, format, group_size, exponent, dtype):
     """`embedding` in plain torch."""
-    info = _BY_NUMBER[format]
+    info = BY_NUMBER[format]
     flat = ids.reshape(-1).long()
-    tiles = packed[flat // _TILE_ROWS]
-    values = _unpack_tiles(tiles, info, _geometry(info, n, k, group_size), k, group_size)
-    rows = values[torch.arange(flat.shape[0], device=flat.device), flat % _TILE_ROWS]
+    tiles = packed[flat // TILE_ROWS]
+    values = _unpack_tiles(tiles, info, geometry_of(info, n, k, group_size), k, group_size)
+    rows = values[torch.arange(flat.shape[0], device=flat.device), flat % TILE_ROWS]
     return _times_power(rows, exponent).to(dtype).reshape(*ids.shape, k)
 
 
@@ -111,36 +111,34 @@ def _times_power(values: torch.Tensor, exponent: int) -> torch.Tensor:
 
 
 def _unpack_tiles(
-    tiles: torch.Tensor, info: Format, geometry: _Geometry, k: int, group_size: int
+    tiles: torch.Tensor, info: Format, geometry: Geometry, k: int, group_size: int
 ) -> torch.Tensor:
     """uint8 [t, tile_bytes] -> fp32 [t, 16, k], the exponent left out."""
     count = tiles.shape[0]
-    if info.scale_kind == _NONE:
+    if info.scale_kind == NO_SCALE:
         return _values(tiles, info, geometry.inputs)[..., :k]
-    if info.scale_kind == _ROW:
-        scales = _reinterpret(tiles[:, :_SCALE_BLOCK], torch.float32)
-        return (_values(tiles[:, _SCALE_BLOCK:], info, geometry.inputs) * scales.unsqueeze(-1))[
+    if info.scale_kind == ROW_SCALE:
+        scales = _reinterpret(tiles[:, :SCALE_BLOCK], torch.float32)
+        return (_values(tiles[:, SCALE_BLOCK:], info, geometry.inputs) * scales.unsqueeze(-1))[
             ..., :k
         ]
 
     # Stretches of equal periods: whole groups (or pairs of them), then what is left.
-    pair = 2 if info.scale_kind == _GROUP else 1
-    period = pair * geometry.group_bytes + _SCALE_BLOCK
+    pair = 2 if info.scale_kind == GROUP_SCALE else 1
+    period = pair * geometry.group_bytes + SCALE_BLOCK
     whole = geometry.inputs // (pair * group_size)
     parts = []
     if whole:
         body = tiles[:, : whole * period].reshape(count, whole, period)
-        codes = body[..., :-_SCALE_BLOCK].reshape(count, whole * pair, geometry.group_bytes)
-        block = _reinterpret(body[..., -_SCALE_BLOCK:], torch.float16).reshape(
-            count, whole, 2, _TILE_ROWS
+        codes = body[..., :-SCALE_BLOCK].reshape(count, whole * pair, geometry.group_bytes)
+        block = _reinterpret(body[..., -SCALE_BLOCK:], torch.float16).reshape(
+            count, whole, 2, TILE_ROWS
         )
         parts.append(_scaled(codes, block, info, group_size))
     left = geometry.inputs - whole * pair * group_size
     if left:
         rest = tiles[:, whole * period :]
-        block = _reinterpret(rest[:, -_SCALE_BLOCK:], torch.float16).reshape(
-            count, 1, 2, _TILE_ROWS
-        )
+        block = _reinterpret(rest[:, -SCALE_BLOCK:], torch.float16).reshape(count, 1, 2, TILE_ROWS)
         position = 0
         for group in range(pair):
             size = min(group_size, left - group * group_size)
@@ -148,7 +146,7 @@ def _unpack_tiles(
                 break
             bytes_ = info.code_bytes(size)
             codes = rest[:, None, position : position + bytes_]
-            own = block[:, :, group : group + 1] if info.scale_kind == _GROUP else block
+            own = block[:, :, group : group + 1] if info.scale_kind == GROUP_SCALE else block
             parts.append(_scaled(codes, own, info, size))
             position += bytes_
     return torch.cat(parts, dim=-1)[..., :k]
@@ -159,21 +157,21 @@ def _scaled(codes: torch.Tensor, block: torch.Tensor, info: Format, inputs: int)
     count, groups, _ = codes.shape
     values = _values(codes, info, inputs)  # [t, g, 16, inputs]
     block = block.float()
-    if info.scale_kind == _GROUP:
-        values = values * block.reshape(count, groups, _TILE_ROWS, 1)
+    if info.scale_kind == GROUP_SCALE:
+        values = values * block.reshape(count, groups, TILE_ROWS, 1)
     else:
         values = values * block[:, :, 0].unsqueeze(-1) + block[:, :, 1].unsqueeze(-1)
-    return values.transpose(1, 2).reshape(count, _TILE_ROWS, groups * inputs)
+    return values.transpose(1, 2).reshape(count, TILE_ROWS, groups * inputs)
 
 
 def _values(codes: torch.Tensor, info: Format, inputs: int) -> torch.Tensor:
     """Code bytes [..., bytes] of 16 rows x `inputs` -> unscaled fp32 values [..., 16, inputs]."""
     if info.bits == 16:
         dtype = torch.float16 if info.name == "fp16" else torch.bfloat16
-        units = _reinterpret(codes, dtype).reshape(*codes.shape[:-1], inputs // 2, _TILE_ROWS, 2)
+        units = _reinterpret(codes, dtype).reshape(*codes.shape[:-1], inputs // 2, TILE_ROWS, 2)
         return _rows_first(units).float()
     numbers = _rows_first(_codes(codes, info.bits, inputs))
-    if info.code_kind == _INTEGER:
+    if info.code_kind == INTEGER_CODE:
         return numbers.float() - info.zero_point
     return _table(info, codes.device)[numbers.int()]
 
@@ -182,20 +180,20 @@ def _codes(codes: torch.Tensor, bits: int, inputs: int) -> torch.Tensor:
     """Code bytes -> code numbers [..., units, 16, inputs per unit]."""
     lead = codes.shape[:-1]
     if bits == 8:
-        return codes.reshape(*lead, inputs // 4, _TILE_ROWS, 4)
+        return codes.reshape(*lead, inputs // 4, TILE_ROWS, 4)
     if bits == 4:
-        units = codes.reshape(*lead, inputs // 8, _TILE_ROWS, 1, 4)
+        units = codes.reshape(*lead, inputs // 8, TILE_ROWS, 1, 4)
         return torch.cat((units & 15, units >> 4), dim=-2).flatten(-2)
     low_bits = bits - 1  # 5 = 4 + a plane of one bit, 3 = 2 + a plane
     split = 2 * low_bits * inputs
     if low_bits == 4:
         low = _codes(codes[..., :split], 4, inputs)
     else:
-        units = codes[..., :split].reshape(*lead, inputs // 16, _TILE_ROWS, 1, 4)
+        units = codes[..., :split].reshape(*lead, inputs // 16, TILE_ROWS, 1, 4)
         low = torch.cat([(units >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-2).flatten(-2)
     plane = codes[..., split:].reshape(*lead, inputs // 4, 8, 1)
     high = torch.cat([(plane >> bit) & 1 for bit in range(8)], dim=-1)
-    high = high.reshape(*lead, inputs // 4, _TILE_ROWS, 4)
+    high = high.reshape(*lead, inputs // 4, TILE_ROWS, 4)
     # Both to the same units, [..., 16, inputs] and back, so that they can be put together.
     joined = _rows_first(low) | (_rows_first(high) << low_bits)
     return joined.unsqueeze(-3)
@@ -213,7 +211,7 @@ def _reinterpret(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @cache
 def _table(info: Format, device: torch.device) -> torch.Tensor:
     """The number that each code stands for, fp32."""
-    if info.code_kind == _TABLE:
+    if info.code_kind == TABLE_CODE:
         return torch.tensor(info.codebook, dtype=torch.float32, device=device)
     dtype = torch.float8_e4m3fn if info.name == "fp8_e4m3" else torch.float8_e5m2
     codes = torch.arange(256, dtype=torch.uint8, device="cpu")  # whatever the default device is

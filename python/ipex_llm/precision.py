@@ -7,18 +7,18 @@ from functools import wraps
 PRECISIONS = ("auto", "fp32", "bf16", "int8")  # lowbit::Precision
 
 
-class _State(threading.local):
+class _Current(threading.local):
     def __init__(self) -> None:
         # On the instance: torch.compile guards it there, per thread, and would not on the class.
         self.precision = 0
 
 
-_state = _State()
+current = _Current()
 
 
 def get_activation_precision() -> str:
     """The activation precision of this thread: "auto", "fp32", "bf16" or "int8"."""
-    return PRECISIONS[_state.precision]
+    return PRECISIONS[current.precision]
 
 
 class set_activation_precision:  # noqa: N801 (a verb, as torch.set_grad_enabled is)
@@ -37,18 +37,18 @@ class set_activation_precision:  # noqa: N801 (a verb, as torch.set_grad_enabled
                 f"activation precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
             )
         self.precision = precision
-        self.previous = _state.precision
-        _state.precision = PRECISIONS.index(precision)
+        self.previous = current.precision
+        current.precision = PRECISIONS.index(precision)
 
     def __enter__(self) -> "set_activation_precision":
-        _state.precision = PRECISIONS.index(self.precision)
+        current.precision = PRECISIONS.index(self.precision)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _state.precision = self.previous
+        current.precision = self.previous
 
     def __call__(self, function: Callable) -> Callable:
-        _state.precision = self.previous  # as a decorator it acts inside the function only
+        current.precision = self.previous  # as a decorator it acts inside the function only
 
         @wraps(function)
         def decorated(*args, **kwargs):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import ops
-from .formats import FORMATS, _packed_shape, canonical_name, default_group_size
+from .formats import FORMATS, canonical_name, default_group_size, tiles_shape
 
 __all__ = ["LowBitTensor", "lowbit_parameters"]
 
@@ -433,7 +433,7 @@ def rebuild_lowbit_tensor(packed: torch.Tensor, description: dict, is_param: boo
         raise ValueError("a saved LowBitTensor must hold uint8 bytes; is the file complete?")
     info = FORMATS[canonical_name(description["low_bit"])]
     size = default_group_size(info.name, description["group_size"])
-    expected = _packed_shape(description["stored_shape"], info, size)
+    expected = tiles_shape(description["stored_shape"], info, size)
     if tuple(packed.shape) != expected:
         raise ValueError(
             f"a saved LowBitTensor of {description['stored_shape']} in {info.name} needs packed "

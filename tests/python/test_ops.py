@@ -385,12 +385,12 @@ def test_every_error_code_has_its_exception():
 
 
 def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "_LIBRARY", tmp_path / "liblowbit_ops.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "liblowbit_ops.so")
     with pytest.raises(ImportError, match="make build"):
-        library._load_library()
+        library.load_library()
     (tmp_path / "liblowbit_ops.so").write_bytes(b"not a library")
     with pytest.raises(ImportError, match="does not load into torch"):
-        library._load_library()
+        library.load_library()
 
 
 # ---- what torch expects of an operator -----------------------------------------------------------
@@ -641,7 +641,7 @@ def test_unknown_attribute():
 def test_library_uses_the_stable_abi_only():
     """One binary for every torch >= 2.11: C shims of libtorch, no C++ of torch or Python."""
     symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", library._LIBRARY],
+        ["nm", "-D", "--undefined-only", library.LIBRARY],
         capture_output=True,
         text=True,
         check=True,
@@ -654,7 +654,7 @@ def test_library_uses_the_stable_abi_only():
     readelf = shutil.which("readelf")
     if readelf:
         dynamic = subprocess.run(
-            [readelf, "-d", library._LIBRARY], capture_output=True, text=True
+            [readelf, "-d", library.LIBRARY], capture_output=True, text=True
         ).stdout
         needed = re.findall(r"NEEDED.*\[(.*?)\]", dynamic)
         assert [n for n in needed if "torch" in n or "c10" in n or "python" in n] == [
@@ -663,7 +663,7 @@ def test_library_uses_the_stable_abi_only():
         assert "RPATH" not in dynamic
         assert "RUNPATH" not in dynamic
         exported = subprocess.run(
-            ["nm", "-D", "--defined-only", library._LIBRARY], capture_output=True, text=True
+            ["nm", "-D", "--defined-only", library.LIBRARY], capture_output=True, text=True
         ).stdout
         assert not [s for s in exported.splitlines() if "6lowbit" in s and " T " in s]
 
@@ -677,4 +677,4 @@ def test_isa():
         assert ops.isa() == "scalar"
     finally:
         ops.force_isa("")
-    assert Path(library._LIBRARY).exists()
+    assert Path(library.LIBRARY).exists()

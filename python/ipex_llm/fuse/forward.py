@@ -19,16 +19,16 @@ from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.describe import Unfit
 from ipex_llm.fuse.state import STATE, State, local
 from ipex_llm.layers import Mixin
-from ipex_llm.library import _ops
-from ipex_llm.precision import _state
+from ipex_llm.library import operators
+from ipex_llm.precision import current
 
-_blocks = _ops.fused_blocks.default
+_blocks = operators.fused_blocks.default
 
-_project = _ops.fused_project.default
+_project = operators.fused_project.default
 
-_attend = _ops.fused_attend.default
+_attend = operators.fused_attend.default
 
-_experts = _ops.fused_experts.default
+_experts = operators.fused_experts.default
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -84,7 +84,7 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
     description = state.description
     attention = description.attention
     number = state.handle.number
-    precision = _state.precision
+    precision = current.precision
     try:
         if attention is None and description.cross is not None:
             if description.bias:

@@ -13,10 +13,10 @@ from ipex_llm.fuse import collecting
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.state import STATE, State, local
 from ipex_llm.layers import Mixin
-from ipex_llm.library import _ops
-from ipex_llm.precision import _state
+from ipex_llm.library import operators
+from ipex_llm.precision import current
 
-_blocks = _ops.fused_blocks.default
+_blocks = operators.fused_blocks.default
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -120,7 +120,7 @@ class Stack:
             return None
         numbers = [state.handle.number for state in states]
         try:
-            precision = _state.precision
+            precision = current.precision
             out = _blocks(
                 x,
                 numbers,

@@ -20,7 +20,7 @@ from torch import nn
 from ipex_llm import arguments, convert
 from ipex_llm.formats import FORMATS
 from ipex_llm.imports.gguf import TYPES, GgmlType, GgufFile, _call
-from ipex_llm.library import _ops
+from ipex_llm.library import operators
 from ipex_llm.tensor import LowBitTensor
 
 __all__ = ["save_gguf"]
@@ -179,7 +179,7 @@ class _Tensor:
     def blocks(self, who: str, weight: LowBitTensor) -> tuple[torch.Tensor, bool]:
         weight = weight.to("cpu")
         return _call(
-            who, _ops.ggml_unpack, weight.packed, *weight.numbers, self.order, self.type.number
+            who, operators.ggml_unpack, weight.packed, *weight.numbers, self.order, self.type.number
         )
 
 
