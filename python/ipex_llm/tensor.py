@@ -3,7 +3,7 @@
 It is a wrapper subclass with one inner tensor, `packed`. In eager mode torch functions come in
 through `__torch_function__`; torch.compile and torch.export trace it through
 `__tensor_flatten__` and `__torch_dispatch__`. What each function does with a low-bit argument is
-in consumers.py; modules that own low-bit weights are in owners.py.
+in consumers/; modules that own low-bit weights are in owners.py.
 
 Two rules keep it honest. It never changes in place: a fallback would change a temporary copy and
 lose the result without a word, so every mutation raises. And it never requires grad.
@@ -27,7 +27,7 @@ _no_function = torch._C.DisableTorchFunctionSubclass
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = torch.compiler.is_exporting
 
-# Filled by consumers.py. Function: torch function -> handler(func, args, kwargs). Dispatch: aten
+# Filled by consumers/. Function: torch function -> handler(func, args, kwargs). Dispatch: aten
 # overload -> handler(func, args, kwargs). Passed: functions that read metadata only.
 FUNCTIONS: dict[Callable, Callable] = {}
 DISPATCH: dict[Any, Callable] = {}
