@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ipex_llm.layers import Mixin
-from ipex_llm.tensor import swap_class
+from ipex_llm.owners import swap_class
 
 # Modules of torch itself that cannot reach a batched product: no need to wrap their calls.
 _LEAVES = (

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ipex_llm.layers import Mixin
-from ipex_llm.tensor import LowBitTensor, install, swap_class
+from ipex_llm.owners import install, swap_class
+from ipex_llm.tensor import LowBitTensor
 
 
 def keep_embeddings(model: nn.Module, keep_out: set[int] = frozenset()) -> int:

@@ -21,8 +21,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ipex_llm import ops, usage
-from ipex_llm.owners import _swap_of, original_class, rebuild_owner
-from ipex_llm.tensor import LowBitTensor, swap_class
+from ipex_llm.owners import _swap_of, original_class, rebuild_owner, swap_class
+from ipex_llm.tensor import LowBitTensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from ipex_llm import arguments, convert, hugging_face, layers, ops
 from ipex_llm.arguments import Options
 from ipex_llm.low_memory import low_memory_init
+from ipex_llm.owners import swap_class
 from ipex_llm.save import load_low_bit, save_low_bit
-from ipex_llm.tensor import lowbit_parameters, swap_class
+from ipex_llm.tensor import lowbit_parameters
 
 __all__ = ["load_low_bit", "low_memory_init", "optimize_model"]
 

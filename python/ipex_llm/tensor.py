@@ -21,7 +21,7 @@ from .formats import FORMATS, canonical_name, default_group_size, tiles_shape
 
 __all__ = ["LowBitTensor", "lowbit_parameters"]
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 _no_function = torch._C.DisableTorchFunctionSubclass
 _is_compiling = torch.compiler.is_compiling
@@ -34,7 +34,7 @@ DISPATCH: dict[Any, Callable] = {}
 PASSED: set[Callable] = set()
 
 # Attributes that make a LowBitTensor; whatever else is in its __dict__ was put there by others.
-_OWN = (
+OWN_ATTRIBUTES = (
     "packed",
     "low_bit",
     "group_size",
@@ -93,7 +93,7 @@ class LowBitTensor(torch.Tensor):
         **attributes: Any,
     ) -> "LowBitTensor":
         if requires_grad:
-            raise ValueError(_FROZEN)
+            raise ValueError(CANNOT_REQUIRE_GRAD)
         if isinstance(packed, LowBitTensor):
             # accelerate re-wraps parameters as type(param)(tensor, requires_grad=..., **__dict__).
             self = packed._like(packed.packed)
@@ -165,7 +165,7 @@ class LowBitTensor(torch.Tensor):
             raise TypeError(
                 f"LowBitTensor.quantize: weight must be a tensor, got {type(weight).__name__}"
             )
-        if weight.dtype not in _FLOAT_DTYPES:
+        if weight.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 "LowBitTensor.quantize: weight must be float32, float16, bfloat16 or float64, "
                 f"got {weight.dtype}"
@@ -215,7 +215,7 @@ class LowBitTensor(torch.Tensor):
         `exponent` multiplies all by 2^exponent; with `transposed`, or another `shape`, the logical
         tensor is the transpose or a reshape of what the codes are; `dtype` is its logical type.
         """
-        if dtype not in _FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise TypeError(
                 "LowBitTensor.from_codes: dtype must be float32, float16, bfloat16 or float64, "
                 f"got {dtype}"
@@ -285,7 +285,7 @@ class LowBitTensor(torch.Tensor):
         self, dtype: torch.dtype, device: torch.device, copy: bool = False
     ) -> "LowBitTensor":
         """This tensor with another logical dtype or on another device."""
-        if dtype not in _FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise TypeError(
                 "a low-bit weight can be float32, float16, bfloat16 or float64 to its users, "
                 f"not {dtype}; dequantize() gives a plain tensor"
@@ -310,7 +310,7 @@ class LowBitTensor(torch.Tensor):
         """
         with _no_function(), torch.inference_mode(False), torch.no_grad():
             torch.Tensor.data.__set__(self, other)
-        for name in _OWN[:-2]:
+        for name in OWN_ATTRIBUTES[:-2]:
             setattr(self, name, getattr(other, name))
 
     def _is_reshaped(self) -> bool:
@@ -391,7 +391,7 @@ class LowBitTensor(torch.Tensor):
             copied._is_param = True
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            if name not in _OWN:
+            if name not in OWN_ATTRIBUTES:
                 copied.__dict__[name] = copy.deepcopy(value, memo)
         return copied
 
@@ -413,10 +413,10 @@ class LowBitTensor(torch.Tensor):
 
 def _refuse_grad(flag: bool) -> None:
     if flag:
-        raise RuntimeError(_FROZEN)
+        raise RuntimeError(CANNOT_REQUIRE_GRAD)
 
 
-_FROZEN = (
+CANNOT_REQUIRE_GRAD = (
     "a low-bit weight cannot require grad: its codes have no gradient. Train adapters (LoRA) on "
     "top of it, or dequantize() the weight and train the copy"
 )
@@ -465,9 +465,3 @@ def lowbit_parameters(model: torch.nn.Module, remove_duplicate: bool = True):
     for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
         if isinstance(parameter, LowBitTensor):
             yield name, parameter
-
-
-from . import consumers as _consumers  # noqa: E402, F401  (fills the tables above; needs the class)
-from .owners import install, swap_class  # noqa: E402
-
-__all__ += ["install", "swap_class"]

@@ -23,7 +23,7 @@ import types
 import torch
 from torch import nn
 
-from ipex_llm.owners import _swap_of
+from ipex_llm.owners import unswapped
 
 # Where a call's argument is a matrix: function name -> {argument position: transposed}. transposed
 # means that the product runs over dimension -2 of the argument (x @ w), not over -1 (F.linear).
@@ -122,11 +122,6 @@ class Uses:
         return True
 
 
-def _source_class(cls: type) -> type:
-    """The class as its author wrote it: a swapped one has no source of its own."""
-    return _swap_of.get(cls, (cls, ()))[0]
-
-
 def _resolve(module: nn.Module, path: tuple[str, ...]) -> list[torch.Tensor]:
     """The parameters that self.a.b.w means in `module`; '*' stands for any index."""
     places: list = [module]
@@ -160,7 +155,7 @@ def _of_instance(module: nn.Module, use: Use) -> Use:
 
 def why_unused(module: nn.Module) -> str:
     """Why nothing is known of how `module` uses a parameter of its own."""
-    cls = _source_class(type(module))
+    cls = unswapped(type(module))
     if _is_torchs(cls):
         hooked = module._forward_pre_hooks
         if hooked:
@@ -183,8 +178,8 @@ def _uses_in_hooks(module: nn.Module) -> list[tuple[tuple[str, ...], Use]]:
             continue
         names = list(inspect.signature(hook).parameters)
         if names:
-            children = {n: _source_class(type(m)) for n, m in module._modules.items() if m}
-            reader = _Reader(_source_class(type(module)), children)
+            children = {n: unswapped(type(m)) for n, m in module._modules.items() if m}
+            reader = _Reader(unswapped(type(module)), children)
             reader.read(function, {names[0]: _Ref(())}, depth=0)
             # Products in a hook are beside the module's own: only what forbids packing counts.
             found += [(path, use) for path, use in reader.found if use.kind in ("write", "address")]
@@ -199,10 +194,8 @@ def uses_in_module(module: nn.Module) -> tuple[tuple[tuple[str, ...], Use], ...]
 
     The source of a class is read once per set of classes that its children have.
     """
-    children = tuple(
-        (n, _source_class(type(m))) for n, m in module._modules.items() if m is not None
-    )
-    return _uses_in_class(_source_class(type(module)), children)
+    children = tuple((n, unswapped(type(m))) for n, m in module._modules.items() if m is not None)
+    return _uses_in_class(unswapped(type(module)), children)
 
 
 @functools.lru_cache(maxsize=4096)

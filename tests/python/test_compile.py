@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ipex_llm import LowBitTensor, formats, set_activation_precision
-from ipex_llm.tensor import install
+from ipex_llm.owners import install
 
 IDS = torch.tensor([[3, 7, 11, 0], [1, 1, 2, 90]])
 

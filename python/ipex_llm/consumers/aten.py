@@ -6,9 +6,9 @@ from torch.utils._pytree import tree_map_only
 from ipex_llm import ops
 from ipex_llm.tensor import LowBitTensor
 
-from .conversions import _copy
-from .dense import _IN_PLACE, _INSTALL_HINT, _contains_lowbit
-from .packed import _batched, _is_matrix, _select, _swapped, linear, matmul
+from .conversions import copy_into
+from .dense import changes_in_place, contains_low_bit
+from .packed import batched, is_matrix, linear, matmul, select_matrices, transposed_view
 from .register import dispatch
 
 aten = torch.ops.aten
@@ -23,9 +23,9 @@ def _d_fallback(func, args, kwargs):
             if (
                 argument.alias_info is not None
                 and argument.alias_info.is_write
-                and _contains_lowbit(value)
+                and contains_low_bit(value)
             ):
-                raise RuntimeError(_IN_PLACE.format(name=str(func)) + _INSTALL_HINT)
+                raise changes_in_place(str(func))
     args, kwargs = tree_map_only(LowBitTensor, lambda w: w.dequantize(), (args, kwargs))
     return func(*args, **kwargs)
 
@@ -51,7 +51,7 @@ def _d_to_copy(func, args, kwargs):
 
 @dispatch(aten.copy_.default)
 def _d_copy(func, args, kwargs):
-    return _copy(*args[:2])
+    return copy_into(*args[:2])
 
 
 @dispatch(aten.t.default)
@@ -78,14 +78,14 @@ def _d_permute(func, args, kwargs):
 
 
 def _swapped_or_dense(func, args, kwargs):
-    view = _swapped(args[0])
+    view = transposed_view(args[0])
     return _d_fallback(func, args, kwargs) if view is None else view
 
 
 @dispatch(aten.select.int)
 def _d_select(func, args, kwargs):
     w, dim, index = args
-    view = _select(w, index) if dim in (0, -len(w.shape)) else None
+    view = select_matrices(w, index) if dim in (0, -len(w.shape)) else None
     return _d_fallback(func, args, kwargs) if view is None else view
 
 
@@ -93,12 +93,12 @@ def _d_select(func, args, kwargs):
 def _d_mm(func, args, kwargs):
     x, w = args
     if isinstance(w, LowBitTensor) and not isinstance(x, LowBitTensor):
-        if _is_matrix(w):
+        if is_matrix(w):
             return matmul(x, w)
-        out = _batched(x, w, columns=True)
+        out = batched(x, w, columns=True)
         if out is not None:
             return out
-    elif _is_matrix(x) and not isinstance(w, LowBitTensor):
+    elif is_matrix(x) and not isinstance(w, LowBitTensor):
         return linear(w, x) if w.dim() == 1 else linear(w.mT, x).mT
     return _d_fallback(func, args, kwargs)
 
@@ -108,7 +108,7 @@ def _d_addmm(func, args, kwargs):
     bias, x, w = args
     if (
         not kwargs
-        and _is_matrix(w)
+        and is_matrix(w)
         and not isinstance(x, LowBitTensor)
         and not isinstance(bias, LowBitTensor)
     ):

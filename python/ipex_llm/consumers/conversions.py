@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import torch
 
-from ipex_llm.tensor import _FROZEN, LowBitTensor
+from ipex_llm.tensor import CANNOT_REQUIRE_GRAD, LowBitTensor
 
-from .dense import _IN_PLACE, _INSTALL_HINT, _fallback
-from .register import _named, function
+from .dense import changes_in_place, fallback
+from .register import function, named
 
 Tensor = torch.Tensor
 _no_function = torch._C.DisableTorchFunctionSubclass
@@ -41,7 +41,7 @@ def _f_to(func, args, kwargs):
     if not isinstance(probe, Tensor):
         return probe  # w.type() is a text
     if not probe.is_floating_point():
-        return _fallback(func, args, kwargs)
+        return fallback(func, args, kwargs)
     copied = kwargs.get("copy", False)
     if probe.dtype == w.dtype and probe.device == w.device and not copied:
         return w
@@ -73,7 +73,7 @@ def _f_empty_like(func, args, kwargs):
     w, *rest = args
     probe = func(_probe(w, (0,) * len(w.shape)), *rest, **kwargs)
     if not probe.is_floating_point() or probe.requires_grad:
-        return _fallback(func, args, kwargs)
+        return fallback(func, args, kwargs)
     return w._like(torch.empty_like(w.packed, device=probe.device), dtype=probe.dtype)
 
 
@@ -85,16 +85,16 @@ def _f_pin_memory(func, args, kwargs):
 
 @function(Tensor.requires_grad_)
 def _f_requires_grad_(func, args, kwargs):
-    w, flag = _named(args, kwargs, ("self",), ("requires_grad",))
+    w, flag = named(args, kwargs, ("self",), ("requires_grad",))
     if flag is None or flag:
-        raise RuntimeError(_FROZEN)
+        raise RuntimeError(CANNOT_REQUIRE_GRAD)
     return w
 
 
 @function(Tensor.requires_grad.__set__)
 def _f_requires_grad_set(func, args, kwargs):
     if args[1]:
-        raise RuntimeError(_FROZEN)
+        raise RuntimeError(CANNOT_REQUIRE_GRAD)
 
 
 @function(Tensor.data.__set__)
@@ -105,7 +105,7 @@ def _f_data_set(func, args, kwargs):
             func(w, value.dequantize())
         return
     if not isinstance(value, LowBitTensor):
-        raise RuntimeError(_IN_PLACE.format(name=".data =") + _INSTALL_HINT)
+        raise changes_in_place(".data =")
     if value.shape != w.shape:
         raise ValueError(
             f".data = of a low-bit weight of shape {tuple(w.shape)} got one of {tuple(value.shape)}"
@@ -115,17 +115,17 @@ def _f_data_set(func, args, kwargs):
 
 @function(Tensor.copy_)
 def _f_copy_(func, args, kwargs):
-    target, source = _named(args, kwargs, ("self",), ("src", "other"))
-    return _copy(target, source)
+    target, source = named(args, kwargs, ("self",), ("src", "other"))
+    return copy_into(target, source)
 
 
-def _copy(target: Tensor, source: Tensor) -> Tensor:
+def copy_into(target: Tensor, source: Tensor) -> Tensor:
     if not isinstance(target, LowBitTensor):
         return target.copy_(source.dequantize(target.dtype if target.is_floating_point() else None))
     if target.packed.is_meta:
         return target  # as with plain tensors: a meta tensor takes no values
     if not isinstance(source, LowBitTensor):
-        raise RuntimeError(_IN_PLACE.format(name="copy_") + _INSTALL_HINT)
+        raise changes_in_place("copy_")
     ours = (
         target.low_bit,
         target.group_size,

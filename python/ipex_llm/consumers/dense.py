@@ -12,26 +12,30 @@ Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
 
 
-# A RuntimeError: w += 1 takes a TypeError for "not implemented" and quietly goes on with w + 1.
-_IN_PLACE = "{name} would change a low-bit weight in place, which it cannot represent. "
-_INSTALL_HINT = (
-    "To load float weights, load them before optimize_model; to edit one, take dequantize(), edit "
-    "that, and set it as a new parameter"
-)
+def changes_in_place(name: str) -> RuntimeError:
+    """The error for function `name`, which would change a low-bit weight.
+
+    Not a TypeError: w += 1 takes that for "not implemented" and quietly goes on with w + 1.
+    """
+    return RuntimeError(
+        f"{name} would change a low-bit weight in place, which it cannot represent. To load float "
+        "weights, load them before optimize_model; to edit one, take dequantize(), edit that, and "
+        "set it as a new parameter"
+    )
 
 
-def _contains_lowbit(tree: Any) -> bool:
+def contains_low_bit(tree: Any) -> bool:
     return tree_any(lambda leaf: isinstance(leaf, LowBitTensor), tree)
 
 
-def _fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
+def fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     """`func` on dequantized copies; raises if it changes one of them."""
     name = getattr(func, "__name__", str(func))
     mutates = (name.endswith("_") and not name.endswith("__")) or name in _MUTATING_DUNDERS
     # What a function that changes something changes: its first argument (for _foreach_* a list),
     # and `out`.
-    if (mutates and args and _contains_lowbit(args[0])) or _contains_lowbit(kwargs.get("out")):
-        raise RuntimeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
+    if (mutates and args and contains_low_bit(args[0])) or contains_low_bit(kwargs.get("out")):
+        raise changes_in_place(name)
 
     copies: list[tuple[Tensor, int]] = []
 
@@ -46,7 +50,7 @@ def _fallback(func: Callable, args: tuple, kwargs: dict) -> Any:
     out = func(*args, **kwargs)
     # Names do not say everything (relu(w, inplace=True)); the version counter does.
     if not _is_compiling() and any(copy._version != made for copy, made in copies):
-        raise RuntimeError(_IN_PLACE.format(name=name) + _INSTALL_HINT)
+        raise changes_in_place(name)
     return out
 
 
@@ -57,4 +61,4 @@ _MUTATING_DUNDERS = frozenset(
         for op in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
     ]
 )
-FUNCTIONS[None] = _fallback
+FUNCTIONS[None] = fallback

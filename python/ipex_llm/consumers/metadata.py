@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ipex_llm.tensor import FUNCTIONS, PASSED, LowBitTensor
+from ipex_llm.tensor import PASSED, LowBitTensor
 
 from .register import function
 
@@ -74,4 +74,3 @@ PASSED.update(
     if hasattr(torch, name)
 )
 PASSED.add(Tensor.grad.__set__)
-PASSED -= set(FUNCTIONS)

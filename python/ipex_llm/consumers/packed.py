@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
 
 
-def _is_matrix(w: Any) -> bool:
+def is_matrix(w: Any) -> bool:
     return isinstance(w, LowBitTensor) and len(w.stored_shape) == 2 and not w._is_reshaped()
 
 
@@ -20,7 +20,7 @@ def linear(x: Tensor, w: LowBitTensor, bias: Tensor | None = None) -> Tensor:
     """x @ w.mT + bias for a low-bit matrix."""
     if w.direct:
         return ops.linear(x, w.packed, bias, *w.numbers)
-    if _is_matrix(w):  # transposed: the sum runs over the rows of what is stored
+    if is_matrix(w):  # transposed: the sum runs over the rows of what is stored
         out = _times_stored(x, w)
         return out if bias is None else out + bias
     return F.linear(x, w.dequantize(), bias)
@@ -61,7 +61,7 @@ class _TimesStored(torch.autograd.Function):
         return ops.linear(grad, packed, None, *ctx.numbers), None, None
 
 
-def _batched(x: Tensor, w: LowBitTensor, columns: bool) -> Tensor | None:
+def batched(x: Tensor, w: LowBitTensor, columns: bool) -> Tensor | None:
     """x [e, m, *] times each matrix of w [e, *, *] (each one's mT, unless `columns`).
 
     None if the shapes are not those, or if dequantizing is as good.
@@ -83,14 +83,14 @@ def _batched(x: Tensor, w: LowBitTensor, columns: bool) -> Tensor | None:
     return torch.stack(parts) if parts else x.new_empty((0, x.shape[1], w.stored_shape[1]))
 
 
-def _swapped(w: LowBitTensor) -> LowBitTensor | None:
+def transposed_view(w: LowBitTensor) -> LowBitTensor | None:
     """w.mT over the same bytes."""
     if w._is_reshaped():
         return None
     return w._like(w.packed, transposed=not w.transposed)
 
 
-def _select(w: LowBitTensor, index: Any) -> LowBitTensor | None:
+def select_matrices(w: LowBitTensor, index: Any) -> LowBitTensor | None:
     """w[index] where that keeps whole matrices: an integer, a slice, integers in a tensor."""
     if len(w.stored_shape) < 3 or w._is_reshaped():
         return None
@@ -121,7 +121,7 @@ def _select(w: LowBitTensor, index: Any) -> LowBitTensor | None:
     return w._like(w.packed[position * tiles : (position + 1) * tiles], stored_shape=tuple(rest))
 
 
-def _rows(w: LowBitTensor, start: int, stop: int) -> LowBitTensor | None:
+def select_rows(w: LowBitTensor, start: int, stop: int) -> LowBitTensor | None:
     """Rows start:stop of a matrix if they are whole tiles: a fused projection taken apart."""
     if not w.direct or start % 16 or (stop % 16 and stop != w.stored_shape[0]) or stop <= start:
         return None

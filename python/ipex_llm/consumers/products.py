@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from ipex_llm import ops
 from ipex_llm.tensor import FUNCTIONS, LowBitTensor
 
-from .dense import _fallback
-from .packed import _batched, _is_matrix, linear, matmul
-from .register import _named, function
+from .dense import fallback
+from .packed import batched, is_matrix, linear, matmul
+from .register import function, named
 
 Tensor = torch.Tensor
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
@@ -34,7 +34,7 @@ def _linear_arguments(input, weight, bias=None):
         if isinstance(bias, LowBitTensor):
             bias = bias.dequantize()
         return linear(input, weight, bias)
-    return _fallback(F.linear, (input, weight, bias), {})
+    return fallback(F.linear, (input, weight, bias), {})
 
 
 @function(F.embedding)
@@ -57,7 +57,7 @@ def _embedding_arguments(
             "apply it before optimize_model"
         )
     if not isinstance(weight, LowBitTensor):
-        return _fallback(
+        return fallback(
             F.embedding,
             (input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse),
             {},
@@ -75,9 +75,9 @@ def _multiply(x: Any, w: Any, func: Callable, args: tuple, kwargs: dict) -> Tens
         and isinstance(x, Tensor)
         and not isinstance(x, LowBitTensor)
     ):
-        if x.dim() >= 1 and _is_matrix(w) and x.shape[-1] == w.shape[0]:
+        if x.dim() >= 1 and is_matrix(w) and x.shape[-1] == w.shape[0]:
             return matmul(x, w)
-        out = _batched(x, w, columns=True)
+        out = batched(x, w, columns=True)
         if out is not None:
             return out
     if (
@@ -87,11 +87,11 @@ def _multiply(x: Any, w: Any, func: Callable, args: tuple, kwargs: dict) -> Tens
         and not isinstance(w, LowBitTensor)
     ):
         # w @ x = (x.T @ w.T).T, so that the packed matrix is on the right.
-        if _is_matrix(x) and x.shape[1] == w.shape[0] and w.dim() in (1, 2):
+        if is_matrix(x) and x.shape[1] == w.shape[0] and w.dim() in (1, 2):
             right = w if w.dim() == 1 else w.mT
             out = linear(right, x)
             return out if w.dim() == 1 else out.mT
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(
@@ -101,9 +101,9 @@ def _multiply(x: Any, w: Any, func: Callable, args: tuple, kwargs: dict) -> Tens
 def _f_matmul(func, args, kwargs):
     if len(args) == 2:
         return _multiply(*args, func, args, kwargs)
-    x, w = _named(args, kwargs, ("input", "self"), ("other", "mat2", "vec", "tensor2"))
+    x, w = named(args, kwargs, ("input", "self"), ("other", "mat2", "vec", "tensor2"))
     if x is None or w is None or "out" in kwargs:
-        return _fallback(func, args, kwargs)
+        return fallback(func, args, kwargs)
     return _multiply(x, w, func, (x, w), {})
 
 
@@ -118,7 +118,7 @@ def _f_addmm(func, args, kwargs):
     if len(args) == 3 and not kwargs:
         bias, x, w = args
         if (
-            _is_matrix(w)
+            is_matrix(w)
             and w.transposed
             and not isinstance(x, LowBitTensor)
             and isinstance(bias, Tensor)
@@ -126,24 +126,24 @@ def _f_addmm(func, args, kwargs):
             if x.dim() == 2 and bias.shape == w.shape[-1:]:
                 return ops.linear(x, w.packed, bias, *w.numbers)
             return bias + matmul(x, w)
-        if _is_matrix(w) and not isinstance(x, LowBitTensor) and isinstance(bias, Tensor):
+        if is_matrix(w) and not isinstance(x, LowBitTensor) and isinstance(bias, Tensor):
             return bias + matmul(x, w)
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(torch.baddbmm, Tensor.baddbmm)
 def _f_baddbmm(func, args, kwargs):
     if len(args) == 3 and not kwargs and isinstance(args[2], LowBitTensor):
-        out = _batched(args[1], args[2], columns=True)
+        out = batched(args[1], args[2], columns=True)
         if out is not None:
             return args[0] + out
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(torch.einsum)
 def _f_einsum(func, args, kwargs):
     out = _einsum(*args, **kwargs)
-    return _fallback(func, args, kwargs) if out is None else out
+    return fallback(func, args, kwargs) if out is None else out
 
 
 def _einsum(equation, *operands) -> Tensor | None:
@@ -185,7 +185,7 @@ def _einsum(equation, *operands) -> Tensor | None:
     elif w.dim() == 3 and new[0] in kept and new[1] not in kept and "..." not in kept:
         order = new[0] + kept.replace(new[0], "")
         x = torch.einsum(f"{kept}{summed}->{order}{summed}", x)
-        product = _batched(x.reshape(len(x), -1, x.shape[-1]), w, columns=w.transposed)
+        product = batched(x.reshape(len(x), -1, x.shape[-1]), w, columns=w.transposed)
         if product is not None:
             product = product.reshape(*x.shape[:-1], product.shape[-1])
         kept, new = order, new[1]
@@ -233,7 +233,7 @@ def _grouped_mm_arguments(func, mat_a, mat_b, offs=None, bias=None, out_dtype=No
     elif usable:
         usable = offs.device.type == "cpu"  # elsewhere reading it would stall the device
     if not usable:
-        return _fallback(
+        return fallback(
             func, (mat_a, mat_b), {"offs": offs, "bias": bias, "out_dtype": out_dtype, **kwargs}
         )
     if mat_b.packed.device.type == "cuda":

@@ -25,7 +25,7 @@ def dispatch(*overloads: Any) -> Callable:
     return _on(DISPATCH, *overloads)
 
 
-def _named(args: tuple, kwargs: dict, *names: tuple[str, ...]) -> list:
+def named(args: tuple, kwargs: dict, *names: tuple[str, ...]) -> list:
     """Arguments by position, else by any of their names."""
     values = list(args)
     for aliases in names[len(args) :]:

@@ -7,9 +7,9 @@ import torch
 from ipex_llm import ops
 from ipex_llm.tensor import LowBitTensor
 
-from .dense import _fallback
-from .packed import _rows, _select, _swapped
-from .register import _named, function
+from .dense import fallback
+from .packed import select_matrices, select_rows, transposed_view
+from .register import function, named
 
 Tensor = torch.Tensor
 _is_compiling = torch.compiler.is_compiling
@@ -18,14 +18,14 @@ _is_compiling = torch.compiler.is_compiling
 @function(Tensor.t, torch.t, Tensor.T.__get__)
 def _f_t(func, args, kwargs):
     (w,) = args
-    view = _swapped(w) if len(w.stored_shape) == 2 else None
-    return view if view is not None else _fallback(func, args, kwargs)
+    view = transposed_view(w) if len(w.stored_shape) == 2 else None
+    return view if view is not None else fallback(func, args, kwargs)
 
 
 @function(Tensor.mT.__get__, Tensor.adjoint, torch.adjoint, Tensor.mH.__get__)
 def _f_mt(func, args, kwargs):
-    view = _swapped(args[0])
-    return view if view is not None else _fallback(func, args, kwargs)
+    view = transposed_view(args[0])
+    return view if view is not None else fallback(func, args, kwargs)
 
 
 @function(
@@ -37,17 +37,17 @@ def _f_mt(func, args, kwargs):
     torch.swapdims,
 )
 def _f_transpose(func, args, kwargs):
-    w, dim0, dim1 = _named(args, kwargs, ("input", "self"), ("dim0", "axis0"), ("dim1", "axis1"))
+    w, dim0, dim1 = named(args, kwargs, ("input", "self"), ("dim0", "axis0"), ("dim1", "axis1"))
     rank = len(w.shape)
     if (
         isinstance(dim0, int)
         and isinstance(dim1, int)
         and {dim0 % rank, dim1 % rank} == {rank - 1, rank - 2}
     ):
-        view = _swapped(w)
+        view = transposed_view(w)
         if view is not None:
             return view
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(Tensor.permute, torch.permute)
@@ -59,10 +59,10 @@ def _f_permute(func, args, kwargs):
     rank = len(w.shape)
     swapped = [*range(rank - 2), rank - 1, rank - 2]
     if all(isinstance(d, int) for d in dims) and [d % rank for d in dims] == swapped:
-        view = _swapped(w)
+        view = transposed_view(w)
         if view is not None:
             return view
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(Tensor.__getitem__)
@@ -72,7 +72,7 @@ def _f_getitem(func, args, kwargs):
         view = _indexed(w, index)
         if view is not None:
             return view
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 def _indexed(w: LowBitTensor, index: Any) -> Tensor | None:
@@ -84,15 +84,15 @@ def _indexed(w: LowBitTensor, index: Any) -> Tensor | None:
         elif len(index) == 1:
             index = index[0]
         elif index and isinstance(index[0], int) and len(w.stored_shape) > 2:
-            first = _select(w, index[0])  # w[e, rows, ...]: only that matrix is dequantized
+            first = select_matrices(w, index[0])  # w[e, rows, ...]: only that matrix is dequantized
             return None if first is None else first[index[1:]]
         else:
             return None
     if len(w.stored_shape) > 2:
-        return _select(w, index)
+        return select_matrices(w, index)
     if isinstance(index, slice):
         start, stop, step = index.indices(w.shape[0])
-        return _rows(w, start, stop) if step == 1 else None
+        return select_rows(w, start, stop) if step == 1 else None
     if w.direct and isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32):
         negative = index < 0
         if not _is_compiling() and bool(negative.any()):
@@ -106,46 +106,46 @@ def _indexed(w: LowBitTensor, index: Any) -> Tensor | None:
 
 @function(Tensor.select, torch.select)
 def _f_select(func, args, kwargs):
-    w, dim, index = _named(args, kwargs, ("input", "self"), ("dim",), ("index",))
+    w, dim, index = named(args, kwargs, ("input", "self"), ("dim",), ("index",))
     if dim in (0, -len(w.shape)):
-        view = _select(w, index)
+        view = select_matrices(w, index)
         if view is not None:
             return view
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(Tensor.index_select, torch.index_select)
 def _f_index_select(func, args, kwargs):
-    w, dim, index = _named(args, kwargs, ("input", "self"), ("dim",), ("index",))
+    w, dim, index = named(args, kwargs, ("input", "self"), ("dim",), ("index",))
     if isinstance(w, LowBitTensor) and "out" not in kwargs and dim in (0, -len(w.shape)):
         picked = _indexed(w, index if index.dim() else index.reshape(1))
         if picked is not None:
             return picked
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(Tensor.unbind, torch.unbind, Tensor.__iter__)
 def _f_unbind(func, args, kwargs):
-    w, dim = _named(args, kwargs, ("input", "self"), ("dim",))
+    w, dim = named(args, kwargs, ("input", "self"), ("dim",))
     if dim in (None, 0, -len(w.shape)) and len(w.stored_shape) > 2 and not w._is_reshaped():
-        parts = tuple(_select(w, i) for i in range(w.stored_shape[0]))
+        parts = tuple(select_matrices(w, i) for i in range(w.stored_shape[0]))
         return iter(parts) if func is Tensor.__iter__ else parts
-    return _fallback(func, args, kwargs)
+    return fallback(func, args, kwargs)
 
 
 @function(Tensor.chunk, torch.chunk)
 def _f_chunk(func, args, kwargs):
-    w, chunks, dim = _named(args, kwargs, ("input", "self"), ("chunks",), ("dim",))
+    w, chunks, dim = named(args, kwargs, ("input", "self"), ("chunks",), ("dim",))
     size = -(-w.shape[0] // chunks)
-    return _split(w, [size], dim or 0) or _fallback(func, args, kwargs)
+    return _split(w, [size], dim or 0) or fallback(func, args, kwargs)
 
 
 @function(Tensor.split, torch.split, Tensor.split_with_sizes, torch.split_with_sizes)
 def _f_split(func, args, kwargs):
     names = ("split_size_or_sections", "split_size", "split_sizes")
-    w, sizes, dim = _named(args, kwargs, ("tensor", "input", "self"), names, ("dim",))
+    w, sizes, dim = named(args, kwargs, ("tensor", "input", "self"), names, ("dim",))
     sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-    return _split(w, sizes, dim or 0) or _fallback(func, args, kwargs)
+    return _split(w, sizes, dim or 0) or fallback(func, args, kwargs)
 
 
 def _split(w: LowBitTensor, sizes: list[int], dim: int) -> tuple[LowBitTensor, ...] | None:
@@ -160,7 +160,8 @@ def _split(w: LowBitTensor, sizes: list[int], dim: int) -> tuple[LowBitTensor, .
     parts, start = [], 0
     for size in sizes:
         stop = start + size
-        part = _rows(w, start, stop) if len(w.stored_shape) == 2 else _select(w, slice(start, stop))
+        is_rows = len(w.stored_shape) == 2
+        part = select_rows(w, start, stop) if is_rows else select_matrices(w, slice(start, stop))
         if part is None:
             return None
         parts.append(part)

@@ -17,7 +17,7 @@ from ipex_llm.fuse.prove import Step, hidden_name, named
 from ipex_llm.fuse.recognise import Unrecognised
 from ipex_llm.fuse.state import STATE
 from ipex_llm.layers import Mixin
-from ipex_llm.tensor import swap_class
+from ipex_llm.owners import swap_class
 
 _WAITING = "_lowbit_waiting"
 _PROBE_TOKENS = (5, 1, 1)
