@@ -18,7 +18,6 @@ from ipex_llm.fuse.attention import bias_for
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.describe import Unfit
 from ipex_llm.fuse.state import STATE, State, local
-from ipex_llm.layers import Mixin
 from ipex_llm.library import operators
 from ipex_llm.precision import current
 
@@ -35,7 +34,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
 
-class Fused(Mixin):
+class Fused:
     """Mixin of modules whose forward the operators serve."""
 
     def forward(self, *args, **kwargs):

@@ -12,7 +12,6 @@ from ipex_llm.fuse import cache as caches
 from ipex_llm.fuse import collecting
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.state import STATE, State, local
-from ipex_llm.layers import Mixin
 from ipex_llm.library import operators
 from ipex_llm.precision import current
 
@@ -144,7 +143,7 @@ class Stack:
         return out
 
 
-class RunsBlocks(Mixin):
+class RunsBlocks:
     """Mixin of the list of blocks: iterating over it ends when the first block has run them all.
 
     Thirty calls that hand on a tensor cost a third of a millisecond.
@@ -178,7 +177,7 @@ def _until_served(blocks: list[nn.Module]):
             return
 
 
-class RunsStack(Mixin):
+class RunsStack:
     """Mixin of the module that owns the list of blocks, all fused and proved as a stack."""
 
     def __call__(self, *args, **kwargs):
