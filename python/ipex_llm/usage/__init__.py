@@ -22,8 +22,8 @@ from torch import nn
 
 from ipex_llm.owners import unswapped
 
-from .functions import _autograd_reason, _is_autograd_function, _is_torchs, _method, _parse
-from .reader import Use, _Reader, _Ref, _uses_in_class
+from .functions import autograd_reason, is_autograd_function, is_torchs, method_of, parse
+from .reader import Found, Use, uses_in_class, uses_in_function
 
 
 class Uses:
@@ -39,7 +39,7 @@ class Uses:
             for path, use in _uses_in_hooks(module):
                 for parameter in _resolve(module, path):
                     self._found.setdefault(id(parameter), []).append(use)
-            if self._note_adapters(module) or _is_torchs(type(module)):
+            if self._note_adapters(module) or is_torchs(type(module)):
                 continue
             for path, use in uses_in_module(module):
                 use = _of_instance(module, use)
@@ -100,23 +100,23 @@ def _resolve(module: nn.Module, path: tuple[str, ...]) -> list[torch.Tensor]:
 def _of_instance(module: nn.Module, use: Use) -> Use:
     """`use`, seen on one module: `self.product = Product.apply` is an autograd function."""
     target = module.__dict__.get(use.called) if use.called else None
-    if not _is_autograd_function(target):
+    if not is_autograd_function(target):
         return use
-    return dataclasses.replace(use, kind="address", reason=_autograd_reason(target))
+    return dataclasses.replace(use, kind="address", reason=autograd_reason(target))
 
 
 def why_unused(module: nn.Module) -> str:
     """Why nothing is known of how `module` uses a parameter of its own."""
     cls = unswapped(type(module))
-    if _is_torchs(cls):
+    if is_torchs(cls):
         hooked = module._forward_pre_hooks
         if hooked:
             hook = next(iter(hooked.values()))
             name = getattr(hook, "__qualname__", type(hook).__name__)
             return f"a hook ({name}) computes with it before every call"
         return f"no use found in the code of {cls.__name__}"
-    forward = _method(cls, "forward")
-    if forward is not None and _parse(forward) is None:
+    forward = method_of(cls, "forward")
+    if forward is not None and parse(forward) is None:
         return f"the source of {cls.__name__}.forward is not available"
     return f"no use found in the code of {cls.__name__}"
 
@@ -126,22 +126,23 @@ def _uses_in_hooks(module: nn.Module) -> list[tuple[tuple[str, ...], Use]]:
     found = []
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         function = inspect.unwrap(getattr(hook, "__func__", hook))
-        if not isinstance(function, types.FunctionType) or _is_torchs(function):
+        if not isinstance(function, types.FunctionType) or is_torchs(function):
             continue
         names = list(inspect.signature(hook).parameters)
         if names:
-            children = {n: unswapped(type(m)) for n, m in module._modules.items() if m}
-            reader = _Reader(unswapped(type(module)), children)
-            reader.read(function, {names[0]: _Ref(())}, depth=0)
+            uses = uses_in_function(unswapped(type(module)), _children(module), function, names[0])
             # Products in a hook are beside the module's own: only what forbids packing counts.
-            found += [(path, use) for path, use in reader.found if use.kind in ("write", "address")]
+            found += [(path, use) for path, use in uses if use.kind in ("write", "address")]
     return found
 
 
-def uses_in_module(module: nn.Module) -> tuple[tuple[tuple[str, ...], Use], ...]:
+def uses_in_module(module: nn.Module) -> Found:
     """(path from self, use) of everything that the forward of `module` reaches.
 
     The source of a class is read once per set of classes that its children have.
     """
-    children = tuple((n, unswapped(type(m))) for n, m in module._modules.items() if m is not None)
-    return _uses_in_class(unswapped(type(module)), children)
+    return uses_in_class(unswapped(type(module)), _children(module))
+
+
+def _children(module: nn.Module) -> tuple[tuple[str, type], ...]:
+    return tuple((n, unswapped(type(m))) for n, m in module._modules.items() if m is not None)

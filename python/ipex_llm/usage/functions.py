@@ -11,22 +11,22 @@ import types
 import torch
 
 
-def _is_torchs(function) -> bool:
+def is_torchs(function) -> bool:
     """Written by torch: its source is not the model's, and its name says enough."""
     return (function.__module__ or "").startswith("torch.")
 
 
-def _autograd_reason(target) -> str:
+def autograd_reason(target) -> str:
     name = target.__self__.__name__
     return f"passed to the autograd function {name}, which may read its memory"
 
 
-def _is_autograd_function(target) -> bool:
+def is_autograd_function(target) -> bool:
     owner = getattr(target, "__self__", None)
     return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
 
 
-def _method(cls: type, name: str):
+def method_of(cls: type, name: str):
     """The function that self.name() runs, without decorators that keep the original."""
     for base in cls.__mro__:
         value = base.__dict__.get(name)
@@ -40,7 +40,7 @@ def _method(cls: type, name: str):
 
 
 @functools.cache
-def _parse(function):
+def parse(function):
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, IndentationError):

@@ -12,15 +12,15 @@ import functools
 import inspect
 import types
 
-from .functions import _autograd_reason, _is_autograd_function, _is_torchs, _method, _parse
+from .functions import autograd_reason, is_autograd_function, is_torchs, method_of, parse
 from .names import (
-    _ADDRESSES,
-    _CONVOLUTIONS,
-    _ELEMENTWISE_METHODS,
-    _METADATA,
-    _METHOD_PRODUCTS,
-    _PRODUCTS,
-    _SAME,
+    ADDRESSES,
+    CONVOLUTIONS,
+    ELEMENTWISE_METHODS,
+    METADATA,
+    METHOD_PRODUCTS,
+    PRODUCTS,
+    SAME,
 )
 
 # What a model runs besides forward when it is called.
@@ -42,15 +42,28 @@ class Use:
         return self.kind == "matrix"
 
 
+Found = tuple[tuple[tuple[str, ...], Use], ...]  # (path from self, use)
+
+
 @functools.lru_cache(maxsize=4096)
-def _uses_in_class(cls: type, children: tuple) -> tuple[tuple[tuple[str, ...], Use], ...]:
+def uses_in_class(cls: type, children: tuple[tuple[str, type], ...]) -> Found:
+    """What calls of a module do, of class `cls` and with children of these classes."""
     reader = _Reader(cls, dict(children))
     for name in _ENTRY_POINTS:
-        function = _method(cls, name)
-        if function is not None and not _is_torchs(function):
+        function = method_of(cls, name)
+        if function is not None and not is_torchs(function):
             (first, *_) = [*inspect.signature(function).parameters, "self"]
             reader.read(function, {first: _Ref(())}, depth=0)
     return tuple(dict.fromkeys(reader.found))
+
+
+def uses_in_function(
+    cls: type, children: tuple[tuple[str, type], ...], function, argument: str
+) -> Found:
+    """What `function` does with a module of class `cls`, its argument of that name."""
+    reader = _Reader(cls, dict(children))
+    reader.read(function, {argument: _Ref(())}, depth=0)
+    return tuple(reader.found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +88,7 @@ class _Reader:
         if key in self._read or depth > _MAX_DEPTH:
             return ()
         self._read.add(key)
-        tree = _parse(function)
+        tree = parse(function)
         if tree is None:
             for ref in bound.values():
                 self.record(
@@ -226,7 +239,7 @@ class _Body(ast.NodeVisitor):
 
     def value_Attribute(self, node):
         refs = self.value(node.value)
-        if node.attr in _METADATA:
+        if node.attr in METADATA:
             return ()
         if node.attr in ("T", "mT", "H", "mH"):
             return tuple(dataclasses.replace(r, flipped=not r.flipped) for r in refs)
@@ -235,11 +248,11 @@ class _Body(ast.NodeVisitor):
         getter = inspect.getattr_static(self.reader.cls, node.attr, None)
         if isinstance(getter, property) and any(not ref.path for ref in refs):
             function = inspect.unwrap(getter.fget)
-            if _is_torchs(function):
+            if is_torchs(function):
                 return ()
             (first, *_) = inspect.signature(function).parameters
             return self.reader.read(function, {first: _Ref(())}, self.depth + 1)
-        if node.attr in _ADDRESSES:
+        if node.attr in ADDRESSES:
             for ref in refs:
                 self.reader.record(ref, "address", self._reads_address())
             return ()
@@ -312,19 +325,19 @@ class _Body(ast.NodeVisitor):
     def _method_of_parameter(self, node, refs):
         """self.w.method(...), or self.child(...) and self.child.method(...)."""
         name = node.func.attr
-        if name in _METADATA:
+        if name in METADATA:
             return ()
-        if name in _METHOD_PRODUCTS:
+        if name in METHOD_PRODUCTS:
             for ref in refs:
                 self.reader.record(ref, "matrix", _MATRIX_REASON, transposed=ref.flipped)
             for argument in node.args:
                 self.product(argument, transposed=True)
             return ()
-        if name in _ADDRESSES:
+        if name in ADDRESSES:
             for ref in refs:
                 self.reader.record(ref, "address", self._reads_address())
             return ()
-        if name in _SAME or name == "dequantize":
+        if name in SAME or name == "dequantize":
             for argument in node.args:
                 self.consume(argument)
             return refs
@@ -338,7 +351,7 @@ class _Body(ast.NodeVisitor):
         for argument in (*node.args, *(k.value for k in node.keywords)):
             self.consume(argument)
         for ref in refs:
-            if name in _ELEMENTWISE_METHODS:
+            if name in ELEMENTWISE_METHODS:
                 self.reader.record(ref, "value", _VALUE_REASON)
             elif name in ("items", "values", "get", "parameters"):
                 return _items(refs)
@@ -346,11 +359,11 @@ class _Body(ast.NodeVisitor):
 
     def _method_of_self(self, node):
         """self.method(...), or self.child(...)."""
-        function, first = _method(self.reader.cls, node.func.attr), _Ref(())
+        function, first = method_of(self.reader.cls, node.func.attr), _Ref(())
         if function is None and node.func.attr in self.reader.children:
-            function = _method(self.reader.children[node.func.attr], "forward")
+            function = method_of(self.reader.children[node.func.attr], "forward")
             first = _Ref((node.func.attr,))
-        if function is None or _is_torchs(function):
+        if function is None or is_torchs(function):
             called = node.func.attr
             for argument in (*node.args, *(k.value for k in node.keywords)):
                 for ref in self.value(argument):
@@ -365,11 +378,11 @@ class _Body(ast.NodeVisitor):
         if name == "einsum":
             self._einsum(node)
             return ()
-        if name in _PRODUCTS and not isinstance(target, types.FunctionType):
+        if name in PRODUCTS and not isinstance(target, types.FunctionType):
             return self._call_products(name, arguments)
-        if name in _PRODUCTS and _is_torchs(target):
+        if name in PRODUCTS and is_torchs(target):
             return self._call_products(name, arguments)
-        if name in _CONVOLUTIONS:
+        if name in CONVOLUTIONS:
             for place, argument in arguments:
                 for ref in self.value(argument):
                     kind = "unknown" if place in (1, "weight") else "value"
@@ -378,7 +391,7 @@ class _Body(ast.NodeVisitor):
         if name in ("transpose", "permute", "t", "swapaxes"):
             refs = self.value(node.args[0]) if node.args else ()
             return tuple(dataclasses.replace(r, flipped=not r.flipped) for r in refs)
-        if name in _SAME:
+        if name in SAME:
             return tuple(ref for _, argument in arguments for ref in self.value(argument))
         if name in ("isinstance", "hasattr", "type", "len", "id", "print", "getattr", "range"):
             return ()
@@ -390,11 +403,11 @@ class _Body(ast.NodeVisitor):
                     argument, "lookup" if place in (1, "weight") else "value", "a look-up table"
                 )
             return ()
-        if name == "apply" and _is_autograd_function(target):
+        if name == "apply" and is_autograd_function(target):
             for _, argument in arguments:
-                self.consume(argument, "address", _autograd_reason(target))
+                self.consume(argument, "address", autograd_reason(target))
             return ()
-        if isinstance(target, types.FunctionType) and not _is_torchs(target):
+        if isinstance(target, types.FunctionType) and not is_torchs(target):
             return self._follow(target, node)
         for _, argument in arguments:
             if target is None:
@@ -405,7 +418,7 @@ class _Body(ast.NodeVisitor):
         return ()
 
     def _call_products(self, name, arguments):
-        places = _PRODUCTS[name]
+        places = PRODUCTS[name]
         for place, argument in arguments:
             if place in places:
                 self.product(argument, transposed=places[place])
