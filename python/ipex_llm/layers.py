@@ -7,6 +7,7 @@ compute the same thing from the packed bytes.
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import inspect
 import math
@@ -20,8 +21,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ipex_llm import ops, usage
-from ipex_llm.owners import original_class, swap_class
-from ipex_llm.tensor import LowBitTensor
+from ipex_llm.owners import _swap_of, original_class, rebuild_owner
+from ipex_llm.tensor import LowBitTensor, swap_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,19 @@ def _low_bit(module: nn.Module, name: str) -> LowBitTensor | None:
     return parameter if isinstance(parameter, LowBitTensor) else None
 
 
-class Conv1DForward:
+class Mixin:
+    """Base of the mixins that modules of an optimized model may have in front of their class."""
+
+    def __reduce_ex__(self, protocol):
+        # Swapped classes exist in this process only: pickle the original and the list of mixins.
+        reduced = list(super().__reduce_ex__(protocol))
+        swap = _swap_of.get(type(self))
+        if swap is not None and reduced[0] in (copyreg.__newobj__, copyreg._reconstructor):
+            reduced[:2] = [rebuild_owner, swap]
+        return tuple(reduced)
+
+
+class Conv1DForward(Mixin):
     """transformers' Conv1D: x W + b with W [in, out], packed by output."""
 
     def forward(self, x):
@@ -174,7 +187,7 @@ class Conv1DForward:
         return ops.linear(x, weight.packed, self.bias, *weight.numbers)
 
 
-class ExpertsForward:
+class ExpertsForward(Mixin):
     """Mixture-of-experts layers of transformers: the loop over the experts that were hit.
 
     The grouped and batched implementations read every expert as one float tensor; this one unpacks
@@ -219,7 +232,7 @@ def _has_experts_interface(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(forward, "__wrapped__")
 
 
-class MultiheadAttentionForward:
+class MultiheadAttentionForward(Mixin):
     """nn.MultiheadAttention from packed projections: one low-bit product per distinct input."""
 
     def forward(
@@ -367,7 +380,7 @@ def _additive(mask, dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-class ConvolutionForward:
+class ConvolutionForward(Mixin):
     """Convolutions as one low-bit product over the windows of the input.
 
     1x1 kernels and patch embeddings read every input element once, so that this is the convolution
@@ -439,7 +452,7 @@ def _convolve(conv, x, weight, spatial: int):
     return ops.linear(columns, weight.packed, conv.bias, *weight.numbers).movedim(-1, 1)
 
 
-class EmbeddingBagForward:
+class EmbeddingBagForward(Mixin):
     """nn.EmbeddingBag from looked-up rows: only the bags' own rows are unpacked."""
 
     def forward(self, input, offsets=None, per_sample_weights=None):
@@ -469,7 +482,7 @@ class EmbeddingBagForward:
         )
 
 
-class BilinearForward:
+class BilinearForward(Mixin):
     """nn.Bilinear: x2 meets the packed [out * in1, in2], the rest is a sum over in1."""
 
     def forward(self, input1, input2):
@@ -491,7 +504,7 @@ _WEIGHTS_PER_STEP = 2**16
 _WEIGHTS_OF_ANY_LENGTH = 2**20
 
 
-class RecurrentForward:
+class RecurrentForward(Mixin):
     """nn.RNN, nn.LSTM, nn.GRU: products with the packed bytes in large layers and for few steps;
     elsewhere the weights are expanded once per call, not once per step."""
 
@@ -542,7 +555,7 @@ class RecurrentForward:
             super().flatten_parameters()
 
 
-class CellForward:
+class CellForward(Mixin):
     """nn.RNNCell, nn.LSTMCell, nn.GRUCell: a step is two products, from the packed bytes."""
 
     def forward(self, input, hx=None):

@@ -321,9 +321,9 @@ void check_dtype(const char* what, DType dtype) {
 Precision resolve_precision(Format format, Precision precision, std::int64_t m) {
   if (precision != Precision::kAuto) return precision;
   // Up to 4 tokens the weights' bytes are the cost and near-exact sums are free; NormalFloats pay
-  // five products where the others pay two.
+  // four products where the others pay two.
   const bool wide = format == Format::kNf3 || format == Format::kNf4;
-  if (m <= (wide ? 2 : 4)) return Precision::kFp32;
+  if (m <= (wide ? 1 : 4)) return Precision::kFp32;
   const FormatInfo& info = format_info(format);
   return info.grouped() ? Precision::kInt8 : Precision::kBf16;
 }

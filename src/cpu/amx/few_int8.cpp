@@ -27,7 +27,7 @@ constexpr int kRing = 4;        // slots for what steps hand on
 constexpr int kScaleRing = 8;   // from the first step to the last
 constexpr int kWriteTiles = 4;  // row tiles whose outputs are written together
 constexpr std::int64_t kTileBytes = 1024;
-constexpr std::int64_t kMostSlot = 4096;  // three planes, and a power of two
+constexpr std::int64_t kMostSlot = 2048;  // two planes
 
 // Tokens per instance of the kernel.
 template <int kPlanes>
@@ -168,17 +168,18 @@ struct Bytes {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(whole), broadcast_f32(record + 4 * t));
   }
 };
-// Two bytes (nf3_pair.h).
-template <>
-struct Bytes<Format::kNf3, 2> {
-  using Codes = Unpack<3>;
+// Two bytes (normal_float_pair.h).
+template <Format F>
+struct PairBytes {
+  using Codes = Unpack<Grouped<F>::kBits>;
+  using Pair = NormalFloatPair<F>;
   static constexpr int kCount = 2;
   static constexpr Extra kExtra = Extra::kNone;
   static constexpr float kScale = 1.0f;
   __m512i table[2];
 
-  LOWBIT_INLINE Bytes()
-      : table{signed_table(pair_tables().first), signed_table(pair_tables().second)} {}
+  LOWBIT_INLINE PairBytes()
+      : table{signed_table(pair_tables<F>().first), signed_table(pair_tables<F>().second)} {}
   LOWBIT_INLINE static constexpr bool is_signed(int) { return true; }
   template <int I>
   LOWBIT_INLINE void quads(const std::byte* codes, std::int64_t block,
@@ -193,47 +194,15 @@ struct Bytes<Format::kNf3, 2> {
                                     const std::byte* record, std::int64_t, int t) {
     const __m512 first = _mm512_cvtepi32_ps(both(sums + t * 64, low));
     const __m512 second = _mm512_cvtepi32_ps(both(sums + plane + t * 64, low));
-    const __m512 value = _mm512_fmadd_ps(first, _mm512_set1_ps(Nf3Pair::kFirst),
-                                         _mm512_mul_ps(second, _mm512_set1_ps(Nf3Pair::kSecond)));
+    const __m512 value = _mm512_fmadd_ps(first, _mm512_set1_ps(Pair::kFirst),
+                                         _mm512_mul_ps(second, _mm512_set1_ps(Pair::kSecond)));
     return _mm512_mul_ps(value, broadcast_f32(record + 4 * t));
   }
 };
-// Three bytes of a 24-bit integer, the highest signed; of six products the smallest is left out.
 template <>
-struct Bytes<Format::kNf4, 2> {
-  using Codes = Unpack<4>;
-  static constexpr int kCount = 3;
-  static constexpr Extra kExtra = Extra::kNone;
-  static constexpr float kScale = static_cast<float>(256.0 / kWideScale);
-  __m512i table[3];
-
-  LOWBIT_INLINE Bytes()
-      : table{signed_table(byte_tables<Format::kNf4>().high),
-              _mm512_load_si512(byte_tables<Format::kNf4>().middle),
-              _mm512_load_si512(byte_tables<Format::kNf4>().low)} {}
-  LOWBIT_INLINE static constexpr bool is_signed(int plane) { return plane == 0; }
-  template <int I>
-  LOWBIT_INLINE void quads(const std::byte* codes, std::int64_t block,
-                           const typename Codes::Plane& plane, __m512i (&out)[2][kCount]) const {
-    unroll<2>([&](auto i) LOWBIT_LAMBDA {
-      const __m512i index = Codes::template index<2 * I + i>(codes, block, plane);
-      unroll<3>([&](auto j)
-                    LOWBIT_LAMBDA { out[i][j] = _mm512_permutexvar_epi8(index, table[j]); });
-    });
-  }
-  LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t plane, std::int64_t low,
-                                    const std::byte* record, std::int64_t, int t) {
-    const auto sum = [&](int byte, bool second) LOWBIT_LAMBDA {
-      return _mm512_load_si512(sums + byte * plane + t * 64 + (second ? low : 0));
-    };
-    const __m512i middle = _mm512_add_epi32(sum(0, true), sum(1, false));
-    const __m512i rest = _mm512_add_epi32(sum(1, true), sum(2, false));
-    __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(middle), _mm512_set1_ps(256.0f),
-                                   _mm512_cvtepi32_ps(rest));
-    value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum(0, false)), _mm512_set1_ps(65536.0f), value);
-    return _mm512_mul_ps(value, broadcast_f32(record + 4 * t));
-  }
-};
+struct Bytes<Format::kNf3, 2> : PairBytes<Format::kNf3> {};
+template <>
+struct Bytes<Format::kNf4, 2> : PairBytes<Format::kNf4> {};
 
 std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
   return 2 * kRing * kMostSlot + kScaleRing * 2 * kUnitBytes + kWriteTiles * kTileBytes;
@@ -257,7 +226,7 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
   constexpr bool kMinimum = Grouped<F>::kMinimum;
   constexpr bool kDirect = F == Format::kSymInt8;  // tiles as they lie
   constexpr std::int64_t kStepBytes = 2 * Codes::kBlockBytes;
-  constexpr std::size_t kSlot = kCount == 3 ? kMostSlot : kCount * kTileBytes;
+  constexpr std::size_t kSlot = kCount * kTileBytes;
   constexpr std::size_t kSlots = kRing * kSlot;
   const Of bytes;
   const GroupWalk<kMinimum> walk(rows.layout);

@@ -15,11 +15,10 @@ std::int64_t bf16_from(const FormatInfo& info) {
   return info.format == Format::kNf3 || info.format == Format::kNf4 ? 7 : 13;
 }
 
-// Tokens from which products of few tokens by tiles beat the kernels of avx512vnni: of two planes
-// the NormalFloats take two or three where the others take one.
+// Tokens from which products of few tokens by tiles beat the kernels of avx512vnni. Two tokens of
+// nf3 in int8 wait for its codes either way, and there they need not go through memory.
 std::int64_t few_from(const FormatInfo& info, Precision precision) {
-  const bool wide = info.format == Format::kNf3 || info.format == Format::kNf4;
-  return precision == Precision::kInt8 || wide ? 3 : 2;
+  return info.format == Format::kNf3 && precision == Precision::kInt8 ? 3 : 2;
 }
 
 // As many as fill the rows of a tile.

@@ -74,87 +74,15 @@ void tile_int(const Operand<F>& operand, const std::byte* tile,
   unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
 }
 
-// nf4 in three byte planes (24 bits) against two activation planes: the products of
-// weight 2^32, 2^24 and 2^16 of the six that there are; the smallest, low * low, is below 2^-24 of
-// the largest possible product and is left out.
-template <Format F, int kTokensMax, int kTokens>
-void tile_wide(const ByteTables& tables, const std::byte* tile, const GroupWalk<false>& walk,
-               const std::byte* block, const IntRecords& records, const Epilogue& epilogue,
-               std::int64_t token, std::int64_t tile_index) {
-  using Codes = Unpack<Grouped<F>::kBits>;
-  const __m512i high = _mm512_load_si512(tables.high);
-  const __m512i middle = _mm512_load_si512(tables.middle);
-  const __m512i low = _mm512_load_si512(tables.low);
-  // Sums that get two products per quad have two chains where registers allow: one chain of eight
-  // dependent vpdpbusd per block of 32 would be 1.5 times slower for one token.
-  constexpr int kChains = kTokens <= 2 ? 2 : 1;
-  __m512 total[kTokens];
-  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
-  auto next = Codes::plane(tile, walk.inputs(0), 0);
-  for (std::int64_t g = 0; g < walk.groups; ++g) {
-    const std::int64_t inputs = walk.inputs(g);
-    const std::byte* codes = tile + walk.codes(g);
-    const std::byte* record = block + g * records.bytes;
-    const std::byte* planes[2] = {record + 16 * kTokens, record + (16 + walk.group) * kTokens};
-    const std::int64_t following = g + 1 < walk.groups ? g + 1 : g;
-    __m512i top[kTokens], mid[kTokens], rest[kTokens], mid2[kTokens], rest2[kTokens];
-    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
-      top[t] = broadcast(init_of(record, t, kTokens));
-      mid[t] = broadcast(init2_of(record, t, kTokens));
-      rest[t] = mid2[t] = rest2[t] = _mm512_setzero_si512();
-    });
-    for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-      // A block ahead: some thirty cycles of latency, more than the schedulers see.
-      const auto plane = next;
-      next = b + 1 < inputs / kInputBlock
-                 ? Codes::plane(codes, inputs, b + 1)
-                 : Codes::plane(tile + walk.codes(following), walk.inputs(following), 0);
-      unroll<8>([&](auto i) LOWBIT_LAMBDA {
-        prefetch_quad_here<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
-        const __m512i index = Codes::template index<i>(codes, b, plane);
-        const __m512i w2 = _mm512_permutexvar_epi8(index, high);
-        const __m512i w1 = _mm512_permutexvar_epi8(index, middle);
-        const __m512i w0 = _mm512_permutexvar_epi8(index, low);
-        unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
-          const __m512i a1 = broadcast(planes[0] + (i * kTokens + t) * 4);
-          const __m512i a0 = broadcast(planes[1] + (i * kTokens + t) * 4);
-          top[t] = _mm512_dpbusd_epi32(top[t], w2, a1);
-          mid[t] = _mm512_dpbusd_epi32(mid[t], w2, a0);
-          rest[t] = _mm512_dpbusd_epi32(rest[t], w1, a0);
-          auto& mid_of = kChains == 2 ? mid2[t] : mid[t];
-          auto& rest_of = kChains == 2 ? rest2[t] : rest[t];
-          mid_of = _mm512_dpbusd_epi32(mid_of, w1, a1);
-          rest_of = _mm512_dpbusd_epi32(rest_of, w0, a1);
-        });
-      });
-      planes[0] += 32 * kTokens;
-      planes[1] += 32 * kTokens;
-    }
-    prefetch_far(tile + walk.scales(g));
-    const __m512 scale = load_halves(tile + walk.scales(g));
-    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
-      if constexpr (kChains == 2) {
-        mid[t] = _mm512_add_epi32(mid[t], mid2[t]);
-        rest[t] = _mm512_add_epi32(rest[t], rest2[t]);
-      }
-      __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(top[t]), _mm512_set1_ps(65536.0f));
-      value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(mid[t]), _mm512_set1_ps(256.0f), value);
-      value = _mm512_add_ps(_mm512_cvtepi32_ps(rest[t]), value);
-      value = _mm512_mul_ps(value, broadcast_f32(scale_of(record, t, kTokens)));
-      total[t] = _mm512_fmadd_ps(value, scale, total[t]);
-    });
-  }
-  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
-}
-
-// nf3 as two bytes (nf3_pair.h) against two activation planes, all four products.
+// NormalFloats as two bytes (normal_float_pair.h) against two activation planes, all four products.
 // A sum gets one product per quad: two chains for one token, or the latency shows. (A parameter: as
 // a constant of the function, some compilers do not take it for one inside the lambdas.)
-template <int kTokens, int kChains = kTokens == 1 ? 2 : 1>
+template <Format F, int kTokens, int kChains = kTokens == 1 ? 2 : 1>
 void tile_pair(const PairTables& tables, const std::byte* tile, const GroupWalk<false>& walk,
                const std::byte* block, const IntRecords& records, const Epilogue& epilogue,
                std::int64_t token, std::int64_t tile_index) {
-  using Codes = Unpack<3>;
+  using Codes = Unpack<Grouped<F>::kBits>;
+  using Pair = NormalFloatPair<F>;
   const __m512i table[2] = {_mm512_load_si512(tables.first), _mm512_load_si512(tables.second)};
   __m512 total[kTokens];
   unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_setzero_ps(); });
@@ -205,8 +133,8 @@ void tile_pair(const PairTables& tables, const std::byte* tile, const GroupWalk<
         part[w] = _mm512_cvtepi32_ps(
             _mm512_add_epi32(sum[t][w][1][0], _mm512_slli_epi32(sum[t][w][0][0], 8)));
       });
-      __m512 value = _mm512_mul_ps(part[1], _mm512_set1_ps(Nf3Pair::kSecond));
-      value = _mm512_fmadd_ps(part[0], _mm512_set1_ps(Nf3Pair::kFirst), value);
+      __m512 value = _mm512_mul_ps(part[1], _mm512_set1_ps(Pair::kSecond));
+      value = _mm512_fmadd_ps(part[0], _mm512_set1_ps(Pair::kFirst), value);
       value = _mm512_mul_ps(value, broadcast_f32(scale_of(record, t, kTokens)));
       total[t] = _mm512_fmadd_ps(value, scale, total[t]);
     });
@@ -247,12 +175,10 @@ template <Format F, int kTokensMax>
 void run_codebook(const RowBlock& rows, const Activations& a, std::int64_t first_token,
                   std::int64_t tile_begin, std::int64_t tile_end, std::int64_t token_begin,
                   std::int64_t token_end, std::int64_t, std::byte*) {
-  constexpr bool kPair = F == Format::kNf3;
   const GroupWalk<false> walk(rows.layout);
   const std::int64_t per_block = block_tokens(a.m, kTokensMax);
   const IntRecords records(a, 2, per_block, 0);
-  // The dot product of three planes comes out in units of 2^-23 (almost) times 1/256.
-  const Epilogue epilogue(rows, kPair ? 1.0f : static_cast<float>(256.0 / kWideScale));
+  const Epilogue epilogue(rows, 1.0f);
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const std::byte* bytes = rows.packed + tile * rows.layout.tile_bytes;
     for (std::int64_t t = token_begin; t < token_end; t += per_block) {
@@ -260,13 +186,9 @@ void run_codebook(const RowBlock& rows, const Activations& a, std::int64_t first
       const std::int64_t left = token_end - t;
       const std::int64_t nt = left < per_block ? left : per_block;
       unroll<kTokensMax>([&](auto i) LOWBIT_LAMBDA {
-        if (nt != i + 1) return;
-        if constexpr (kPair) {
-          tile_pair<i + 1>(pair_tables(), bytes, walk, block, records, epilogue, first_token + t,
-                           tile);
-        } else {
-          tile_wide<F, kTokensMax, i + 1>(byte_tables<F>(), bytes, walk, block, records, epilogue,
-                                          first_token + t, tile);
+        if (nt == i + 1) {
+          tile_pair<F, i + 1>(pair_tables<F>(), bytes, walk, block, records, epilogue,
+                              first_token + t, tile);
         }
       });
     }
@@ -279,11 +201,10 @@ constexpr int kTokens2 = 4;  // two planes: 8 and 4
 template <Format F, int kPlanes>
 constexpr Path int_path(const char* name, const char* activations) {
   constexpr int kTokens = kPlanes == 1 ? kTokens1 : kTokens2;
-  constexpr Init2 kInit2 = Grouped<F>::kMinimum ? Init2::kSum : Init2::kNone;
   return {name,
           activations,
           int_activation_bytes<kPlanes, kTokens>,
-          prepare_int<kPlanes, kTokens, 0, Grouped<F>::kZero, kInit2>,
+          prepare_int<kPlanes, kTokens, 0, Grouped<F>::kZero, Grouped<F>::kMinimum>,
           no_scratch,
           run_int<F, kPlanes, kTokens>,
           1,
@@ -293,13 +214,10 @@ constexpr Path int_path(const char* name, const char* activations) {
 
 template <Format F>
 constexpr Path codebook_path(const char* name) {
-  constexpr bool kPair = F == Format::kNf3;
-  constexpr int kZero = kPair ? Nf3Pair::kZero : 0;
-  constexpr Init2 kInit2 = kPair ? Init2::kNone : Init2::kSplit;
   return {name,
-          kPair ? "avx512.int8x2.t4.z128" : "avx512.int8x2.t4.split",
+          "avx512.int8x2.t4.z128",
           int_activation_bytes<2, kTokens2>,
-          prepare_int<2, kTokens2, 0, kZero, kInit2>,
+          prepare_int<2, kTokens2, 0, kPairZero, false>,
           no_scratch,
           run_codebook<F, kTokens2>,
           1,

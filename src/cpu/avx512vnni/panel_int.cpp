@@ -252,11 +252,10 @@ void run_panel(const RowBlock& rows, const Activations& a, std::int64_t first_to
 
 template <Format F, int kPlanes>
 constexpr Path panel_path(const char* name, const char* activations) {
-  constexpr Init2 kInit2 = Grouped<F>::kMinimum ? Init2::kSum : Init2::kNone;
   return {name,
           activations,
           int_activation_bytes<kPlanes, kTokens>,
-          prepare_int<kPlanes, kTokens, kChunk, Grouped<F>::kZero, kInit2>,
+          prepare_int<kPlanes, kTokens, kChunk, Grouped<F>::kZero, Grouped<F>::kMinimum>,
           scratch_bytes,
           run_panel<F, kPlanes>,
           kTiles,

@@ -1,8 +1,5 @@
-// NormalFloats with all the bits of their codebooks. nf4 in three byte planes:
-// round(c * (2^23 - 1)) + 2^23 = 65536 high + 256 middle + low, times 256 * high + low of the
-// activations: the products of weight 2^24, 2^16 and 2^8; low * low is left out. nf3 as the sum of
-// two bytes (nf3_pair.h), all four products.
-#include "cpu/generic/nf3_pair.h"
+// NormalFloats as the sum of two bytes (normal_float_pair.h) times both planes of the activations.
+#include "cpu/generic/normal_float_pair.h"
 #include "cpu/generic/ymm_dot.h"
 #include "cpu/generic/ymm_paths.h"
 #include "cpu/generic/ymm_tiles.h"
@@ -10,93 +7,14 @@
 namespace lowbit::cpu {
 namespace {
 
-constexpr double kSteps = 8388607.0;  // 2^23 - 1
-constexpr int kWideTokens = 2;        // 6 sums, 3 operands, 3 tables, 2 broadcasts
-
-struct Tables {
-  __m256i high, middle, low;
-};
-
-template <Format F>
-LOWBIT_INLINE Tables make_tables() {
-  const auto plane = [](int shift) LOWBIT_LAMBDA {
-    return make_table<F>([shift](double v) {
-      return static_cast<std::uint8_t>((nearest(v * kSteps) + (1 << 23)) >> shift);
-    });
-  };
-  return {plane(16), plane(8), plane(0)};
-}
+constexpr int kWideTokens = 2;  // 8 sums, 2 operands, 2 tables, 2 broadcasts
 
 template <Format F, int kCount>
-void tile_wide(const Tables& tables, const GroupWalk<false>& walk, const std::byte* tile,
-               const std::byte* quads, const std::byte* meta, const Epilogue& epilogue,
-               std::int64_t token, std::int64_t tile_index) {
-  using Codes = Unpack<Grouped<F>::kBits>;
-  // Sums of two products a quad have a chain for each where registers allow.
-  constexpr int kChains = kCount == 1 ? 2 : 1;
-  __m256 total[kCount][2];
-  unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
-  for (std::int64_t g = 0; g < walk.groups; ++g) {
-    const std::int64_t inputs = walk.inputs(g);
-    const std::byte* codes = tile + walk.codes(g);
-    const std::byte* scales = tile + walk.scales(g);
-    prefetch_far(scales);
-    unroll<2>([&](auto h) LOWBIT_LAMBDA {
-      __m256i top[kCount], middle[kCount][kChains], rest[kCount][kChains];
-      unroll<kCount * kChains>([&](auto i) LOWBIT_LAMBDA {
-        top[i / kChains] = _mm256_setzero_si256();
-        middle[i / kChains][i % kChains] = rest[i / kChains][i % kChains] = _mm256_setzero_si256();
-      });
-      const std::byte* x = quads;
-      for (std::int64_t b = 0; b < inputs / kInputBlock; ++b) {
-        unroll<8>([&](auto i) LOWBIT_LAMBDA {
-          if constexpr (h == 0) {
-            prefetch_quad_here<i, Codes::kBlockBytes>(codes + b * Codes::kBlockBytes);
-          }
-          const __m256i code = Codes::template quad<i>(codes, inputs, b, h);
-          const __m256i w2 = _mm256_shuffle_epi8(tables.high, code);
-          const __m256i w1 = _mm256_shuffle_epi8(tables.middle, code);
-          const __m256i w0 = _mm256_shuffle_epi8(tables.low, code);
-          unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-            const __m256i a1 = broadcast32(x + (i * kCount + t) * 8);
-            const __m256i a0 = broadcast32(x + (i * kCount + t) * 8 + 4);
-            constexpr int kLast = kChains - 1;
-            top[t] = LOWBIT_DOT(top[t], w2, a1);
-            middle[t][0] = LOWBIT_DOT(middle[t][0], w2, a0);
-            rest[t][0] = LOWBIT_DOT(rest[t][0], w1, a0);
-            middle[t][kLast] = LOWBIT_DOT(middle[t][kLast], w1, a1);
-            rest[t][kLast] = LOWBIT_DOT(rest[t][kLast], w0, a1);
-          });
-        });
-        x += 8 * kCount * 8;
-      }
-      unroll<kCount>([&](auto t) LOWBIT_LAMBDA {
-        Meta of;
-        __builtin_memcpy(&of, meta + (g * kCount + t) * sizeof(Meta), sizeof(Meta));
-        if constexpr (kChains == 2) {
-          middle[t][0] = _mm256_add_epi32(middle[t][0], middle[t][1]);
-          rest[t][0] = _mm256_add_epi32(rest[t][0], rest[t][1]);
-        }
-        const auto less = [](__m256i sum, std::int32_t of_q) LOWBIT_LAMBDA {
-          return _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(128 * of_q)));
-        };
-        __m256 value = _mm256_mul_ps(less(top[t], of.high), _mm256_set1_ps(65536.0f));
-        value = _mm256_fmadd_ps(less(middle[t][0], of.low), _mm256_set1_ps(256.0f), value);
-        value = _mm256_add_ps(_mm256_cvtepi32_ps(rest[t][0]), value);
-        value = _mm256_mul_ps(value, _mm256_set1_ps(of.step));
-        total[t][h] = _mm256_fmadd_ps(value, load_halves(scales + h * 16), total[t][h]);
-      });
-    });
-    quads += inputs / 4 * kCount * 8;
-  }
-  unroll<kCount>([&](auto t) LOWBIT_LAMBDA { epilogue.store(token + t, tile_index, total[t]); });
-}
-
-template <int kCount>
 void tile_pair(const __m256i (&tables)[2], const GroupWalk<false>& walk, const std::byte* tile,
                const std::byte* quads, const std::byte* meta, const Epilogue& epilogue,
                std::int64_t token, std::int64_t tile_index) {
-  using Codes = Unpack<3>;
+  using Codes = Unpack<Grouped<F>::kBits>;
+  using Pair = NormalFloatPair<F>;
   constexpr int kChains = kCount == 1 ? 2 : 1;
   __m256 total[kCount][2];
   unroll<kCount * 2>([&](auto i) LOWBIT_LAMBDA { total[i / 2][i % 2] = _mm256_setzero_ps(); });
@@ -132,7 +50,7 @@ void tile_pair(const __m256i (&tables)[2], const GroupWalk<false>& walk, const s
         Meta of;
         __builtin_memcpy(&of, meta + (g * kCount + t) * sizeof(Meta), sizeof(Meta));
         const __m256i zero =
-            _mm256_set1_epi32(static_cast<int>(static_cast<std::uint32_t>(Nf3Pair::kZero) *
+            _mm256_set1_epi32(static_cast<int>(static_cast<std::uint32_t>(kPairZero) *
                                                static_cast<std::uint32_t>(256 * of.high + of.low)));
         __m256 part[2];
         unroll<2>([&](auto w) LOWBIT_LAMBDA {
@@ -143,8 +61,8 @@ void tile_pair(const __m256i (&tables)[2], const GroupWalk<false>& walk, const s
               _mm256_add_epi32(sum[t][w][1][0], _mm256_slli_epi32(sum[t][w][0][0], 8));
           part[w] = _mm256_cvtepi32_ps(_mm256_sub_epi32(both, zero));
         });
-        __m256 value = _mm256_mul_ps(part[1], _mm256_set1_ps(Nf3Pair::kSecond));
-        value = _mm256_fmadd_ps(part[0], _mm256_set1_ps(Nf3Pair::kFirst), value);
+        __m256 value = _mm256_mul_ps(part[1], _mm256_set1_ps(Pair::kSecond));
+        value = _mm256_fmadd_ps(part[0], _mm256_set1_ps(Pair::kFirst), value);
         value = _mm256_mul_ps(value, _mm256_set1_ps(of.step));
         total[t][h] = _mm256_fmadd_ps(value, load_halves(scales + h * 16), total[t][h]);
       });
@@ -163,26 +81,23 @@ void run_wide(const RowBlock& rows, const Activations& a, std::int64_t first_tok
     for_tiles<Quad::kPlanes, kWideTokens, false>(rows, a, first_token, tile_begin, tile_end,
                                                  token_begin, token_end, one);
   };
-  if constexpr (F == Format::kNf3) {
-    const auto table = [](const std::int8_t(&of)[8]) LOWBIT_LAMBDA {
-      alignas(32) std::uint8_t bytes[32];
-      for (int i = 0; i < 32; ++i) bytes[i] = static_cast<std::uint8_t>(of[i % 8] + Nf3Pair::kZero);
-      return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
-    };
-    const __m256i tables[2] = {table(Nf3Pair::first), table(Nf3Pair::second)};
-    const Epilogue epilogue{rows, 1.0f};
-    for_all([&](auto count, const std::byte* bytes, const std::byte* quads, const std::byte* meta,
-                std::int64_t token, std::int64_t tile) LOWBIT_LAMBDA {
-      tile_pair<count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
-    });
-  } else {
-    const Tables tables = make_tables<F>();
-    const Epilogue epilogue{rows, static_cast<float>(256.0 / kSteps)};
-    for_all([&](auto count, const std::byte* bytes, const std::byte* quads, const std::byte* meta,
-                std::int64_t token, std::int64_t tile) LOWBIT_LAMBDA {
-      tile_wide<F, count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
-    });
-  }
+  // Repeated in both halves, and nf3's again within them.
+  const auto table = [](const auto& of) LOWBIT_LAMBDA {
+    alignas(32) std::uint8_t bytes[32];
+    for (std::size_t i = 0; i < 32; ++i) {
+      bytes[i] = static_cast<std::uint8_t>(of[i % std::size(of)] + kPairZero);
+    }
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+  };
+  using Pair = NormalFloatPair<F>;
+  const __m256i tables[2] = {table(Pair::first), table(Pair::second)};
+  const Epilogue epilogue{rows, 1.0f};
+  for_tiles<Quad::kPlanes, kWideTokens, false>(
+      rows, a, first_token, tile_begin, tile_end, token_begin, token_end,
+      [&](auto count, const std::byte* bytes, const std::byte* quads, const std::byte* meta,
+          std::int64_t token, std::int64_t tile) LOWBIT_LAMBDA {
+        tile_pair<F, count>(tables, walk, bytes, quads, meta, epilogue, token, tile);
+      });
 }
 
 template <Format F>

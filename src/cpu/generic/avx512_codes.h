@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/generic/avx512.h"
-#include "cpu/generic/nf3_pair.h"
+#include "cpu/generic/normal_float_pair.h"
 
 namespace lowbit::cpu {
 namespace {
@@ -163,19 +163,11 @@ struct Grouped<Format::kFp4> {
   static constexpr float kValueScale = 0.5f;
 };
 
-// Byte tables of a codebook, each repeated to fill a register so that stray index bits are
-// harmless.
+// Bytes of a codebook, round(value / kValueScale) + 128, repeated to fill a register so that stray
+// index bits are harmless.
 struct ByteTables {
-  // One plane: round(value / kValueScale) + 128.
   alignas(64) std::uint8_t single[64];
-  // Three planes: round(value * (2^23 - 1)) + 2^23 = 65536 high + 256 middle + low. Every entry to
-  // 2^-24 of the largest, 0 and +-1 exactly.
-  alignas(64) std::uint8_t high[64];
-  alignas(64) std::uint8_t middle[64];
-  alignas(64) std::uint8_t low[64];
 };
-
-inline constexpr double kWideScale = 8388607.0;  // 2^23 - 1
 
 inline ByteTables make_byte_tables(Format format, float value_scale) {
   ByteTables tables;
@@ -184,10 +176,6 @@ inline ByteTables make_byte_tables(Format format, float value_scale) {
   for (std::size_t i = 0; i < 64; ++i) {
     const double value = codebook[i % codebook.size()];
     tables.single[i] = static_cast<std::uint8_t>(nearest(value / value_scale) + 128);
-    const int wide = nearest(value * kWideScale) + (1 << 23);
-    tables.high[i] = static_cast<std::uint8_t>(wide >> 16);
-    tables.middle[i] = static_cast<std::uint8_t>(wide >> 8);
-    tables.low[i] = static_cast<std::uint8_t>(wide);
   }
   return tables;
 }
@@ -198,18 +186,21 @@ const ByteTables& byte_tables() {
   return tables;
 }
 
-// nf3 as two bytes.
+// A NormalFloat's two bytes.
 struct PairTables {
   alignas(64) std::uint8_t first[64];
   alignas(64) std::uint8_t second[64];
 };
 
-inline const PairTables& pair_tables() {
+template <Format F>
+const PairTables& pair_tables() {
   static const PairTables tables = [] {
+    using Pair = NormalFloatPair<F>;
+    constexpr std::size_t kEntries = std::size(Pair::first);
     PairTables made;
-    for (int i = 0; i < 64; ++i) {
-      made.first[i] = static_cast<std::uint8_t>(Nf3Pair::first[i % 8] + Nf3Pair::kZero);
-      made.second[i] = static_cast<std::uint8_t>(Nf3Pair::second[i % 8] + Nf3Pair::kZero);
+    for (std::size_t i = 0; i < 64; ++i) {
+      made.first[i] = static_cast<std::uint8_t>(Pair::first[i % kEntries] + kPairZero);
+      made.second[i] = static_cast<std::uint8_t>(Pair::second[i % kEntries] + kPairZero);
     }
     return made;
   }();

@@ -22,12 +22,6 @@ namespace {
 // One plane: starts contain the bits of kBias, a float whose last place is 1, so that a sum's bits
 // are the float kBias + sum (sums stay below 2^22), and one multiply-add, with scales of at most 22
 // significant bits, is scale * sum, rounded once.
-enum class Init2 {
-  kNone,
-  kSum,    // float32: scale * sum of q, what a minimum is multiplied by
-  kSplit,  // int32: init is -128 * sum of high and init2 is -128 * sum of low
-};
-
 constexpr float kBias = 0x1.8p23f;
 constexpr std::int32_t kBiasBits = 0x4b400000;
 
@@ -204,24 +198,19 @@ LOWBIT_INLINE Quantized<kPlanes> quantize_group(const Tokens& tokens, std::int64
 }
 
 // The arrays of a record of nt tokens, entry `slot`.
-template <int kPlanes, int kZero, Init2 kInit2>
+template <int kPlanes, int kZero, bool kMinimum>
 LOWBIT_INLINE void put_arrays(std::byte* record, std::int64_t nt, std::int64_t slot,
                               const Quantized<kPlanes>& q) {
   const auto put = [&](int array, auto value) LOWBIT_LAMBDA {
     __builtin_memcpy(record + 4 * (array * nt + slot), &value, 4);
   };
   put(0, q.step);
-  if constexpr (kInit2 == Init2::kSplit) {
-    put(1, -128 * q.sums[0]);
-    put(2, -128 * q.sums[kPlanes - 1]);
-  } else {
-    put(1, (kPlanes == 1 ? kBiasBits : 0) - kZero * q.sum());
-    if constexpr (kInit2 == Init2::kSum) put(2, q.step * static_cast<float>(q.sum()));
-    if constexpr (kPlanes == 1) put(3, -kBias * q.step);
-  }
+  put(1, (kPlanes == 1 ? kBiasBits : 0) - kZero * q.sum());
+  if constexpr (kMinimum) put(2, q.step * static_cast<float>(q.sum()));
+  if constexpr (kPlanes == 1) put(3, -kBias * q.step);
 }
 
-template <int kPlanes, int kTokens, int kChunk, int kZero, Init2 kInit2>
+template <int kPlanes, int kTokens, int kChunk, int kZero, bool kMinimum>
 void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t per_block = block_tokens(a.m, kTokens);
   const IntRecords records(a, kPlanes, per_block, kChunk);
@@ -253,7 +242,7 @@ void prepare_int(const Tokens& tokens, const Activations& a, std::int64_t begin,
     auto quantized =
         quantize_group<kPlanes>(tokens, t * tokens.stride + k0, a.k - k0, inputs, order, put);
     if constexpr (kPlanes == 1) quantized.step = to_22_bits(quantized.step);
-    put_arrays<kPlanes, kZero, kInit2>(record, nt, slot, quantized);
+    put_arrays<kPlanes, kZero, kMinimum>(record, nt, slot, quantized);
   };
   for (std::int64_t t = begin; t < end;) {
     const std::int64_t block = t / per_block, slot = t - block * per_block;

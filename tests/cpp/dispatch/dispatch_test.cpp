@@ -112,8 +112,11 @@ TEST(Dispatch, PathsAreWhatTheTableOfPrecisionsSays) {
     EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 16), "amx.int8.few.asym_int4");
     EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kAuto, 17), "amx.int8.panel.asym_int4");
     EXPECT_EQ(name(Isa::kAmx, Format::kAsymInt4, Precision::kFp32, 8), "amx.int8x2.few.asym_int4");
-    EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 2), "avx512vnni.int8x2.decode.nf4");
-    EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 3), "amx.int8.few.nf4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 1), "avx512vnni.int8x2.decode.nf4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf4, Precision::kAuto, 2), "amx.int8.few.nf4");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf3, Precision::kAuto, 2), "avx512vnni.int8.decode.nf3");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf3, Precision::kAuto, 3), "amx.int8.few.nf3");
+    EXPECT_EQ(name(Isa::kAmx, Format::kNf3, Precision::kFp32, 2), "amx.int8x2.few.nf3");
     EXPECT_EQ(name(Isa::kAmx, Format::kNf3, Precision::kInt8, 64), "amx.int8.panel.nf3");
   }
   EXPECT_EQ(name(Isa::kScalar, Format::kNf3, Precision::kInt8, 7), "scalar.fp32");

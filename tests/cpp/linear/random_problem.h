@@ -247,7 +247,9 @@ inline double error_bound(const std::vector<double>& x, const Weights& w, const 
   // float32 sums: k/2 + 16 terms in one chain at most.
   double bound = (static_cast<double>(k) / 2 + 32) * unit24 * size;
   // Half a step of the activations' grid, absmax / 32512; and 2^-23 for the step's own rounding.
-  const double fp32 = activation * (0.5 / 32512 + 2 * unit24) + codebook * 4 * unit24;
+  // nf4 as two bytes.
+  const double entries = info.format == Format::kNf4 ? std::exp2(-18.5) : 4 * unit24;
+  const double fp32 = activation * (0.5 / 32512 + 2 * unit24) + codebook * entries;
   // Both factors rounded to 8 bits: 2^-8 each, and their product's 2^-16.
   const double bf16 = size * (std::ldexp(1.0, -7) + std::ldexp(1.0, -16));
   const bool table = info.format == Format::kNf3 || info.format == Format::kNf4;
