@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ipex_llm import ops
+from ipex_llm import formats, library
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_record import tables
@@ -132,9 +132,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
     parser.add_argument("--quick", action="store_true", help="two shapes, five batch sizes")
-    parser.add_argument("--formats", nargs="+", default=list(ops.FORMATS))
+    parser.add_argument("--formats", nargs="+", default=list(formats.FORMATS))
     args = parser.parse_args()
-    if not torch.cuda.is_available() or not ops._CUDA_KERNELS:
+    if not torch.cuda.is_available() or not library.HAS_CUDA_KERNELS:
         sys.exit("bench/gpu.py needs a CUDA device and liblowbit_ops_cuda.so (-DLOWBIT_CUDA=ON)")
     bandwidth = copy_bandwidth()
     results = {
@@ -156,7 +156,7 @@ def main():
             inputs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in some}
             dense = bench_dense(weight, inputs)
             for name in args.formats:
-                fmt = ops.FORMATS[name]
+                fmt = formats.FORMATS[name]
                 bench_format(fmt, weight, inputs, bandwidth, dense, results["rows"])
                 if name.startswith("fp8"):
                     bench_format(fmt, weight, inputs, bandwidth, dense, results["rows"], 3)

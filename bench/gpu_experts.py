@@ -21,7 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_timing import copy_bandwidth, time_calls
 
-from ipex_llm import ops
+from ipex_llm import formats
 
 QMV, QMM = 0, 1
 lowbit = torch.ops.lowbit
@@ -85,8 +85,8 @@ def main():
                 [lambda e=e, w=w: F.grouped_mm(x, w.transpose(-2, -1), offs=e) for e, w in pairs]
             )
             for name in args.formats:
-                number = ops.FORMATS[name].number
-                group = 64 if ops.FORMATS[name].grouped else 0
+                number = formats.FORMATS[name].number
+                group = 64 if formats.FORMATS[name].grouped else 0
                 packed, exponent = lowbit.quantize(dense, number, group)
                 ring = [packed] + [packed.clone() for _ in range(layers - 1)]
                 numbers = (n, k, number, group, int(exponent))

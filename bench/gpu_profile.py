@@ -7,12 +7,12 @@ import sys
 
 import torch
 
-from ipex_llm import ops
+from ipex_llm import formats
 
 lowbit = torch.ops.lowbit
 name, n, k, m, *variant = sys.argv[1:]
 n, k, m = int(n), int(k), int(m)
-fmt = ops.FORMATS[name]
+fmt = formats.FORMATS[name]
 group = 64 if fmt.scale_kind < 2 else 0
 weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
 packed, exponent = lowbit.quantize(weight, fmt.number, group)

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_timing import copy_bandwidth, ring_length, time_calls
 
-from ipex_llm import ops
+from ipex_llm import formats
 
 QMV, QMM, DIRECT, SCRATCH, EXACT = range(5)
 lowbit = torch.ops.lowbit
@@ -57,8 +57,8 @@ def main():
     results = {"device": torch.cuda.get_device_name(), "copy_bandwidth": bandwidth, "rows": []}
     for name, shape in itertools.product(args.formats, args.shapes):
         n, k = map(int, shape.split(":"))
-        number = ops.FORMATS[name].number
-        group = args.group if ops.FORMATS[name].scale_kind < 2 else 0
+        number = formats.FORMATS[name].number
+        group = args.group if formats.FORMATS[name].scale_kind < 2 else 0
         weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda") * 0.02
         first, exponent = lowbit.quantize(weight, number, group)
         e = int(exponent)

@@ -109,11 +109,12 @@ def ops(
     import torch
     from peers import torch_int4pack
 
-    from ipex_llm import ops
+    from ipex_llm import formats, ops
+    from ipex_llm.precision import PRECISIONS
 
     rows = []
     print(f"\n{'operator':<12}{'shape':>12}{'M':>5}{'us':>10}{'GB/s':>8}{'of torch bf16':>15}")
-    number = ops.PRECISIONS.index(precision)
+    number = PRECISIONS.index(precision)
     for n, k in shapes or (FULL_SHAPES if full else [SHAPE]):
         generator = torch.Generator().manual_seed(n + k)
         weight = torch.randn(n, k, generator=generator) * 0.02
@@ -122,10 +123,10 @@ def ops(
         activations = {
             m: torch.randn(m, k, generator=generator).bfloat16() for m in tokens or TOKENS
         }
-        for name in names or ops.FORMATS:
+        for name in names or formats.FORMATS:
             packed, exponent = ops.quantize(weight, name)
-            info = ops.FORMATS[name]
-            group = ops.default_group_size(name)
+            info = formats.FORMATS[name]
+            group = formats.default_group_size(name)
             numbers = (n, k, info.number, group, exponent)
             exact = ops.dequantize(packed, (n, k), info.number, group, exponent, torch.float32)
             ring = [packed.clone() for _ in range(RING_BYTES // packed.nbytes + 1)]
@@ -174,7 +175,9 @@ def ops(
                     f"{row['speedup']:>13.2f} x{peer}",
                     flush=True,
                 )
-    slower = [r for r in rows if ops.default_group_size(r["format"]) and r.get("speedup", 1) < 1]
+    slower = [
+        r for r in rows if formats.default_group_size(r["format"]) and r.get("speedup", 1) < 1
+    ]
     print(f"types with groups slower than torch bf16: {len(slower)} of the cases above")
     return rows
 
@@ -209,7 +212,7 @@ def model(full: bool, peers: bool) -> list[dict]:
 
     names = ["sym_int4", "nf4", "sym_int8", "fp8_e4m3"]
     if full:
-        from ipex_llm.ops import FORMATS
+        from ipex_llm.formats import FORMATS
 
         names = list(FORMATS)
     candidates = {"torch bf16": functools.partial(rate, load())}

@@ -1,7 +1,7 @@
 // Every operator's schema, in one place. Numbers: `format` is lowbit::Format, `precision` is
 // lowbit::Precision; `packed` is uint8 [tiles, tile_bytes] (docs/formats.md), several matrices one
-// after the other. Fake kernels, autograd and the path for devices without kernels are in
-// python/ipex_llm/ops.py.
+// after the other. In python/ipex_llm: fake kernels in ops.py, autograd in autograd.py, the path
+// for devices without kernels in plain.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lowbit, m) {
@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias, int n, int k, int format, int group_size, "
       "int exponent, int precision) -> Tensor");
-  // The same without an autograd formula: what eager inference calls (python/ipex_llm/ops.py).
+  // The same without an autograd formula: what eager inference calls (autograd.py).
   m.def(
       "linear_forward(Tensor x, Tensor packed, Tensor? bias, int n, int k, int format, "
       "int group_size, int exponent, int precision) -> Tensor");

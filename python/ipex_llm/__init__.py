@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 # The tensor comes at once: torch.load(weights_only=True) must know it to read a saved state_dict.
-from .ops import get_activation_precision, set_activation_precision
+from . import consumers as _consumers  # noqa: F401  (what torch functions do with it)
+from .precision import get_activation_precision, set_activation_precision
 from .tensor import LowBitTensor
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ipex_llm.layers import Mixin
-from ipex_llm.tensor import swap_class
+from ipex_llm.owners import swap_class
 
 # Modules of torch itself that cannot reach a batched product: no need to wrap their calls.
 _LEAVES = (
@@ -43,7 +42,7 @@ def enable_lightweight_bmm(model: nn.Module) -> None:
             swap_class(module, EntersLightweightBmm)
 
 
-class EntersLightweightBmm(Mixin):
+class EntersLightweightBmm:
     """Mixin: the outermost call in a thread runs under LightweightBmm."""
 
     def __call__(self, *args, **kwargs):

@@ -18,8 +18,8 @@ from torch import nn
 
 from ipex_llm import arguments, bmm, embedding, layers, ops, planning
 from ipex_llm.arguments import Options
-from ipex_llm.owners import original_class
-from ipex_llm.tensor import LowBitTensor, install, lowbit_parameters
+from ipex_llm.owners import install, original_class
+from ipex_llm.tensor import LowBitTensor, lowbit_parameters
 
 # Where a root keeps what it was optimized with. In __dict__, so that deepcopy and pickle carry it.
 _STATE = "_ipex_llm_options"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ipex_llm.layers import Mixin
-from ipex_llm.tensor import LowBitTensor, install, swap_class
+from ipex_llm.owners import install, swap_class
+from ipex_llm.tensor import LowBitTensor
 
 
 def keep_embeddings(model: nn.Module, keep_out: set[int] = frozenset()) -> int:
@@ -38,7 +38,7 @@ def keep_embeddings(model: nn.Module, keep_out: set[int] = frozenset()) -> int:
     return count
 
 
-class StaysOnDevice(Mixin):
+class StaysOnDevice:
     """Mixin of embeddings whose table does not move."""
 
     def forward(self, *args, **kwargs):
@@ -99,7 +99,7 @@ def _move(value, device):
     return value
 
 
-class ComputeDevice(Mixin):
+class ComputeDevice:
     """Mixin of modules with a `device` property: tables that stay behind do not decide it."""
 
     @property

@@ -7,7 +7,6 @@ compute the same thing from the packed bytes.
 
 from __future__ import annotations
 
-import copyreg
 import dataclasses
 import inspect
 import math
@@ -21,8 +20,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ipex_llm import ops, usage
-from ipex_llm.owners import _swap_of, original_class, rebuild_owner
-from ipex_llm.tensor import LowBitTensor, swap_class
+from ipex_llm.owners import original_class, swap_class
+from ipex_llm.tensor import LowBitTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,19 +164,7 @@ def _low_bit(module: nn.Module, name: str) -> LowBitTensor | None:
     return parameter if isinstance(parameter, LowBitTensor) else None
 
 
-class Mixin:
-    """Base of the mixins that modules of an optimized model may have in front of their class."""
-
-    def __reduce_ex__(self, protocol):
-        # Swapped classes exist in this process only: pickle the original and the list of mixins.
-        reduced = list(super().__reduce_ex__(protocol))
-        swap = _swap_of.get(type(self))
-        if swap is not None and reduced[0] in (copyreg.__newobj__, copyreg._reconstructor):
-            reduced[:2] = [rebuild_owner, swap]
-        return tuple(reduced)
-
-
-class Conv1DForward(Mixin):
+class Conv1DForward:
     """transformers' Conv1D: x W + b with W [in, out], packed by output."""
 
     def forward(self, x):
@@ -187,7 +174,7 @@ class Conv1DForward(Mixin):
         return ops.linear(x, weight.packed, self.bias, *weight.numbers)
 
 
-class ExpertsForward(Mixin):
+class ExpertsForward:
     """Mixture-of-experts layers of transformers: the loop over the experts that were hit.
 
     The grouped and batched implementations read every expert as one float tensor; this one unpacks
@@ -232,7 +219,7 @@ def _has_experts_interface(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(forward, "__wrapped__")
 
 
-class MultiheadAttentionForward(Mixin):
+class MultiheadAttentionForward:
     """nn.MultiheadAttention from packed projections: one low-bit product per distinct input."""
 
     def forward(
@@ -380,7 +367,7 @@ def _additive(mask, dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
-class ConvolutionForward(Mixin):
+class ConvolutionForward:
     """Convolutions as one low-bit product over the windows of the input.
 
     1x1 kernels and patch embeddings read every input element once, so that this is the convolution
@@ -452,7 +439,7 @@ def _convolve(conv, x, weight, spatial: int):
     return ops.linear(columns, weight.packed, conv.bias, *weight.numbers).movedim(-1, 1)
 
 
-class EmbeddingBagForward(Mixin):
+class EmbeddingBagForward:
     """nn.EmbeddingBag from looked-up rows: only the bags' own rows are unpacked."""
 
     def forward(self, input, offsets=None, per_sample_weights=None):
@@ -482,7 +469,7 @@ class EmbeddingBagForward(Mixin):
         )
 
 
-class BilinearForward(Mixin):
+class BilinearForward:
     """nn.Bilinear: x2 meets the packed [out * in1, in2], the rest is a sum over in1."""
 
     def forward(self, input1, input2):
@@ -504,7 +491,7 @@ _WEIGHTS_PER_STEP = 2**16
 _WEIGHTS_OF_ANY_LENGTH = 2**20
 
 
-class RecurrentForward(Mixin):
+class RecurrentForward:
     """nn.RNN, nn.LSTM, nn.GRU: products with the packed bytes in large layers and for few steps;
     elsewhere the weights are expanded once per call, not once per step."""
 
@@ -555,7 +542,7 @@ class RecurrentForward(Mixin):
             super().flatten_parameters()
 
 
-class CellForward(Mixin):
+class CellForward:
     """nn.RNNCell, nn.LSTMCell, nn.GRUCell: a step is two products, from the packed bytes."""
 
     def forward(self, input, hx=None):

@@ -6,11 +6,12 @@ import warnings
 
 import torch
 
-from ipex_llm import arguments, convert, hugging_face, layers, ops
+from ipex_llm import arguments, convert, hugging_face, ops
 from ipex_llm.arguments import Options
 from ipex_llm.low_memory import low_memory_init
+from ipex_llm.owners import swap_class
 from ipex_llm.save import load_low_bit, save_low_bit
-from ipex_llm.tensor import lowbit_parameters, swap_class
+from ipex_llm.tensor import lowbit_parameters
 
 __all__ = ["load_low_bit", "low_memory_init", "optimize_model"]
 
@@ -115,7 +116,7 @@ def give_methods(model: torch.nn.Module) -> None:
     swap_class(model, *mixins)
 
 
-class Optimized(layers.Mixin):
+class Optimized:
     """Mixin of the root of an optimized model."""
 
     def save_low_bit(self, save_dir, max_shard_size="4GB"):
@@ -123,7 +124,7 @@ class Optimized(layers.Mixin):
         return save_low_bit(convert.unwrap(self), save_dir, max_shard_size=max_shard_size)
 
 
-class RefusesSavePretrained(layers.Mixin):
+class RefusesSavePretrained:
     """Mixin of optimized models with `save_pretrained`, which would write codes as if weights.
 
     Once transformers can read saves (register_with_transformers), it writes one instead.

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from . import ops
+from .autograd import select_linear
 from .errors import translate
-from .ops import _state
-from .tensor import _FLOAT_DTYPES, LowBitTensor
+from .ops import KERNEL_DTYPES
+from .precision import current
+from .tensor import FLOAT_DTYPES, OWN_ATTRIBUTES, LowBitTensor
 
 __all__ = [
     "EmbeddingForward",
@@ -26,10 +28,10 @@ __all__ = [
     "install",
     "original_class",
     "swap_class",
+    "unswapped",
 ]
 
 _is_exporting = torch.compiler.is_exporting
-_KERNEL_DTYPES = ops._KERNEL_DTYPES
 
 
 # ---- the class swap ------------------------------------------------------------------------------
@@ -56,7 +58,12 @@ def swap_class(module: nn.Module, *mixins: type) -> nn.Module:
 
 def original_class(module: nn.Module) -> type:
     """The class that `module` had before swap_class."""
-    return _swap_of.get(type(module), (type(module), ()))[0]
+    return unswapped(type(module))
+
+
+def unswapped(cls: type) -> type:
+    """`cls` as its author wrote it, without the mixins that swap_class put in front."""
+    return _swap_of.get(cls, (cls, ()))[0]
 
 
 def _swapped_class(original: type, mixins: tuple[type, ...]) -> type:
@@ -200,7 +207,7 @@ class LowBitOwner:
 def _probe(weight: LowBitTensor, fn: Callable) -> torch.Tensor:
     """An empty tensor of the dtype and on the device that `fn` gives `weight`."""
     probe = fn(torch.empty(0, dtype=weight.dtype, device=weight.device))
-    if probe.dtype not in _FLOAT_DTYPES:
+    if probe.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"a module with low-bit weights cannot be converted to {probe.dtype}: "
             "its weights can be float32, float16, bfloat16 or float64 to their users"
@@ -237,9 +244,7 @@ def _applied(weight: LowBitTensor, fn: Callable) -> LowBitTensor:
 
 
 def _foreign(weight: LowBitTensor) -> dict[str, Any]:
-    from .tensor import _OWN
-
-    return {name: value for name, value in weight.__dict__.items() if name not in _OWN}
+    return {name: value for name, value in weight.__dict__.items() if name not in OWN_ATTRIBUTES}
 
 
 # ---- fast forwards -------------------------------------------------------------------------------
@@ -254,12 +259,12 @@ class LinearForward(LowBitOwner):
         # Not ours: a float override (functional_call), a parametrization, an export.
         if type(weight) is not LowBitTensor or "bias" not in parameters or _is_exporting():
             return super().forward(input)
-        if not weight.direct or input.dtype not in _KERNEL_DTYPES:
+        if not weight.direct or input.dtype not in KERNEL_DTYPES:
             return super().forward(input)
         bias = parameters["bias"]
         try:
-            return ops.select_linear(input, bias)(
-                input, weight.packed, bias, *weight.numbers, _state.precision
+            return select_linear(input, bias)(
+                input, weight.packed, bias, *weight.numbers, current.precision
             )
         except RuntimeError as error:
             raise translate(error) from None

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ipex_llm import arguments, layers, ops, usage
+from ipex_llm import arguments, layers, usage
 from ipex_llm.arguments import Options
+from ipex_llm.formats import packed_shape
 from ipex_llm.tensor import LowBitTensor
 
 _QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -206,7 +207,7 @@ def build_plan(model: nn.Module, options: Options, who: str = "optimize_model") 
 
 def packed_bytes(shape: tuple[int, ...], low_bit: str, group_size: int = 0) -> int:
     """Bytes of a packed tensor [..., n, k]."""
-    return math.prod(ops.packed_shape(shape, low_bit, group_size))
+    return math.prod(packed_shape(shape, low_bit, group_size))
 
 
 def module_names(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:

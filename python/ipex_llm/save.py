@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm import arguments, convert, ops
+from ipex_llm import arguments, convert
 from ipex_llm.errors import translate
+from ipex_llm.library import operators
 from ipex_llm.tensor import LowBitTensor
 
 __all__ = ["directory_name", "fill", "load_low_bit", "save_low_bit", "slots_of"]
@@ -73,17 +74,17 @@ def save_low_bit(model: nn.Module, save_dir, max_shard_size="4GB") -> None:
     extra = _extra_files(model, options)
     contents = [_byte_tensor(data) for data in extra.values()]
     try:
-        handle, order = ops._ops.file_save_begin(
+        handle, order = operators.file_save_begin(
             directory, json.dumps(request), shard_bytes, list(extra), contents
         )
         try:
             for name in order:
                 for chunk in _chunks(tensors[name]):
-                    ops._ops.file_save_write(handle, chunk)
+                    operators.file_save_write(handle, chunk)
         except BaseException:
-            ops._ops.file_save_abort(handle)
+            operators.file_save_abort(handle)
             raise
-        ops._ops.file_save_commit(handle)
+        operators.file_save_commit(handle)
     except RuntimeError as error:
         raise _named(who, error) from None
 
@@ -336,7 +337,7 @@ def load_low_bit(model: nn.Module, model_path, verify: bool = True, mmap: bool =
             return legacy.load(who, model, directory, mmap)
         source.reject_quantized(who, directory)
     try:
-        text, data = ops._ops.file_open(directory, mmap, verify)
+        text, data = operators.file_open(directory, mmap, verify)
     except RuntimeError as error:
         raise _named(who, error) from None
     manifest = json.loads(text)

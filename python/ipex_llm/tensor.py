@@ -3,7 +3,7 @@
 It is a wrapper subclass with one inner tensor, `packed`. In eager mode torch functions come in
 through `__torch_function__`; torch.compile and torch.export trace it through
 `__tensor_flatten__` and `__torch_dispatch__`. What each function does with a low-bit argument is
-in consumers.py; modules that own low-bit weights are in owners.py.
+in consumers/; modules that own low-bit weights are in owners.py.
 
 Two rules keep it honest. It never changes in place: a fallback would change a temporary copy and
 lose the result without a word, so every mutation raises. And it never requires grad.
@@ -17,23 +17,24 @@ from typing import Any
 import torch
 
 from . import ops
+from .formats import FORMATS, canonical_name, default_group_size, tiles_shape
 
 __all__ = ["LowBitTensor", "lowbit_parameters"]
 
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 _no_function = torch._C.DisableTorchFunctionSubclass
 _is_compiling = torch.compiler.is_compiling
 _is_exporting = torch.compiler.is_exporting
 
-# Filled by consumers.py. Function: torch function -> handler(func, args, kwargs). Dispatch: aten
+# Filled by consumers/. Function: torch function -> handler(func, args, kwargs). Dispatch: aten
 # overload -> handler(func, args, kwargs). Passed: functions that read metadata only.
 FUNCTIONS: dict[Callable, Callable] = {}
 DISPATCH: dict[Any, Callable] = {}
 PASSED: set[Callable] = set()
 
 # Attributes that make a LowBitTensor; whatever else is in its __dict__ was put there by others.
-_OWN = (
+OWN_ATTRIBUTES = (
     "packed",
     "low_bit",
     "group_size",
@@ -92,7 +93,7 @@ class LowBitTensor(torch.Tensor):
         **attributes: Any,
     ) -> "LowBitTensor":
         if requires_grad:
-            raise ValueError(_FROZEN)
+            raise ValueError(CANNOT_REQUIRE_GRAD)
         if isinstance(packed, LowBitTensor):
             # accelerate re-wraps parameters as type(param)(tensor, requires_grad=..., **__dict__).
             self = packed._like(packed.packed)
@@ -132,7 +133,7 @@ class LowBitTensor(torch.Tensor):
             stored_shape=stored_shape,
             # What the operators take after the tensors. `direct`: it is one matrix, and linear()
             # may take it as it is.
-            numbers=(*stored_shape[-2:], ops.FORMATS[low_bit].number, group_size, exponent),
+            numbers=(*stored_shape[-2:], FORMATS[low_bit].number, group_size, exponent),
             direct=len(stored_shape) == 2 and not transposed and shape == natural,
             reshaped=shape != natural,
             _logical_dtype=dtype,
@@ -158,13 +159,13 @@ class LowBitTensor(torch.Tensor):
         Groups run along the last dimension; with `transposed`, along the one before it (for weights
         that are used as x @ w). `stored_shape` packs `weight.reshape(stored_shape)` instead.
         """
-        name = ops.canonical_name(low_bit)
-        size = ops.default_group_size(low_bit, group_size)
+        name = canonical_name(low_bit)
+        size = default_group_size(low_bit, group_size)
         if not isinstance(weight, torch.Tensor):
             raise TypeError(
                 f"LowBitTensor.quantize: weight must be a tensor, got {type(weight).__name__}"
             )
-        if weight.dtype not in _FLOAT_DTYPES:
+        if weight.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 "LowBitTensor.quantize: weight must be float32, float16, bfloat16 or float64, "
                 f"got {weight.dtype}"
@@ -214,7 +215,7 @@ class LowBitTensor(torch.Tensor):
         `exponent` multiplies all by 2^exponent; with `transposed`, or another `shape`, the logical
         tensor is the transpose or a reshape of what the codes are; `dtype` is its logical type.
         """
-        if dtype not in _FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise TypeError(
                 "LowBitTensor.from_codes: dtype must be float32, float16, bfloat16 or float64, "
                 f"got {dtype}"
@@ -229,8 +230,8 @@ class LowBitTensor(torch.Tensor):
             )
         return cls(
             packed,
-            ops.canonical_name(low_bit),
-            ops.default_group_size(low_bit, group_size),
+            canonical_name(low_bit),
+            default_group_size(low_bit, group_size),
             exponent,
             stored_shape=tuple(codes.shape),
             transposed=transposed,
@@ -284,7 +285,7 @@ class LowBitTensor(torch.Tensor):
         self, dtype: torch.dtype, device: torch.device, copy: bool = False
     ) -> "LowBitTensor":
         """This tensor with another logical dtype or on another device."""
-        if dtype not in _FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise TypeError(
                 "a low-bit weight can be float32, float16, bfloat16 or float64 to its users, "
                 f"not {dtype}; dequantize() gives a plain tensor"
@@ -309,7 +310,7 @@ class LowBitTensor(torch.Tensor):
         """
         with _no_function(), torch.inference_mode(False), torch.no_grad():
             torch.Tensor.data.__set__(self, other)
-        for name in _OWN[:-2]:
+        for name in OWN_ATTRIBUTES[:-2]:
             setattr(self, name, getattr(other, name))
 
     def _is_reshaped(self) -> bool:
@@ -390,7 +391,7 @@ class LowBitTensor(torch.Tensor):
             copied._is_param = True
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            if name not in _OWN:
+            if name not in OWN_ATTRIBUTES:
                 copied.__dict__[name] = copy.deepcopy(value, memo)
         return copied
 
@@ -412,10 +413,10 @@ class LowBitTensor(torch.Tensor):
 
 def _refuse_grad(flag: bool) -> None:
     if flag:
-        raise RuntimeError(_FROZEN)
+        raise RuntimeError(CANNOT_REQUIRE_GRAD)
 
 
-_FROZEN = (
+CANNOT_REQUIRE_GRAD = (
     "a low-bit weight cannot require grad: its codes have no gradient. Train adapters (LoRA) on "
     "top of it, or dequantize() the weight and train the copy"
 )
@@ -430,9 +431,9 @@ def rebuild_lowbit_tensor(packed: torch.Tensor, description: dict, is_param: boo
     """What a pickled LowBitTensor calls. Name and arguments are a file format: only add to them."""
     if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8:
         raise ValueError("a saved LowBitTensor must hold uint8 bytes; is the file complete?")
-    info = ops.FORMATS[ops.canonical_name(description["low_bit"])]
-    size = ops.default_group_size(info.name, description["group_size"])
-    expected = ops._packed_shape(description["stored_shape"], info, size)
+    info = FORMATS[canonical_name(description["low_bit"])]
+    size = default_group_size(info.name, description["group_size"])
+    expected = tiles_shape(description["stored_shape"], info, size)
     if tuple(packed.shape) != expected:
         raise ValueError(
             f"a saved LowBitTensor of {description['stored_shape']} in {info.name} needs packed "
@@ -464,9 +465,3 @@ def lowbit_parameters(model: torch.nn.Module, remove_duplicate: bool = True):
     for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
         if isinstance(parameter, LowBitTensor):
             yield name, parameter
-
-
-from . import consumers as _consumers  # noqa: E402, F401  (fills the tables above; needs the class)
-from .owners import install, swap_class  # noqa: E402
-
-__all__ += ["install", "swap_class"]

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from ipex_llm import ops
+from ipex_llm import library
 
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         reason = "torch sees no CUDA device"
-    elif not ops._CUDA_KERNELS:
+    elif not library.HAS_CUDA_KERNELS:
         reason = "liblowbit_ops_cuda.so is not built (cmake -DLOWBIT_CUDA=ON)"
     else:
         return

@@ -5,9 +5,13 @@ import itertools
 import pytest
 import torch
 
-from ipex_llm import ops
+from ipex_llm import formats, ops
 
-FORMATS = [f for f in ops.FORMATS.values()] if isinstance(ops.FORMATS, dict) else list(ops.FORMATS)
+FORMATS = (
+    [f for f in formats.FORMATS.values()]
+    if isinstance(formats.FORMATS, dict)
+    else list(formats.FORMATS)
+)
 NAMES = [f.name for f in FORMATS]
 BY_NAME = {f.name: f for f in FORMATS}
 ROW_SCALED = ("fp8_e4m3", "fp8_e5m2")

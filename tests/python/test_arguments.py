@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ipex_llm
-from ipex_llm import arguments, ops
+from ipex_llm import arguments, formats
 from ipex_llm.arguments import Options, resolve_options
 
 ALL_13 = (
@@ -17,11 +17,11 @@ ALL_13 = (
 
 def test_the_names_are_those_of_the_core():
     assert list(arguments.LOW_BITS) == ALL_13
-    assert set(arguments.LOW_BITS) == set(ops.FORMAT_NAMES)
+    assert set(arguments.LOW_BITS) == set(formats.FORMAT_NAMES)
     for name in arguments.LOW_BITS:
         canonical = arguments.resolve_low_bit("test", "low_bit", name)
-        assert canonical == ops.canonical_name(name)
-        assert arguments.has_groups(canonical) == ops.FORMATS[canonical].grouped
+        assert canonical == formats.canonical_name(name)
+        assert arguments.has_groups(canonical) == formats.FORMATS[canonical].grouped
 
 
 def test_an_unknown_low_bit_lists_all_thirteen():

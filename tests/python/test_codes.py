@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 import test_formats as numpy_reader
-from ipex_llm import LowBitTensor, ops, optimize_model
+from ipex_llm import LowBitTensor, formats, ops, optimize_model
 from ipex_llm.arguments import Options
 from ipex_llm.imports.assemble import optimize_with
 from ipex_llm.optimize import load_low_bit, low_memory_init
 from saved_models import Mixed, ids, mixed, tiny_llama
 
-WITH_CODES = [name for name in ops.FORMATS if name not in ("fp16", "bf16")]
+WITH_CODES = [name for name in formats.FORMATS if name not in ("fp16", "bf16")]
 
 
 def parts(low_bit, shape, group_size, seed=0):
     """Random codes, scales and minima of a format."""
     random = np.random.default_rng(seed)
     *lead, n, k = shape
-    codes = random.integers(0, 1 << ops.FORMATS[low_bit].bits, shape, dtype=np.uint8)
+    codes = random.integers(0, 1 << formats.FORMATS[low_bit].bits, shape, dtype=np.uint8)
     if low_bit == "sym_int8":
         codes[codes == 0] = 1
     groups = -(-k // group_size) if group_size else 1
@@ -38,12 +38,12 @@ def parts(low_bit, shape, group_size, seed=0):
 
 @pytest.mark.parametrize("low_bit", WITH_CODES)
 def test_the_numpy_reader_sees_the_same_weights(low_bit):
-    for group_size in (32, 64, 128, 256) if ops.FORMATS[low_bit].grouped else (0,):
+    for group_size in (32, 64, 128, 256) if formats.FORMATS[low_bit].grouped else (0,):
         codes, scales, minima = parts(low_bit, (19, 212), group_size)
         packed = ops.pack_codes(codes, scales, low_bit, group_size, minima)
         read = numpy_reader.decode(packed.numpy().reshape(-1), low_bit, 19, 212, group_size, 0)
         wide = scales.double().reshape(19, -1).repeat_interleave(group_size or 212, 1)[:, :212]
-        info = ops.FORMATS[low_bit]
+        info = formats.FORMATS[low_bit]
         if low_bit in numpy_reader.FP8:
             values = torch.from_numpy(numpy_reader.FP8[low_bit])[codes.long()]
         elif low_bit in numpy_reader.TABLES:
@@ -59,14 +59,14 @@ def test_the_numpy_reader_sees_the_same_weights(low_bit):
 @pytest.mark.parametrize("low_bit", WITH_CODES)
 @pytest.mark.parametrize("shape", [(3, 20, 100), (40, 64), (0, 32)])
 def test_there_and_back(low_bit, shape):
-    group_size = 32 if ops.FORMATS[low_bit].grouped else 0
+    group_size = 32 if formats.FORMATS[low_bit].grouped else 0
     codes, scales, minima = parts(low_bit, shape, group_size)
     weight = LowBitTensor.from_codes(
         codes, scales, low_bit, group_size, minima=minima, exponent=-3, dtype=torch.bfloat16
     )
     assert weight.shape == shape
     assert weight.dtype == torch.bfloat16
-    assert weight.packed.shape == ops.packed_shape(shape, low_bit, group_size)
+    assert weight.packed.shape == formats.packed_shape(shape, low_bit, group_size)
     for got, expected in zip(weight.to_codes(), (codes, scales, minima), strict=True):
         assert (got is None) == (expected is None)
         assert got is None or torch.equal(got, expected)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipex_llm import LowBitTensor, ops, set_activation_precision
-from ipex_llm.tensor import install
+from ipex_llm import LowBitTensor, formats, set_activation_precision
+from ipex_llm.owners import install
 
 IDS = torch.tensor([[3, 7, 11, 0], [1, 1, 2, 90]])
 
@@ -237,7 +237,7 @@ def test_export_with_dynamic_tokens():
 
 def test_formats_all_compile():
     x = torch.randn(2, 100)
-    for low_bit in ops.FORMATS:
+    for low_bit in formats.FORMATS:
         torch._dynamo.reset()  # twelve specialisations of one forward are more than it allows
         layer = nn.Linear(100, 24)
         install(layer, "weight", LowBitTensor.quantize(layer.weight, low_bit))

@@ -13,7 +13,8 @@ from torch import nn
 
 from ipex_llm import LowBitTensor, set_activation_precision
 from ipex_llm.optimize import RefusesSavePretrained
-from ipex_llm.tensor import install, lowbit_parameters, swap_class
+from ipex_llm.owners import install, swap_class
+from ipex_llm.tensor import lowbit_parameters
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.tensor([[3, 5, 7, 11, 13, 17], [2, 4, 6, 8, 10, 12]])

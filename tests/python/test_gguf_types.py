@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gguf_files import VALUED, random_blocks, values
-from ipex_llm import ops
+from ipex_llm import formats, ops
 from ipex_llm.imports.gguf import TYPES
+from ipex_llm.library import operators
 
 K, ROWS = 768, 21
 
@@ -30,10 +31,10 @@ def test_values_are_those_of_the_package_bit_for_bit(name):
     expected = values(name, blocks)
     assert np.isfinite(expected).all()
     flat = torch.from_numpy(blocks.copy()).reshape(-1)
-    got = ops._ops.ggml_dequantize(flat, info.number, ROWS, K, None, torch.float32)
+    got = operators.ggml_dequantize(flat, info.number, ROWS, K, None, torch.float32)
     np.testing.assert_array_equal(got.numpy(), expected)
     rows = torch.tensor([20, 3, 3, 0])
-    some = ops._ops.ggml_dequantize(flat, info.number, ROWS, K, rows, torch.bfloat16)
+    some = operators.ggml_dequantize(flat, info.number, ROWS, K, rows, torch.bfloat16)
     assert torch.equal(some, torch.from_numpy(expected)[rows].bfloat16())
 
 
@@ -47,7 +48,7 @@ def test_every_entry_of_the_code_tables(name):
         blocks[:, :2] = np.array([1], np.float16).view(np.uint8)
         expected = gguf.dequantize(blocks, gguf.GGMLQuantizationType[name])
         flat = torch.from_numpy(blocks).reshape(-1)
-        got = ops._ops.ggml_dequantize(flat, info.number, 300, 256, None, torch.float32).numpy()
+        got = operators.ggml_dequantize(flat, info.number, 300, 256, None, torch.float32).numpy()
         np.testing.assert_array_equal(got, expected)
         width = 4 if name.startswith("IQ3") else 8
         vectors = np.abs(expected) if name != "IQ1_S" else expected
@@ -67,9 +68,9 @@ def test_exact_types_pack_to_the_values_of_the_package(name):
     blocks = random_blocks(name, ROWS, K, 1)
     flat = torch.from_numpy(blocks.copy()).reshape(-1)
     for rows in (None, torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))):
-        packed, exponent, lossless = ops._ops.ggml_pack(flat, info.number, ROWS, K, rows)
+        packed, exponent, lossless = operators.ggml_pack(flat, info.number, ROWS, K, rows)
         assert lossless
-        number = ops.FORMATS[info.exact].number
+        number = formats.FORMATS[info.exact].number
         size = info.group_size
         got = ops.dequantize(packed, (ROWS, K), number, size, exponent, torch.float32)
         expected = torch.from_numpy(values(name, blocks).copy())
@@ -77,7 +78,7 @@ def test_exact_types_pack_to_the_values_of_the_package(name):
         if info.block > 32:
             continue
         back = None if rows is None else torch.argsort(rows)
-        again, lossless = ops._ops.ggml_unpack(
+        again, lossless = operators.ggml_unpack(
             packed, ROWS, K, number, size, exponent, back, info.number
         )
         assert lossless
@@ -97,6 +98,6 @@ def test_refusals():
         ((flat, 2, 2, 32, None, torch.int8), TypeError, "dtype must be"),
     ]:
         with pytest.raises(RuntimeError) as raised:
-            ops._ops.ggml_dequantize(*arguments)
+            operators.ggml_dequantize(*arguments)
         assert isinstance(ops.translate(raised.value), error)
         assert match in str(raised.value)

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import ipex_llm
-from ipex_llm import errors, ops, set_activation_precision
+from ipex_llm import errors, formats, library, ops, set_activation_precision
+from ipex_llm.plain import plain_dequantize, plain_embedding, plain_first_nonfinite, plain_linear
+from ipex_llm.precision import PRECISIONS
 
-FORMATS = tuple(ops.FORMATS)
-GROUPED = tuple(name for name, info in ops.FORMATS.items() if info.grouped)
+FORMATS = tuple(formats.FORMATS)
+GROUPED = tuple(name for name, info in formats.FORMATS.items() if info.grouped)
 SHAPES = [(1, 1), (16, 32), (37, 100), (64, 256), (5, 352)]
 
 
@@ -29,8 +31,8 @@ def make(n: int, k: int, low_bit: str = "sym_int4", group_size: int = 0, seed: i
     numbers = (
         n,
         k,
-        ops.FORMATS[low_bit].number,
-        ops.default_group_size(low_bit, group_size),
+        formats.FORMATS[low_bit].number,
+        formats.default_group_size(low_bit, group_size),
         exponent,
     )
     dense = ops.dequantize(packed, (n, k), *numbers[2:], torch.float64)
@@ -46,25 +48,25 @@ def bound(x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
 
 
 def test_thirteen_names():
-    assert len(ops.FORMAT_NAMES) == 13
-    assert ops.canonical_name("fp8") == "fp8_e5m2"
+    assert len(formats.FORMAT_NAMES) == 13
+    assert formats.canonical_name("fp8") == "fp8_e5m2"
     with pytest.raises(ValueError) as raised:
-        ops.canonical_name("int4")
-    assert all(name in str(raised.value) for name in ops.FORMAT_NAMES)
+        formats.canonical_name("int4")
+    assert all(name in str(raised.value) for name in formats.FORMAT_NAMES)
     with pytest.raises(ValueError, match="unknown low_bit None"):
-        ops.canonical_name(None)
+        formats.canonical_name(None)
 
 
 def test_group_sizes():
-    assert ops.default_group_size("nf4") == 64
-    assert ops.default_group_size("nf4", 128) == 128
-    assert ops.default_group_size("bf16") == 0
+    assert formats.default_group_size("nf4") == 64
+    assert formats.default_group_size("nf4", 128) == 128
+    assert formats.default_group_size("bf16") == 0
     with pytest.raises(ValueError, match="32, 64, 128, 256"):
-        ops.default_group_size("nf4", 48)
+        formats.default_group_size("nf4", 48)
     with pytest.raises(ValueError, match="one scale per row"):
-        ops.default_group_size("fp8", 64)
+        formats.default_group_size("fp8", 64)
     with pytest.raises(ValueError, match="no scales"):
-        ops.default_group_size("fp16", 64)
+        formats.default_group_size("fp16", 64)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -75,9 +77,9 @@ def test_group_sizes():
     group_size=st.sampled_from((0, 32, 64, 128, 256)),
 )
 def test_python_geometry_is_that_of_the_core(low_bit, n, k, group_size):
-    group_size = group_size if ops.FORMATS[low_bit].grouped else 0
+    group_size = group_size if formats.FORMATS[low_bit].grouped else 0
     packed, _ = ops.quantize(torch.zeros(n, k), low_bit, group_size)
-    assert tuple(packed.shape) == ops.packed_shape((n, k), low_bit, group_size)
+    assert tuple(packed.shape) == formats.packed_shape((n, k), low_bit, group_size)
     assert packed.data_ptr() % 64 == 0
 
 
@@ -94,12 +96,16 @@ def test_python_geometry_is_that_of_the_core(low_bit, n, k, group_size):
 )
 def test_plain_torch_reads_the_same_values(low_bit, n, k, group_size, scale):
     """Two readings of one layout, C++ and torch; the scales bring exponents into play."""
-    group_size = group_size if ops.FORMATS[low_bit].grouped else 0
+    group_size = group_size if formats.FORMATS[low_bit].grouped else 0
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k)) * scale
     packed, exponent = ops.quantize(weight, low_bit, group_size)
-    numbers = (ops.FORMATS[low_bit].number, ops.default_group_size(low_bit, group_size), exponent)
+    numbers = (
+        formats.FORMATS[low_bit].number,
+        formats.default_group_size(low_bit, group_size),
+        exponent,
+    )
     ours = ops.dequantize(packed, (n, k), *numbers, torch.float32)
-    plain = ops.plain_dequantize(packed, (n, k), *numbers, torch.float32)
+    plain = plain_dequantize(packed, (n, k), *numbers, torch.float32)
     # Both round s * v + m to fp32, in one step or in two; 2^-22 covers the second rounding,
     # 2^-149 that of subnormal results.
     torch.testing.assert_close(
@@ -108,7 +114,7 @@ def test_plain_torch_reads_the_same_values(low_bit, n, k, group_size, scale):
     ids = torch.tensor([[0, n - 1], [n // 2, 0]])
     rows = ops.embedding(packed, ids, n, k, *numbers, torch.float32)
     assert torch.equal(rows, ours[ids])
-    assert torch.equal(ops.plain_embedding(packed, ids, n, k, *numbers, torch.float32), plain[ids])
+    assert torch.equal(plain_embedding(packed, ids, n, k, *numbers, torch.float32), plain[ids])
 
 
 @pytest.mark.parametrize("low_bit", FORMATS)
@@ -122,9 +128,14 @@ def test_stack_is_its_matrices(low_bit, n):
     assert torch.equal(packed, one_by_one)
     stack[1] *= 1e-9  # now one matrix alone would get an exponent, and all share it
     packed, exponent = ops.quantize(stack, low_bit)
-    info = ops.FORMATS[low_bit]
+    info = formats.FORMATS[low_bit]
     dense = ops.dequantize(
-        packed, stack.shape, info.number, ops.default_group_size(low_bit), exponent, torch.float32
+        packed,
+        stack.shape,
+        info.number,
+        formats.default_group_size(low_bit),
+        exponent,
+        torch.float32,
     )
     assert (dense[0] - stack[0]).abs().max() < 1
 
@@ -178,7 +189,7 @@ def test_first_nonfinite():
     assert ops.first_nonfinite(torch.empty(0, 4)) == -1
     for column in (4, 1):
         x[:, column] = 0
-    assert ops.plain_first_nonfinite(x) == ops.first_nonfinite(x) == -1
+    assert plain_first_nonfinite(x) == ops.first_nonfinite(x) == -1
 
 
 # ---- linear --------------------------------------------------------------------------------------
@@ -235,12 +246,12 @@ def test_linear_of_any_view(shape_and_view):
     assert ((out.double() - x.double() @ dense.mT).abs() <= bound(x, dense) * 2).all()
 
 
-@pytest.mark.parametrize("precision", ops.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_plain_linear_agrees(precision):
     packed, numbers, dense = make(40, 100, "nf4")
     bias = torch.randn(40)
     x = torch.randn(3, 100)
-    plain = ops.plain_linear(x, packed, bias, *numbers, ops.PRECISIONS.index(precision))
+    plain = plain_linear(x, packed, bias, *numbers, PRECISIONS.index(precision))
     with set_activation_precision(precision):
         ours = ops.linear(x, packed, bias, *numbers)
     # fp32 x and weights to 2^-15; bf16 both to 2^-9; int8 to half a step of the largest each.
@@ -263,7 +274,7 @@ def test_devices_without_kernels_have_the_plain_path(device):
         assert "default backend kernel" in entry
 
 
-@pytest.mark.parametrize("precision", ops.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_result_does_not_depend_on_the_threads(precision):
     packed, numbers, _ = make(200, 320)
     x = torch.randn(9, 320)
@@ -374,12 +385,12 @@ def test_every_error_code_has_its_exception():
 
 
 def test_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(ops, "_LIBRARY", tmp_path / "liblowbit_ops.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "liblowbit_ops.so")
     with pytest.raises(ImportError, match="make build"):
-        ops._load_library()
+        library.load_library()
     (tmp_path / "liblowbit_ops.so").write_bytes(b"not a library")
     with pytest.raises(ImportError, match="does not load into torch"):
-        ops._load_library()
+        library.load_library()
 
 
 # ---- what torch expects of an operator -----------------------------------------------------------
@@ -408,8 +419,8 @@ def test_opcheck_the_others():
 
 @pytest.mark.parametrize("low_bit", ["sym_int5", "asym_int4", "nf3", "fp8_e5m2"])
 def test_opcheck_codes(low_bit):
-    info = ops.FORMATS[low_bit]
-    size = ops.default_group_size(low_bit)
+    info = formats.FORMATS[low_bit]
+    size = formats.default_group_size(low_bit)
     packed, _ = ops.quantize(torch.randn(2, 24, 100), low_bit)
     arguments = (packed, [2, 24, 100], info.number, size)
     opcheck(torch.ops.lowbit.unpack_codes.default, arguments)
@@ -424,7 +435,7 @@ def test_meta_tensors_run_the_fake_kernels():
     assert out.is_meta
     assert out.shape == (2, 24)
     packed, exponent = torch.ops.lowbit.quantize(torch.empty(3, 20, 64, device="meta"), 0, 64)
-    assert packed.shape == ops.packed_shape((3, 20, 64), "sym_int4")
+    assert packed.shape == formats.packed_shape((3, 20, 64), "sym_int4")
     assert exponent.device.type == "cpu"
 
 
@@ -630,7 +641,10 @@ def test_unknown_attribute():
 def test_library_uses_the_stable_abi_only():
     """One binary for every torch >= 2.11: C shims of libtorch, no C++ of torch or Python."""
     symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", ops._LIBRARY], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", library.LIBRARY],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
     torch_names = [name for name in names if re.match(r"(aoti_)?torch_", name)]
@@ -640,7 +654,7 @@ def test_library_uses_the_stable_abi_only():
     readelf = shutil.which("readelf")
     if readelf:
         dynamic = subprocess.run(
-            [readelf, "-d", ops._LIBRARY], capture_output=True, text=True
+            [readelf, "-d", library.LIBRARY], capture_output=True, text=True
         ).stdout
         needed = re.findall(r"NEEDED.*\[(.*?)\]", dynamic)
         assert [n for n in needed if "torch" in n or "c10" in n or "python" in n] == [
@@ -649,7 +663,7 @@ def test_library_uses_the_stable_abi_only():
         assert "RPATH" not in dynamic
         assert "RUNPATH" not in dynamic
         exported = subprocess.run(
-            ["nm", "-D", "--defined-only", ops._LIBRARY], capture_output=True, text=True
+            ["nm", "-D", "--defined-only", library.LIBRARY], capture_output=True, text=True
         ).stdout
         assert not [s for s in exported.splitlines() if "6lowbit" in s and " T " in s]
 
@@ -663,4 +677,4 @@ def test_isa():
         assert ops.isa() == "scalar"
     finally:
         ops.force_isa("")
-    assert Path(ops._LIBRARY).exists()
+    assert Path(library.LIBRARY).exists()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ipex_llm import ops
+from ipex_llm import formats, ops
 from test_formats import BITS, GROUPED, decode, encode
 
 QUICK = settings(
@@ -76,7 +76,7 @@ def test_bytes_are_those_of_the_definition(low_bit, data):
 def test_weights_are_those_of_the_definition(low_bit, data):
     w, group = data.draw(matrices()), data.draw(group_sizes(low_bit))
     packed, exponent = ops.quantize(w, low_bit, group)
-    number = ops.FORMATS[low_bit].number
+    number = formats.FORMATS[low_bit].number
     exact = decode(packed.numpy().ravel(), low_bit, *w.shape, group, exponent)
     with np.errstate(over="ignore", under="ignore"):
         single = torch.from_numpy(exact.astype(np.float32))
@@ -128,7 +128,7 @@ def test_a_weight_that_is_not_finite_is_named(low_bit, data):
 def test_quantizing_again_changes_little(low_bit):
     """Packing what was unpacked moves no weight by more than the rounding of a scale."""
     w = torch.randn(20, 192, generator=torch.Generator().manual_seed(0))
-    number, size = ops.FORMATS[low_bit].number, ops.default_group_size(low_bit)
+    number, size = formats.FORMATS[low_bit].number, formats.default_group_size(low_bit)
     packed, exponent = ops.quantize(w, low_bit)
     once = ops.dequantize(packed, w.shape, number, size, exponent, torch.float32)
     packed, exponent = ops.quantize(once, low_bit)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipex_llm import LowBitTensor, ops, set_activation_precision
+from ipex_llm import LowBitTensor, formats, set_activation_precision
 from ipex_llm.tensor import lowbit_parameters
 
-FORMATS = tuple(ops.FORMATS)
+FORMATS = tuple(formats.FORMATS)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def same(view: torch.Tensor, dense: torch.Tensor) -> None:
 # ---- what it is ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("low_bit", ops.FORMAT_NAMES)
+@pytest.mark.parametrize("low_bit", formats.FORMAT_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_logical_facts(low_bit, dtype):
     weight = torch.randn(40, 100).to(dtype)
@@ -68,10 +68,10 @@ def test_logical_facts(low_bit, dtype):
     assert w.stride() == weight.stride() and w.is_contiguous()
     assert not w.requires_grad and w.is_leaf and w.grad is None and w.layout == torch.strided
     assert not w.is_meta and not w.is_cuda
-    assert w.low_bit == ops.canonical_name(low_bit)
-    assert w.group_size == ops.default_group_size(low_bit)
+    assert w.low_bit == formats.canonical_name(low_bit)
+    assert w.group_size == formats.default_group_size(low_bit)
     assert w.exponent == 0
-    assert tuple(w.packed.shape) == ops.packed_shape((40, 100), low_bit)
+    assert tuple(w.packed.shape) == formats.packed_shape((40, 100), low_bit)
     assert w.dequantize().dtype == dtype
     assert w.dequantize(torch.float32).dtype == torch.float32
     assert hash(w) == id(w)

@@ -42,7 +42,8 @@ from ipex_llm.fuse.report import Report, optimization_report
 from ipex_llm.fuse.stack import STACK, RunsBlocks, RunsStack
 from ipex_llm.fuse.state import STATE, State
 from ipex_llm.fuse.trace import converted, record, shadow, undisturbed
-from ipex_llm.tensor import LowBitTensor, swap_class
+from ipex_llm.owners import swap_class
+from ipex_llm.tensor import LowBitTensor
 
 __all__ = ["Report", "fuse_later", "fuse_model", "optimization_report"]
 

@@ -17,7 +17,7 @@ from functools import cache
 
 import torch
 
-from ipex_llm.ops import _ops
+from ipex_llm.library import operators
 
 _STEP = 256  # positions of room beyond what is needed: a copy every 256 tokens at least ...
 _GROWTH = 8  # ... and at most once per eighth of the length, so copies stay a constant share
@@ -26,10 +26,10 @@ _BLOCK = 64  # positions that quantized keys and values keep together (lowbit/fu
 # kv_cache_dtype -> lowbit::CacheFormat; None is the model's own dtype.
 FORMATS = {None: 0, "int8": 1, "fp8": 2}
 
-_append = _ops.cache_append_.default
-_read = _ops.cache_read.default
-_block_bytes = _ops.cache_block_bytes.default
-_memory = _ops.cache_memory.default
+_append = operators.cache_append_.default
+_read = operators.cache_read.default
+_block_bytes = operators.cache_block_bytes.default
+_memory = operators.cache_memory.default
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from ipex_llm.fuse.describe import Attention, Description
-from ipex_llm.ops import _ops
+from ipex_llm.library import operators
 
-_blocks = _ops.fused_blocks.default
-_columns = _ops.fused_columns.default
-_attend = _ops.fused_attend.default
+_blocks = operators.fused_blocks.default
+_columns = operators.fused_columns.default
+_attend = operators.fused_attend.default
 
 
 def hookable(description: Description) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm.ops import _ops
+from ipex_llm.library import operators
 from ipex_llm.tensor import LowBitTensor
 
 # lowbit::Activation, in its order
@@ -315,7 +315,7 @@ class Handle:
             writer = _Writer(module)
             try:
                 writer.block(stage)
-                number = _ops.fused_register(writer.tensors, writer.integers, writer.floats)
+                number = operators.fused_register(writer.tensors, writer.integers, writer.floats)
                 self.numbers.append(number)
             except (Unfit, RuntimeError) as error:
                 self.unfit = str(error)
@@ -330,8 +330,8 @@ class Handle:
 
     def __del__(self) -> None:
         for number in self.__dict__.get("numbers", ()):
-            if _ops is not None:
-                _ops.fused_release(number)
+            if operators is not None:
+                operators.fused_release(number)
 
     def is_current(self) -> bool:
         """Whether every module and parameter is still the one that was registered."""

@@ -18,23 +18,23 @@ from ipex_llm.fuse.attention import bias_for
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.describe import Unfit
 from ipex_llm.fuse.state import STATE, State, local
-from ipex_llm.layers import Mixin
-from ipex_llm.ops import _ops, _state
+from ipex_llm.library import operators
+from ipex_llm.precision import current
 
-_blocks = _ops.fused_blocks.default
+_blocks = operators.fused_blocks.default
 
-_project = _ops.fused_project.default
+_project = operators.fused_project.default
 
-_attend = _ops.fused_attend.default
+_attend = operators.fused_attend.default
 
-_experts = _ops.fused_experts.default
+_experts = operators.fused_experts.default
 
 _is_compiling = torch.compiler.is_compiling
 
 _is_grad_enabled = torch.is_grad_enabled
 
 
-class Fused(Mixin):
+class Fused:
     """Mixin of modules whose forward the operators serve."""
 
     def forward(self, *args, **kwargs):
@@ -83,7 +83,7 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
     description = state.description
     attention = description.attention
     number = state.handle.number
-    precision = _state.precision
+    precision = current.precision
     try:
         if attention is None and description.cross is not None:
             if description.bias:

@@ -16,8 +16,7 @@ from ipex_llm.fuse.observe import worth_watching
 from ipex_llm.fuse.prove import Step, hidden_name, named
 from ipex_llm.fuse.recognise import Unrecognised
 from ipex_llm.fuse.state import STATE
-from ipex_llm.layers import Mixin
-from ipex_llm.tensor import swap_class
+from ipex_llm.owners import swap_class
 
 _WAITING = "_lowbit_waiting"
 _PROBE_TOKENS = (5, 1, 1)
@@ -31,7 +30,7 @@ class Waiting:
         self.name, self.entries, self.known = name, entries, known
 
 
-class Learns(Mixin):
+class Learns:
     """Mixin of a block that is looked at when it is first called."""
 
     def forward(self, *args, **kwargs):

@@ -6,8 +6,6 @@ import functools
 
 import torch
 
-from ipex_llm.layers import Mixin
-
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -41,7 +39,7 @@ class _FirstForward:
         return forward
 
 
-class FusesAtFirstCall(Mixin):
+class FusesAtFirstCall:
     """Mixin of a loaded model: it is fused when it runs for the first time.
 
     Loading stays instant that way.

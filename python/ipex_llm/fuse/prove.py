@@ -23,7 +23,7 @@ from ipex_llm.fuse.recognise import Unrecognised
 from ipex_llm.fuse.stack import STACK, RunsBlocks, RunsStack
 from ipex_llm.fuse.state import STATE, State, local
 from ipex_llm.fuse.trace import converted, shadow, undisturbed
-from ipex_llm.tensor import swap_class
+from ipex_llm.owners import swap_class
 
 # In float32. Both sides round activations to 15 bits before a product, at places that differ by an
 # ulp: 2^-15 of the largest each time, which a softmax over large scores amplifies about tenfold.

@@ -12,10 +12,10 @@ from ipex_llm.fuse import cache as caches
 from ipex_llm.fuse import collecting
 from ipex_llm.fuse.call import FLOATS, TWO_ANGLES, Call
 from ipex_llm.fuse.state import STATE, State, local
-from ipex_llm.layers import Mixin
-from ipex_llm.ops import _ops, _state
+from ipex_llm.library import operators
+from ipex_llm.precision import current
 
-_blocks = _ops.fused_blocks.default
+_blocks = operators.fused_blocks.default
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -119,7 +119,7 @@ class Stack:
             return None
         numbers = [state.handle.number for state in states]
         try:
-            precision = _state.precision
+            precision = current.precision
             out = _blocks(
                 x,
                 numbers,
@@ -143,7 +143,7 @@ class Stack:
         return out
 
 
-class RunsBlocks(Mixin):
+class RunsBlocks:
     """Mixin of the list of blocks: iterating over it ends when the first block has run them all.
 
     Thirty calls that hand on a tensor cost a third of a millisecond.
@@ -177,7 +177,7 @@ def _until_served(blocks: list[nn.Module]):
             return
 
 
-class RunsStack(Mixin):
+class RunsStack:
     """Mixin of the module that owns the list of blocks, all fused and proved as a stack."""
 
     def __call__(self, *args, **kwargs):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ipex_llm.ops import PRECISIONS, _state
+from ipex_llm.precision import PRECISIONS, current
 from ipex_llm.tensor import LowBitTensor
 
 _HOOKS = (
@@ -89,14 +89,14 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 def undisturbed(precision: str | None = "fp32"):
     """Inside, no gradients, exact products, and the random state of before comes back after."""
     rng = torch.get_rng_state()
-    before = _state.precision
+    before = current.precision
     if precision is not None:
-        _state.precision = PRECISIONS.index(precision)
+        current.precision = PRECISIONS.index(precision)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        _state.precision = before
+        current.precision = before
         torch.set_rng_state(rng)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ipex_llm import ops
+from ipex_llm.formats import FORMATS
 from ipex_llm.imports import grids
 from ipex_llm.imports.gptq import check_finite
 from ipex_llm.imports.source import Checkpoint, read_json
@@ -50,7 +50,7 @@ class FourBitWeight:
         count, k = math.prod(self.shape), self.shape[-1]
         data = self.data.contiguous().reshape(-1).view(torch.uint8)
         codes = torch.stack((data >> 4, data & 15), -1).reshape(-1)[:count].reshape(self.shape)
-        nf4 = torch.equal(self.quant_map, torch.tensor(ops.FORMATS["nf4"].codebook))
+        nf4 = torch.equal(self.quant_map, torch.tensor(FORMATS["nf4"].codebook))
         fp4 = torch.equal(self.quant_map, fp4_map())
         size = self._group_size()
         if not size or not (nf4 or fp4):

@@ -27,8 +27,10 @@ from torch import nn
 from ipex_llm import arguments, ops, planning
 from ipex_llm.arguments import Options
 from ipex_llm.errors import translate
+from ipex_llm.formats import FORMATS
 from ipex_llm.imports.assemble import optimize_with
 from ipex_llm.imports.report import Report, keep_report
+from ipex_llm.library import operators
 from ipex_llm.low_memory import low_memory_init
 from ipex_llm.tensor import LowBitTensor
 
@@ -48,9 +50,9 @@ class GgmlType(NamedTuple):
 
 
 def _read_types() -> dict[str, GgmlType]:
-    formats = list(ops.FORMATS)
+    formats = list(FORMATS)
     rows = {}
-    for line in ops._ops.ggml_types().splitlines():
+    for line in operators.ggml_types().splitlines():
         number, name, block, size, exact, group_size, has_values = line.split()
         exact = formats[int(exact)] if int(exact) >= 0 else None
         rows[name] = GgmlType(
@@ -152,7 +154,7 @@ class _Tensor:
         """float32 of `shape`."""
         number, rows, k = self.type.number, self.rows, self.k
         values = _call(
-            who, ops._ops.ggml_dequantize, self.blocks, number, rows, k, None, torch.float32
+            who, operators.ggml_dequantize, self.blocks, number, rows, k, None, torch.float32
         )
         return values.reshape(self.shape)
 
@@ -171,7 +173,7 @@ class GgufFile:
             self.path = os.fsdecode(self.path)
         if not self.path:
             raise ValueError(f"{who}: the path is an empty text; give a file")
-        description, self._outline, blocks = _call(who, ops._ops.gguf_open, self.path, mmap)
+        description, self._outline, blocks = _call(who, operators.gguf_open, self.path, mmap)
         header = json.loads(description)
         self.metadata: dict = header["metadata"]
         self.tensors: dict[str, _Tensor] = {
@@ -520,7 +522,7 @@ class _Fill:
         blocks, order = _gathered(origin)
         total = sum(tensor.rows for tensor in origin.tensors)
         packed, exponent, lossless = _call(
-            self.who, ops._ops.ggml_pack, blocks, own.number, total, rows.shape[-1], order
+            self.who, operators.ggml_pack, blocks, own.number, total, rows.shape[-1], order
         )
         if not lossless:
             return None
@@ -565,7 +567,7 @@ class _Fill:
         blocks, _ = _gathered(origin)
         order = torch.from_numpy(rows.order)
         total = sum(tensor.rows for tensor in origin.tensors)
-        of_all = (ops._ops.ggml_dequantize, blocks, origin.type.number, total, k)
+        of_all = (operators.ggml_dequantize, blocks, origin.type.number, total, k)
         parts = []
         for start in range(0, n, step):
             part = order[start : start + step].contiguous()
@@ -597,7 +599,7 @@ class _Fill:
 
 def _group_size(low_bit: str) -> int:
     """Of what is quantized because the file's type has no counterpart: that of ggml's blocks."""
-    return 32 if ops.FORMATS[low_bit].grouped else 0
+    return 32 if FORMATS[low_bit].grouped else 0
 
 
 def _gathered(origin: _Origin) -> tuple[torch.Tensor, torch.Tensor | None]:

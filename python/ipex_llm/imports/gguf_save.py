@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ipex_llm import arguments, convert, ops
+from ipex_llm import arguments, convert
+from ipex_llm.formats import FORMATS
 from ipex_llm.imports.gguf import TYPES, GgmlType, GgufFile, _call
+from ipex_llm.library import operators
 from ipex_llm.tensor import LowBitTensor
 
 __all__ = ["save_gguf"]
@@ -159,7 +161,7 @@ class _Tensor:
         weight = self.weight.detach()
         with torch.no_grad():
             if self.requantize is not None:
-                size = 32 if ops.FORMATS[self.requantize].grouped else 0
+                size = 32 if FORMATS[self.requantize].grouped else 0
                 dense = weight.dequantize(torch.float32).cpu()
                 weight = LowBitTensor.quantize(dense, self.requantize, size)
             if isinstance(weight, LowBitTensor):
@@ -177,7 +179,7 @@ class _Tensor:
     def blocks(self, who: str, weight: LowBitTensor) -> tuple[torch.Tensor, bool]:
         weight = weight.to("cpu")
         return _call(
-            who, ops._ops.ggml_unpack, weight.packed, *weight.numbers, self.order, self.type.number
+            who, operators.ggml_unpack, weight.packed, *weight.numbers, self.order, self.type.number
         )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ipex_llm import ops
 from ipex_llm.errors import translate
+from ipex_llm.library import operators
 
 __all__ = ["Checkpoint", "read_json", "regular_file", "reject_quantized"]
 
@@ -81,7 +81,7 @@ class Checkpoint:
     def _open(self, name: str, mmap: bool) -> None:
         path = self.directory / name
         try:
-            names, tensors = ops._ops.safetensors_open(str(path), mmap)
+            names, tensors = operators.safetensors_open(str(path), mmap)
         except RuntimeError as error:
             translated = translate(error)
             raise type(translated)(f"{self.who}: {translated}") from None

@@ -15,6 +15,16 @@
 //                           extremes are known then
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/generic/quantize_coder.h"
+#include "cpu/generic/quantize_encode.h"
+#include "cpu/generic/quantize_fp8.h"
+#include "cpu/generic/quantize_load.h"
+#include "cpu/generic/quantize_scales.h"
+#include "cpu/generic/quantize_units.h"
+
 namespace lowbit::cpu {
 namespace {
 

@@ -1,4 +1,4 @@
-// Rows of 16-bit weights to fp8. Included by quantize_simd.h.
+// Rows of 16-bit weights to fp8, by a table.
 //
 // A row has one scale s, and the code of w / s, rounded as float32 and then to fp8, is a function
 // of the weight. Twice the weight is a code one exponent higher, as long as nothing is subnormal:
@@ -9,6 +9,13 @@
 // What comes out as subnormal (or negative, below that), and subnormal halves, are encoded as rows
 // without a table are, 64 weights at a time.
 #pragma once
+
+#include <cstdint>
+
+#include "cpu/generic/quantize_coder.h"
+#include "cpu/generic/quantize_encode.h"
+#include "cpu/generic/quantize_load.h"
+#include "cpu/generic/quantize_scales.h"
 
 namespace lowbit::cpu {
 namespace {

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ipex_llm
+from ipex_llm.formats import FORMATS
 from ipex_llm.optimize import load_low_bit, low_memory_init
 
 IDS = torch.arange(1, 13)[None]
@@ -57,7 +58,7 @@ def numpy_weight(low_bit: str, flat: np.ndarray, n: int, k: int) -> np.ndarray:
     elif low_bit == "sym_int8":
         values = single() * blocks[..., 4:].copy().view(np.int8)
     elif low_bit == "nf4":
-        table = np.array(ipex_llm.ops.FORMATS["nf4"].codebook, np.float32).astype(np.float64)
+        table = np.array(FORMATS["nf4"].codebook, np.float32).astype(np.float64)
         values = half(0) * table[np.concatenate((blocks[..., 2:] // 16, blocks[..., 2:] % 16), -1)]
     elif low_bit == "fp4":
         table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])

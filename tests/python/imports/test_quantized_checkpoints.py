@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ipex_llm
-from ipex_llm import load_quantized, ops
+from ipex_llm import formats, load_quantized
 from ipex_llm.imports import grids, words
 from ipex_llm.optimize import load_low_bit, low_memory_init
 from saved_models import same, snapshot, tiny_llama
@@ -722,7 +722,7 @@ def bnb_tensors(rng, name: str, shape, blocksize: int, table, storage=torch.uint
     return tensors, weight
 
 
-NF4 = torch.tensor(ops.FORMATS["nf4"].codebook)
+NF4 = torch.tensor(formats.FORMATS["nf4"].codebook)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,7 @@
-"""How the code of a model uses its parameters, read from the source of its classes.
+"""Reads what the functions of one class do with its parameters.
 
-`nn.Linear` says what its weight is for; a bare `nn.Parameter` does not. It may be a matrix
-(`x @ w`, `F.linear(x, w[expert])`, an einsum), a table of positions that is added, a gate that
-multiplies, or memory that a custom autograd function reads by address. The first may be packed, the
-second and third should not, the last must not. So the forward methods are read, with the functions
-they call, and every expression that comes from a parameter is followed to where it is consumed.
-
-This is a reading of the source, not a proof. It errs towards float: what it cannot follow stays
-float, with the reason. A parameter it packs wrongly would still compute correctly, from dequantized
-values.
+Every expression that comes from a parameter is followed to where it is consumed: through
+assignments, views, calls of functions whose source is there, and methods of self and of children.
 """
 
 from __future__ import annotations
@@ -17,44 +10,19 @@ import ast
 import dataclasses
 import functools
 import inspect
-import textwrap
 import types
 
-import torch
-from torch import nn
+from .functions import autograd_reason, is_autograd_function, is_torchs, method_of, parse
+from .names import (
+    ADDRESSES,
+    CONVOLUTIONS,
+    ELEMENTWISE_METHODS,
+    METADATA,
+    METHOD_PRODUCTS,
+    PRODUCTS,
+    SAME,
+)
 
-from ipex_llm.owners import _swap_of
-
-# Where a call's argument is a matrix: function name -> {argument position: transposed}. transposed
-# means that the product runs over dimension -2 of the argument (x @ w), not over -1 (F.linear).
-_PRODUCTS = {
-    "linear": {1: False, "weight": False},
-    "matmul": {0: False, 1: True, "other": True},
-    "mm": {0: False, 1: True, "mat2": True},
-    "bmm": {0: False, 1: True, "mat2": True},
-    "addmm": {1: False, 2: True},
-    "baddbmm": {1: False, 2: True},
-    "grouped_mm": {0: False, 1: True},
-    "_grouped_mm": {0: False, 1: True},
-    "mv": {0: False},
-    "tensordot": {0: False, 1: True},
-    "bilinear": {2: False},
-    "multi_head_attention_forward": {5: False, 11: False},
-}
-_METHOD_PRODUCTS = {"matmul", "mm", "bmm", "mv", "__matmul__"}
-_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
-# The result is the same matrix to us.
-_SAME = {
-    "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach",
-    "cuda", "cpu", "unsqueeze", "squeeze", "view", "reshape", "expand", "unbind", "chunk", "split",
-    "flatten", "unflatten", "select", "narrow", "index_select", "repeat",
-}  # fmt: skip
-_METADATA = {
-    "shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_floating_point", "is_cuda",
-    "requires_grad", "layout", "stride", "is_contiguous", "element_size", "grad", "is_meta",
-    "nelement", "is_leaf", "ndimension",
-}  # fmt: skip
-_ADDRESSES = {"data_ptr", "untyped_storage", "storage", "__cuda_array_interface__"}
 # What a model runs besides forward when it is called.
 _ENTRY_POINTS = ("forward", "__call__")
 _MAX_DEPTH = 4  # of calls followed from forward
@@ -74,146 +42,28 @@ class Use:
         return self.kind == "matrix"
 
 
-class Uses:
-    """The uses of all parameters of one model, each class read once."""
-
-    def __init__(self, model: nn.Module):
-        self._found: dict[int, list[Use]] = {}
-        # ids of modules that PEFT trains beside a base layer.
-        self.adapters: set[int] = set()
-        for module in model.modules():
-            # PEFT's layers change the base weight when they merge, which has a way of its own here
-            # (convert.merge_adapters), not when they compute.
-            for path, use in _uses_in_hooks(module):
-                for parameter in _resolve(module, path):
-                    self._found.setdefault(id(parameter), []).append(use)
-            if self._note_adapters(module) or _is_torchs(type(module)):
-                continue
-            for path, use in uses_in_module(module):
-                use = _of_instance(module, use)
-                for parameter in _resolve(module, path):
-                    self._found.setdefault(id(parameter), []).append(use)
-
-    def unsafe(self, parameter: torch.Tensor) -> str | None:
-        """Why the parameter must stay a plain float tensor, or None."""
-        for use in self._found.get(id(parameter), ()):
-            if use.kind in ("write", "address"):
-                return use.reason
-        return None
-
-    def of(self, parameter: torch.Tensor) -> Use | None:
-        """The use that decides: a product if there is one, else what stands against it."""
-        found = self._found.get(id(parameter), ())
-        for kind in ("write", "address", "unknown", "matrix", "lookup", "value"):
-            for use in found:
-                if use.kind == kind:
-                    return use
-        return None
-
-    def _note_adapters(self, module: nn.Module) -> bool:
-        """Whether `module` is a layer of PEFT; its adapters are noted."""
-        names = getattr(type(module), "adapter_layer_names", None)
-        if not names or "base_layer" not in module._modules:
-            return False
-        for name in (*names, *getattr(type(module), "other_param_names", ())):
-            child = module._modules.get(name)
-            if child is not None and name != "base_layer":
-                self.adapters.update(id(m) for m in child.modules())
-        return True
-
-
-def _source_class(cls: type) -> type:
-    """The class as its author wrote it: a swapped one has no source of its own."""
-    return _swap_of.get(cls, (cls, ()))[0]
-
-
-def _resolve(module: nn.Module, path: tuple[str, ...]) -> list[torch.Tensor]:
-    """The parameters that self.a.b.w means in `module`; '*' stands for any index."""
-    places: list = [module]
-    for step in path:
-        following = []
-        for place in places:
-            if not isinstance(place, nn.Module):
-                if step == "*":  # an index into the parameter itself
-                    following.append(place)
-                continue
-            if step == "*":
-                following += [p for p in place._parameters.values() if p is not None]
-                following += [m for m in place._modules.values() if m is not None]
-                continue
-            value = place._parameters.get(step)
-            if value is None:
-                value = place._modules.get(step)
-            if value is not None:
-                following.append(value)
-        places = following
-    return [place for place in places if isinstance(place, torch.Tensor)]
-
-
-def _of_instance(module: nn.Module, use: Use) -> Use:
-    """`use`, seen on one module: `self.product = Product.apply` is an autograd function."""
-    target = module.__dict__.get(use.called) if use.called else None
-    if not _is_autograd_function(target):
-        return use
-    return dataclasses.replace(use, kind="address", reason=_autograd_reason(target))
-
-
-def why_unused(module: nn.Module) -> str:
-    """Why nothing is known of how `module` uses a parameter of its own."""
-    cls = _source_class(type(module))
-    if _is_torchs(cls):
-        hooked = module._forward_pre_hooks
-        if hooked:
-            hook = next(iter(hooked.values()))
-            name = getattr(hook, "__qualname__", type(hook).__name__)
-            return f"a hook ({name}) computes with it before every call"
-        return f"no use found in the code of {cls.__name__}"
-    forward = _method(cls, "forward")
-    if forward is not None and _parse(forward) is None:
-        return f"the source of {cls.__name__}.forward is not available"
-    return f"no use found in the code of {cls.__name__}"
-
-
-def _uses_in_hooks(module: nn.Module) -> list[tuple[tuple[str, ...], Use]]:
-    """(path, use) of what hooks on `module` do with its parameters; torch's own are skipped."""
-    found = []
-    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        function = inspect.unwrap(getattr(hook, "__func__", hook))
-        if not isinstance(function, types.FunctionType) or _is_torchs(function):
-            continue
-        names = list(inspect.signature(hook).parameters)
-        if names:
-            children = {n: _source_class(type(m)) for n, m in module._modules.items() if m}
-            reader = _Reader(_source_class(type(module)), children)
-            reader.read(function, {names[0]: _Ref(())}, depth=0)
-            # Products in a hook are beside the module's own: only what forbids packing counts.
-            found += [(path, use) for path, use in reader.found if use.kind in ("write", "address")]
-    return found
-
-
-# ---- reading one class ---------------------------------------------------------------------------
-
-
-def uses_in_module(module: nn.Module) -> tuple[tuple[tuple[str, ...], Use], ...]:
-    """(path from self, use) of everything that the forward of `module` reaches.
-
-    The source of a class is read once per set of classes that its children have.
-    """
-    children = tuple(
-        (n, _source_class(type(m))) for n, m in module._modules.items() if m is not None
-    )
-    return _uses_in_class(_source_class(type(module)), children)
+Found = tuple[tuple[tuple[str, ...], Use], ...]  # (path from self, use)
 
 
 @functools.lru_cache(maxsize=4096)
-def _uses_in_class(cls: type, children: tuple) -> tuple[tuple[tuple[str, ...], Use], ...]:
+def uses_in_class(cls: type, children: tuple[tuple[str, type], ...]) -> Found:
+    """What calls of a module do, of class `cls` and with children of these classes."""
     reader = _Reader(cls, dict(children))
     for name in _ENTRY_POINTS:
-        function = _method(cls, name)
-        if function is not None and not _is_torchs(function):
+        function = method_of(cls, name)
+        if function is not None and not is_torchs(function):
             (first, *_) = [*inspect.signature(function).parameters, "self"]
             reader.read(function, {first: _Ref(())}, depth=0)
     return tuple(dict.fromkeys(reader.found))
+
+
+def uses_in_function(
+    cls: type, children: tuple[tuple[str, type], ...], function, argument: str
+) -> Found:
+    """What `function` does with a module of class `cls`, its argument of that name."""
+    reader = _Reader(cls, dict(children))
+    reader.read(function, {argument: _Ref(())}, depth=0)
+    return tuple(reader.found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +88,7 @@ class _Reader:
         if key in self._read or depth > _MAX_DEPTH:
             return ()
         self._read.add(key)
-        tree = _parse(function)
+        tree = parse(function)
         if tree is None:
             for ref in bound.values():
                 self.record(
@@ -389,7 +239,7 @@ class _Body(ast.NodeVisitor):
 
     def value_Attribute(self, node):
         refs = self.value(node.value)
-        if node.attr in _METADATA:
+        if node.attr in METADATA:
             return ()
         if node.attr in ("T", "mT", "H", "mH"):
             return tuple(dataclasses.replace(r, flipped=not r.flipped) for r in refs)
@@ -398,11 +248,11 @@ class _Body(ast.NodeVisitor):
         getter = inspect.getattr_static(self.reader.cls, node.attr, None)
         if isinstance(getter, property) and any(not ref.path for ref in refs):
             function = inspect.unwrap(getter.fget)
-            if _is_torchs(function):
+            if is_torchs(function):
                 return ()
             (first, *_) = inspect.signature(function).parameters
             return self.reader.read(function, {first: _Ref(())}, self.depth + 1)
-        if node.attr in _ADDRESSES:
+        if node.attr in ADDRESSES:
             for ref in refs:
                 self.reader.record(ref, "address", self._reads_address())
             return ()
@@ -475,19 +325,19 @@ class _Body(ast.NodeVisitor):
     def _method_of_parameter(self, node, refs):
         """self.w.method(...), or self.child(...) and self.child.method(...)."""
         name = node.func.attr
-        if name in _METADATA:
+        if name in METADATA:
             return ()
-        if name in _METHOD_PRODUCTS:
+        if name in METHOD_PRODUCTS:
             for ref in refs:
                 self.reader.record(ref, "matrix", _MATRIX_REASON, transposed=ref.flipped)
             for argument in node.args:
                 self.product(argument, transposed=True)
             return ()
-        if name in _ADDRESSES:
+        if name in ADDRESSES:
             for ref in refs:
                 self.reader.record(ref, "address", self._reads_address())
             return ()
-        if name in _SAME or name == "dequantize":
+        if name in SAME or name == "dequantize":
             for argument in node.args:
                 self.consume(argument)
             return refs
@@ -501,7 +351,7 @@ class _Body(ast.NodeVisitor):
         for argument in (*node.args, *(k.value for k in node.keywords)):
             self.consume(argument)
         for ref in refs:
-            if name in _ELEMENTWISE_METHODS:
+            if name in ELEMENTWISE_METHODS:
                 self.reader.record(ref, "value", _VALUE_REASON)
             elif name in ("items", "values", "get", "parameters"):
                 return _items(refs)
@@ -509,11 +359,11 @@ class _Body(ast.NodeVisitor):
 
     def _method_of_self(self, node):
         """self.method(...), or self.child(...)."""
-        function, first = _method(self.reader.cls, node.func.attr), _Ref(())
+        function, first = method_of(self.reader.cls, node.func.attr), _Ref(())
         if function is None and node.func.attr in self.reader.children:
-            function = _method(self.reader.children[node.func.attr], "forward")
+            function = method_of(self.reader.children[node.func.attr], "forward")
             first = _Ref((node.func.attr,))
-        if function is None or _is_torchs(function):
+        if function is None or is_torchs(function):
             called = node.func.attr
             for argument in (*node.args, *(k.value for k in node.keywords)):
                 for ref in self.value(argument):
@@ -528,11 +378,11 @@ class _Body(ast.NodeVisitor):
         if name == "einsum":
             self._einsum(node)
             return ()
-        if name in _PRODUCTS and not isinstance(target, types.FunctionType):
+        if name in PRODUCTS and not isinstance(target, types.FunctionType):
             return self._call_products(name, arguments)
-        if name in _PRODUCTS and _is_torchs(target):
+        if name in PRODUCTS and is_torchs(target):
             return self._call_products(name, arguments)
-        if name in _CONVOLUTIONS:
+        if name in CONVOLUTIONS:
             for place, argument in arguments:
                 for ref in self.value(argument):
                     kind = "unknown" if place in (1, "weight") else "value"
@@ -541,7 +391,7 @@ class _Body(ast.NodeVisitor):
         if name in ("transpose", "permute", "t", "swapaxes"):
             refs = self.value(node.args[0]) if node.args else ()
             return tuple(dataclasses.replace(r, flipped=not r.flipped) for r in refs)
-        if name in _SAME:
+        if name in SAME:
             return tuple(ref for _, argument in arguments for ref in self.value(argument))
         if name in ("isinstance", "hasattr", "type", "len", "id", "print", "getattr", "range"):
             return ()
@@ -553,11 +403,11 @@ class _Body(ast.NodeVisitor):
                     argument, "lookup" if place in (1, "weight") else "value", "a look-up table"
                 )
             return ()
-        if name == "apply" and _is_autograd_function(target):
+        if name == "apply" and is_autograd_function(target):
             for _, argument in arguments:
-                self.consume(argument, "address", _autograd_reason(target))
+                self.consume(argument, "address", autograd_reason(target))
             return ()
-        if isinstance(target, types.FunctionType) and not _is_torchs(target):
+        if isinstance(target, types.FunctionType) and not is_torchs(target):
             return self._follow(target, node)
         for _, argument in arguments:
             if target is None:
@@ -568,7 +418,7 @@ class _Body(ast.NodeVisitor):
         return ()
 
     def _call_products(self, name, arguments):
-        places = _PRODUCTS[name]
+        places = PRODUCTS[name]
         for place, argument in arguments:
             if place in places:
                 self.product(argument, transposed=places[place])
@@ -633,15 +483,6 @@ def _items(refs: tuple[_Ref, ...]) -> tuple[_Ref, ...]:
 
 _MATRIX_REASON = "multiplied as a matrix"
 _VALUE_REASON = "added, multiplied or looked up by element, not used as a matrix"
-_ELEMENTWISE_METHODS = {
-    "exp", "sigmoid", "softmax", "norm", "sum", "mean", "abs", "sqrt", "pow", "tanh", "mul", "add",
-    "sub", "div", "neg", "softplus", "log", "clamp", "masked_fill", "gather", "max", "min",
-}  # fmt: skip
-
-
-def _is_torchs(function) -> bool:
-    """Written by torch: its source is not the model's, and its name says enough."""
-    return (function.__module__ or "").startswith("torch.")
 
 
 def _dotted(node):
@@ -658,36 +499,3 @@ def _closure(function) -> dict:
         return dict(inspect.getclosurevars(function).nonlocals)
     except (TypeError, ValueError):
         return {}
-
-
-def _autograd_reason(target) -> str:
-    name = target.__self__.__name__
-    return f"passed to the autograd function {name}, which may read its memory"
-
-
-def _is_autograd_function(target) -> bool:
-    owner = getattr(target, "__self__", None)
-    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
-
-
-def _method(cls: type, name: str):
-    """The function that self.name() runs, without decorators that keep the original."""
-    for base in cls.__mro__:
-        value = base.__dict__.get(name)
-        if value is None:
-            continue
-        if isinstance(value, staticmethod | classmethod):
-            return None
-        value = inspect.unwrap(value) if callable(value) else None
-        return value if isinstance(value, types.FunctionType) else None
-    return None
-
-
-@functools.cache
-def _parse(function):
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        return None
-    node = tree.body[0] if tree.body else None
-    return node if isinstance(node, ast.FunctionDef) else None
