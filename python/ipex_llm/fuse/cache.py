@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import cache
+import threading
 
 import torch
 
@@ -31,11 +31,23 @@ _read = operators.cache_read.default
 _block_bytes = operators.cache_block_bytes.default
 _memory = operators.cache_memory.default
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_is_compiling = torch.compiler.is_compiling
 
 
-@cache
+_class_lock = threading.Lock()
+_classes: list[type] = []
+
+
 def growable_class() -> type:
-    """The subclass, made when transformers is there."""
+    """The subclass, made when transformers is there, once for all threads."""
+    if not _classes:
+        with _class_lock:
+            if not _classes:
+                _classes.append(_make_growable_class())
+    return _classes[0]
+
+
+def _make_growable_class() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class GrowableLayer(DynamicLayer):
@@ -60,7 +72,7 @@ def growable_class() -> type:
                 return None
             for slot, dim in zip(slots, dims, strict=True):
                 kind = (batch, heads, dim, dtype)
-                if slot.kind == kind and slot.capacity >= past + new:
+                if slot.kind == kind and slot.capacity >= past + new and not slot.is_lent(past):
                     continue
                 if past and not slot.holds(kind):
                     return None
@@ -87,6 +99,8 @@ def growable_class() -> type:
             self.keys = self.values = None
 
         def update(self, key_states, value_states, *args, **kwargs):
+            if _is_compiling():  # concatenated, as ever: a graph has no room to write into
+                return super().update(key_states, value_states, *args, **kwargs)
             batch, heads, new, dim = key_states.shape
             room = None
             alike = value_states.shape[:3] == key_states.shape[:3]
@@ -235,10 +249,11 @@ class _Growing:
 class _Slot:
     """Keys or values: a plain tensor that somebody assigned, or a prefix of a buffer.
 
-    Of a buffer, `kind` is (batch, heads, dim, dtype of the contents) and `capacity` its positions.
+    Of a buffer, `kind` is (batch, heads, dim, dtype of the contents) and `capacity` its positions;
+    of the first `lent` somebody may have a view.
     """
 
-    __slots__ = ("buffer", "capacity", "kind", "length", "plain", "view")
+    __slots__ = ("buffer", "capacity", "kind", "length", "lent", "plain", "view")
 
     format = 0
 
@@ -247,18 +262,27 @@ class _Slot:
         self.plain: torch.Tensor | None = None
         self.view: torch.Tensor | None = None
         self.kind: tuple | None = None
-        self.length = self.capacity = 0
+        self.length = self.capacity = self.lent = 0
 
     def tensor(self) -> torch.Tensor | None:
         if self.buffer is None:
             return self.plain
         if self.view is None:
             self.view = self.buffer[:, :, : self.length]
+            self.lent = max(self.lent, self.length)
         return self.view
+
+    def is_lent(self, past: int) -> bool:
+        """Whether writing behind `past` positions would change what somebody was handed out.
+
+        That may be so where a cache was cut short (`crop`): its former contents are a copy's prefix
+        elsewhere, for one.
+        """
+        return past < self.lent
 
     def assign(self, tensor: torch.Tensor | None) -> None:
         buffer = self.buffer
-        if tensor is not None and buffer is not None and tensor.dim() == 4:
+        if tensor is not None and buffer is not None and not _is_compiling() and tensor.dim() == 4:
             prefix = (
                 tensor.data_ptr() == buffer.data_ptr()
                 and tensor.stride() == buffer.stride()
@@ -291,7 +315,7 @@ class _Slot:
         """Other rows of the batch."""
         with torch.inference_mode(False), torch.no_grad():
             self.buffer = pick(self.buffer)
-        self.view, self.kind = None, (self.buffer.shape[0], *self.kind[1:])
+        self.view, self.lent, self.kind = None, 0, (self.buffer.shape[0], *self.kind[1:])
 
     def write(self, tensor: torch.Tensor, past: int) -> None:
         """`tensor` behind `past` positions of the buffer."""
@@ -321,7 +345,7 @@ class _Slot:
 
     def _use(self, buffer: torch.Tensor, kind: tuple, capacity: int, length: int) -> None:
         self.buffer, self.kind, self.capacity, self.length = buffer, kind, capacity, length
-        self.plain = self.view = None
+        self.plain, self.view, self.lent = None, None, 0
 
 
 class _PackedSlot(_Slot):

@@ -102,6 +102,39 @@ def test_a_padded_batch_with_beams_crops_and_selections(models, kind):
 
 
 @KINDS
+@pytest.mark.parametrize("how", ["crop", "assign"])
+def test_contents_that_were_handed_out_outlive_a_cut(models, kind, how):
+    """A prefix that others go on with: the cache is cut, and filled with something else."""
+
+    def steps(call, cache):
+        yield call(ids(2, 12))
+        kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        before = [tensor.clone() for tensor in kept]
+        if how == "crop":
+            cache.crop(-7)
+        else:
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, :5], layer.values[:, :, :5]
+        yield call(ids(2, 5, 1))
+        yield call(ids(2, 1, 2))
+        for tensor, value in zip(kept, before, strict=True):
+            assert torch.equal(tensor, value)
+
+    expect_close(both(models, kind, steps), kind)
+
+
+def test_a_cut_copies_only_what_was_handed_out(models):
+    cache = fresh(models[0])
+    with torch.no_grad():
+        models[1][None](ids(1, 12), past_key_values=cache)
+        slot = cache.layers[0].__dict__["_keys"]
+        buffer = slot.buffer
+        cache.crop(-4)
+        models[1][None](ids(1, 3), past_key_values=cache)
+        assert slot.buffer is buffer
+
+
+@KINDS
 def test_copies_and_pickles_hold_the_same_and_go_their_own_way(models, kind):
     model, cache = models[1][kind], fresh(models[0])
     with torch.no_grad():
