@@ -68,7 +68,8 @@ std::tuple<std::vector<std::string>, std::vector<Tensor>> safetensors_open(std::
   return {std::move(names), std::move(tensors)};
 }
 
-// Saves in progress. A handle rather than an object: the stable ABI has no custom classes.
+// Saves in progress. A handle rather than an object: the stable ABI has no custom classes. It is
+// drawn before the save begins, so that whoever is interrupted meanwhile can still abort it.
 struct Saves {
   std::mutex mutex;
   std::map<std::int64_t, std::shared_ptr<SaveWriter>> writers;
@@ -103,9 +104,15 @@ std::span<const std::byte> bytes_of(const Tensor& tensor) {
       static_cast<std::size_t>(tensor.numel()) * static_cast<std::size_t>(tensor.element_size())};
 }
 
-std::tuple<std::int64_t, std::vector<std::string>> file_save_begin(
-    std::string directory, std::string request, std::int64_t max_shard_bytes,
-    std::vector<std::string> extra_names, std::vector<Tensor> extra_contents) {
+std::int64_t file_save_handle() {
+  const std::lock_guard<std::mutex> lock(saves().mutex);
+  return saves().next++;
+}
+
+std::vector<std::string> file_save_begin(std::int64_t handle, std::string directory,
+                                         std::string request, std::int64_t max_shard_bytes,
+                                         std::vector<std::string> extra_names,
+                                         std::vector<Tensor> extra_contents) {
   check(max_shard_bytes > 0, ErrorCode::kValue, "save: max_shard_size must be positive, got ",
         max_shard_bytes);
   check(extra_names.size() == extra_contents.size(), ErrorCode::kValue,
@@ -124,9 +131,9 @@ std::tuple<std::int64_t, std::vector<std::string>> file_save_begin(
   std::vector<std::string> order;
   for (std::size_t index : writer->order()) order.push_back(writer->tensors()[index].name);
   const std::lock_guard<std::mutex> lock(saves().mutex);
-  const std::int64_t handle = saves().next++;
-  saves().writers.emplace(handle, std::move(writer));
-  return {handle, std::move(order)};
+  const bool is_new = saves().writers.emplace(handle, std::move(writer)).second;
+  check(is_new, ErrorCode::kValue, "save: a save with the handle ", handle, " has begun");
+  return order;
 }
 
 void file_save_write(std::int64_t handle, const Tensor& data) {
@@ -137,8 +144,15 @@ std::string file_save_commit(std::int64_t handle) {
   return write_manifest(saves().take(handle)->commit());
 }
 
+// A save that has not begun, or is finished, is none.
 void file_save_abort(std::int64_t handle) {
-  saves().take(handle);
+  std::shared_ptr<SaveWriter> writer;
+  const std::lock_guard<std::mutex> lock(saves().mutex);
+  const auto it = saves().writers.find(handle);
+  if (it != saves().writers.end()) {
+    writer = std::move(it->second);
+    saves().writers.erase(it);
+  }
 }
 
 }  // namespace
@@ -146,6 +160,7 @@ void file_save_abort(std::int64_t handle) {
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, m) {
   m.impl("file_open", LOWBIT_BOX(file_open));
   m.impl("safetensors_open", LOWBIT_BOX(safetensors_open));
+  m.impl("file_save_handle", LOWBIT_BOX(file_save_handle));
   m.impl("file_save_begin", LOWBIT_BOX(file_save_begin));
   m.impl("file_save_write", LOWBIT_BOX(file_save_write));
   m.impl("file_save_commit", LOWBIT_BOX(file_save_commit));

@@ -65,11 +65,13 @@ STABLE_TORCH_LIBRARY(lowbit, m) {
   m.def(
       "ggml_unpack(Tensor packed, int n, int k, int format, int group_size, int exponent, "
       "Tensor? rows, int type) -> (Tensor blocks, bool lossless)");
-  // Begins a save: a handle, and the names of the request's tensors in the order in which their
-  // bytes must be written.
+  // A handle for a save to come; aborting it does nothing unless the save has begun.
+  m.def("file_save_handle() -> int handle");
+  // Begins a save: the names of the request's tensors in the order in which their bytes must be
+  // written.
   m.def(
-      "file_save_begin(str directory, str request, int max_shard_bytes, str[] extra_names, "
-      "Tensor[] extra_contents) -> (int handle, str[] order)");
+      "file_save_begin(int handle, str directory, str request, int max_shard_bytes, "
+      "str[] extra_names, Tensor[] extra_contents) -> str[] order");
   m.def("file_save_write(int handle, Tensor data) -> ()");
   m.def("file_save_commit(int handle) -> str manifest");
   m.def("file_save_abort(int handle) -> ()");

@@ -74,17 +74,18 @@ def save_low_bit(model: nn.Module, save_dir, max_shard_size="4GB") -> None:
     extra = _extra_files(model, options)
     contents = [_byte_tensor(data) for data in extra.values()]
     try:
-        handle, order = operators.file_save_begin(
-            directory, json.dumps(request), shard_bytes, list(extra), contents
-        )
+        handle = operators.file_save_handle()
         try:
+            order = operators.file_save_begin(
+                handle, directory, json.dumps(request), shard_bytes, list(extra), contents
+            )
             for name in order:
                 for chunk in _chunks(tensors[name]):
                     operators.file_save_write(handle, chunk)
+            operators.file_save_commit(handle)
         except BaseException:
             operators.file_save_abort(handle)
             raise
-        operators.file_save_commit(handle)
     except RuntimeError as error:
         raise _named(who, error) from None
 

@@ -332,3 +332,23 @@ def test_interrupting_a_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         optimize_model(mixed()).save_low_bit(tmp_path / "save")
     assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize("function", ["file_save_handle", "file_save_begin", "file_save_commit"])
+def test_ctrl_c_inside_an_operator_leaves_no_temporary_file(function, tmp_path, monkeypatch):
+    """Python raises it when the operator has returned, and what that returned is lost."""
+    model = optimize_model(nn.Sequential(nn.Linear(64, 64)))
+    model.save_low_bit(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    operator = getattr(torch.ops.lowbit, function)
+
+    def interrupted(*args):
+        operator(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.ops.lowbit, function, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_low_bit(tmp_path)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == before
+    load_low_bit(nn.Sequential(nn.Linear(64, 64)), tmp_path)
