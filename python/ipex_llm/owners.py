@@ -130,13 +130,22 @@ def rebuild_owner(original: type, mixins: tuple[type, ...]) -> nn.Module:
 # ---- what every owner of low-bit weights needs ---------------------------------------------------
 
 
+_PLAIN_APPLY = (nn.Module._apply, nn.RNNBase._apply)
+
+
 class LowBitOwner:
     """Conversion, loading, pickling and printing of a module whose own parameters are low-bit."""
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         own = {n: p for n, p in self._parameters.items() if isinstance(p, LowBitTensor)}
-        for weight in own.values():
-            _probe(weight, fn)  # refuses before anything is changed
+        probes = [_probe(weight, fn) for weight in own.values()]  # refuses before anything changes
+        if self._is_unchanged(own, probes, fn, super()._apply):
+            # To where it is: another thread may be computing, and shall find its weights.
+            for weight in own.values():
+                _applied(weight, fn)
+            for child in self.children() if recurse else ():
+                child._apply(fn)
+            return self
         try:
             for name in own:
                 # nn.Module would replace the Parameter, and lose its ties.
@@ -148,6 +157,20 @@ class LowBitOwner:
             for name, weight in own.items():
                 self._parameters[name] = _applied(weight, fn)
         return self
+
+    def _is_unchanged(self, own: dict, probes: list, fn: Callable, original: Callable) -> bool:
+        """Whether `fn` gives back everything in this module as it is."""
+        if getattr(original, "__func__", None) not in _PLAIN_APPLY:
+            return False  # it may do more
+        for weight, probe in zip(own.values(), probes, strict=True):
+            if (probe.dtype, probe.device) != (weight.dtype, weight.device):
+                return False
+        others = [t for n, t in self._parameters.items() if t is not None and n not in own]
+        if any(t.grad is not None for t in others):
+            return False
+        others += [t for t in self._buffers.values() if t is not None]
+        with torch.no_grad():
+            return all(fn(t) is t for t in others)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

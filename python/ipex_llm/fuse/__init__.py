@@ -25,7 +25,7 @@ from ipex_llm.fuse.call import CACHE, MASK, ROPE
 from ipex_llm.fuse.describe import Description
 from ipex_llm.fuse.forward import Fused
 from ipex_llm.fuse.learn import wait
-from ipex_llm.fuse.loaded import PENDING, FusesAtFirstCall
+from ipex_llm.fuse.loaded import PENDING, FusesAtFirstCall, Pending
 from ipex_llm.fuse.observe import Observation, Unobservable, knows_inputs
 from ipex_llm.fuse.recognise import (
     Unrecognised,
@@ -69,6 +69,7 @@ def fuse_later(model: nn.Module, kv_cache_dtype: str | None = None) -> nn.Module
 def _begin(model: nn.Module, kv_cache_dtype: str | None, now: bool) -> None:
     report: dict[str, Any] = {"reason": "", "waiting": "", "entries": []}
     model.__dict__[_REPORT] = report
+    _undo(model)  # of a call that was interrupted
     roots: dict[str, nn.Module] = {}
     if not any(isinstance(p, LowBitTensor) for p in model.parameters()):
         report["reason"] = "no low-bit weights"
@@ -95,7 +96,7 @@ def _begin_with(model, roots, report, kv_cache_dtype, now: bool) -> None:
         if now:
             fuse_root(root, report, name, kv_cache_dtype)
         else:
-            root.__dict__[PENDING] = (report, name, kv_cache_dtype)
+            root.__dict__[PENDING] = Pending(report, name, kv_cache_dtype)
             report["waiting"] = "done at the first call without gradients"
             swap_class(root, FusesAtFirstCall)
     if "" not in roots:
@@ -109,18 +110,30 @@ def fuse_root(
     root: nn.Module, report: dict[str, Any], name: str, kv_cache_dtype: str | None
 ) -> None:
     """Fuses a model whose inputs are known; `name` is its place in the model of the report."""
-    report["waiting"] = ""
+    waiting, report["waiting"] = report["waiting"], ""
+    prefix = f"{name}." if name else ""
     try:
         with torch.inference_mode(False):
-            _fuse(root, report["entries"], f"{name}." if name else "")
+            _fuse(root, report["entries"], prefix)
     except Unobservable as error:
         report["reason"] = str(error)
     except Exception as error:
         # A model may do anything in its forward. It keeps running as it was.
         _log.debug("fusion gave up", exc_info=True)
         report["reason"] = f"{type(error).__name__}: {error}"
+    except BaseException:  # Ctrl-C: nothing stays that is not proved, and all may be done again
+        _undo(root)
+        report["entries"][:] = [e for e in report["entries"] if not e["name"].startswith(prefix)]
+        report["waiting"] = waiting
+        raise
     if kv_cache_dtype is not None:
         _quantize_caches(root, kv_cache_dtype)
+
+
+def _undo(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop(STATE, None)
+        module.__dict__.pop(STACK, None)
 
 
 def _quantize_caches(model: nn.Module, kv_cache_dtype: str) -> None:

@@ -44,22 +44,22 @@ def hookable(description: Description) -> dict[str, tuple[int, int]]:
     return served
 
 
-def run(module: nn.Module, state, call, attention: Callable, precision: int):
+def run(module: nn.Module, state, binding, call, attention: Callable, precision: int):
     """The hidden states, or None if the original has to be asked.
 
     Nothing is refused once something was stored: caches and hooks see every call once.
     """
-    description, handle = state.description, state.handle
+    description = state.description
     x, past, kept = call.hidden, call.past, None
     if isinstance(past, dict):
         call.past, kept = None, past
     elif hasattr(past, "self_attention_cache"):
         call.past, kept = past.self_attention_cache, past
-    hooked = state.hooked or isinstance(past, dict)
+    hooked = binding.hooks.inside or isinstance(past, dict)
     if hooked and not _served(state, call):
         return None
     if description.cross is None:
-        return _hooked(module, description, handle.number, call, precision) if hooked else None
+        return _hooked(module, description, binding.number, call, precision) if hooked else None
     memory, mask = call.memory, call.cross_mask
     if type(memory) is not torch.Tensor or memory.dim() != 3 or memory.dtype is not x.dtype:
         return None
@@ -70,24 +70,24 @@ def run(module: nn.Module, state, call, attention: Callable, precision: int):
     if kept is None and call.past is not None:
         return None  # a cache without a place for the encoder's keys
     if hooked:
-        out = _hooked(module, description, handle.number, call, precision)
+        out = _hooked(module, description, binding.number, call, precision)
     else:
-        out = attention(state, call, handle.number, precision)
+        out = attention(state, call, binding.number, precision)
     if out is None:
         return None
     keys, values = _of_memory(module, description, memory, kept)
     if mask is not None and mask.stride(3) != 1:
         mask = mask.contiguous()
     return _blocks(
-        out, [handle.second], None, None, [keys], [values], 0, None, mask, False, precision
+        out, [binding.second], None, None, [keys], [values], 0, None, mask, False, precision
     )
 
 
-def run_alone(module: nn.Module, state, call, precision: int):
+def run_alone(module: nn.Module, state, binding, call, precision: int):
     """A cross attention that is a module of its own; None if the original has to be asked."""
     description, x, memory, mask = state.description, call.hidden, call.memory, call.mask
     kept = call.past if hasattr(call.past, "cross_attention_cache") else None
-    if state.hooked or (call.past is not None and kept is None) or call.cos is not None:
+    if binding.hooks.inside or (call.past is not None and kept is None) or call.cos is not None:
         return None
     if kept is not None and description.cross.layer_idx < 0:
         return None
@@ -100,7 +100,7 @@ def run_alone(module: nn.Module, state, call, precision: int):
             return None
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
     keys, values = _of_memory(module, description, memory, kept)
-    number = state.handle.number
+    number = binding.number
     return _blocks(x, [number], None, None, [keys], [values], 0, None, mask, False, precision)
 
 

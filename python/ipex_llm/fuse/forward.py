@@ -53,7 +53,7 @@ class Fused:
         out = run(self, state, args, kwargs)
         if out is None:
             if state.required:
-                unfit = state.handle.unfit if state.handle is not None else None
+                unfit = state.binding.handle.unfit if state.binding is not None else None
                 raise Unfit(f"a call is not served: {unfit or 'its arguments are unusual'}")
             return super().forward(*args, **kwargs)
         return out
@@ -68,9 +68,10 @@ class Fused:
 
 def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
     """What the module's forward returns, or None if the original has to be asked."""
-    if not state.ready(module):
+    binding = state.ready(module)
+    if binding is None:
         return None
-    call = Call(state.names, args, kwargs, state.own)
+    call = Call(binding.names, args, kwargs, state.own)
     x = call.hidden
     if state.description.drops and not collecting.is_idle(module):
         return None  # a hook may be there for the attention weights
@@ -82,7 +83,7 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
         return None
     description = state.description
     attention = description.attention
-    number = state.handle.number
+    number = binding.number
     precision = current.precision
     try:
         if attention is None and description.cross is not None:
@@ -90,7 +91,7 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
                 call.mask = _with_bias(call.mask, call.bias, x, description.cross.heads)
                 if call.mask is None:
                     return None
-            out = cross.run_alone(module, state, call, precision)
+            out = cross.run_alone(module, state, binding, call, precision)
             if out is None:
                 return None
         elif attention is None:
@@ -103,10 +104,11 @@ def run(module: nn.Module, state: State, args: tuple, kwargs: dict[str, Any]):
             out = _blocks(x, [number], None, None, [], [], 0, None, None, False, precision)
             out = out.squeeze(0) if flat else out
         else:
-            if description.cross is None and not state.hooked and type(call.past) is not dict:
+            hooked = binding.hooks.inside
+            if description.cross is None and not hooked and type(call.past) is not dict:
                 out = _run_attention(state, call, number, precision)
             else:
-                out = cross.run(module, state, call, _run_attention, precision)
+                out = cross.run(module, state, binding, call, _run_attention, precision)
             if out is None:
                 return None
     except RuntimeError as error:

@@ -86,6 +86,10 @@ def _learn(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 reason = str(error) if isinstance(error, Unrecognised) else repr(error)
                 entry = {"name": waiting.name, "module": type(block).__name__, "fused": ""}
                 entries.append({**entry, "reason": reason})
+            except BaseException:  # Ctrl-C: the next call looks again
+                block.__dict__.pop(STATE, None)
+                block.__dict__[_WAITING] = waiting
+                raise
             if entries[-1]["fused"]:
                 break
         waiting.entries += entries

@@ -7,6 +7,7 @@ a cache, a batch with left padding.
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -63,11 +64,11 @@ class Observation:
         One scenario: a prompt and a token.
         """
         watched = {n: m for n, m in self.model.named_modules() if n and worth_watching(m)}
-        handles = [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, module in watched.items()
-        ]
+        handles = []
         try:
+            for name, module in watched.items():
+                hook = self._hook(name)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             return self._run(_FIRST)
         except Exception as error:
             text = str(error).strip().splitlines()
@@ -99,8 +100,10 @@ class Observation:
 
     def _raises_anyway(self, fused: dict[str, nn.Module]) -> bool:
         """Whether the unfused model takes no several tokens on a cache, as some do."""
-        states = [(m.__dict__, m.__dict__.pop(STATE)) for m in fused.values()]
+        states = [(m.__dict__, m.__dict__[STATE]) for m in fused.values()]
         try:
+            for attributes, _ in states:
+                del attributes[STATE]
             self._run(_AGAIN)
         except Exception:
             return True
@@ -110,7 +113,13 @@ class Observation:
         return False
 
     def _hook(self, name: str):
-        return lambda module, args, kwargs: self._note(name, args, kwargs)
+        own = threading.get_ident()  # others may call the model, or a part of it, meanwhile
+
+        def hook(module, args, kwargs):
+            if threading.get_ident() == own:
+                self._note(name, args, kwargs)
+
+        return hook
 
     def _note(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
         steps = self.current.setdefault(name, [])

@@ -21,7 +21,7 @@ from ipex_llm.fuse.describe import Description, Handle
 from ipex_llm.fuse.forward import Fused
 from ipex_llm.fuse.recognise import Unrecognised
 from ipex_llm.fuse.stack import STACK, RunsBlocks, RunsStack
-from ipex_llm.fuse.state import STATE, State, local
+from ipex_llm.fuse.state import STATE, Binding, State, local
 from ipex_llm.fuse.trace import converted, shadow, undisturbed
 from ipex_llm.owners import swap_class
 
@@ -300,9 +300,9 @@ def prove_alike(module: nn.Module, description: Description, steps: list[Step], 
     with undisturbed():
         copied = _unfused(module)
         state = State(description)
-        state.handle = Handle(copied, description)
-        if state.handle.number is None:
-            raise Unrecognised(str(state.handle.unfit))
+        state.binding = Binding(copied, Handle(copied, description))
+        if state.binding.number is None:
+            raise Unrecognised(str(state.binding.handle.unfit))
         state.required = True
         description.any_mode = False
         step = steps[0]

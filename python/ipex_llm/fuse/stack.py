@@ -76,12 +76,15 @@ class Stack:
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
         states = [block.__dict__.get(STATE) for block in self.blocks]
+        bindings = []
         for block, state in zip(self.blocks, states, strict=True):
-            if state is None or not collecting.is_idle(block):
+            if state is None or block.training or not collecting.is_idle(block):
                 return None
-            if block.training or not state.ready(block) or state.hooked:
+            binding = state.ready(block)
+            if binding is None or binding.hooks.inside:
                 return None
-        call = Call(states[0].names, args, kwargs, states[0].own)
+            bindings.append(binding)
+        call = Call(bindings[0].names, args, kwargs, states[0].own)
         x, mask, past = call.hidden, call.mask, call.past
         if call.refused is not None or type(x) is not torch.Tensor or x.dim() != 3:
             return None
@@ -117,7 +120,7 @@ class Stack:
             values.append(room[1])
         if mask is not None and (mask.shape[3] != held + tokens or mask.stride(3) != 1):
             return None
-        numbers = [state.handle.number for state in states]
+        numbers = [binding.number for binding in bindings]
         try:
             precision = current.precision
             out = _blocks(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,25 +23,67 @@ if TYPE_CHECKING:
 STATE = "_lowbit_fused"
 
 
+class Hooks(NamedTuple):
+    """What the hooks inside a module are; one object, so that other threads see all of it or none.
+
+    Every registration of a hook anywhere takes a new id, so an unchanged id means that nothing was
+    added since.
+    """
+
+    next_id: int
+    inside: bool  # on projections, where they are served
+    collected: tuple[str, ...]  # what transformers' hooks inside collect when asked
+
+
+class Binding:
+    """The module as it was when it was last looked at.
+
+    A call keeps the one it began with: another thread may bind the module anew meanwhile, and the
+    operators know a block as long as its handle lives.
+    """
+
+    __slots__ = ("handle", "hooks", "inner", "names", "number", "second")
+
+    def __init__(self, module: nn.Module, handle: Handle) -> None:
+        self.handle = handle
+        self.number, self.second = handle.number, handle.second
+        self.names = parameter_names(module)
+        self.inner = [m for m in module.modules() if m is not module]
+        self.hooks = Hooks(-1, False, ())
+
+    def look(self, module: nn.Module, description: Description) -> Hooks | None:
+        """The hooks inside as they are now; None if they may read or replace what is fused away."""
+        next_id = RemovableHandle.next_id  # before looking: what comes later has another id
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return None
+        served = [module.get_submodule(name) for name in cross.hookable(description)]
+        inside, collected = False, set()
+        for inner in self.inner:
+            if inner._forward_pre_hooks:
+                return None
+            keys = {collecting.key_of(hook) for hook in [*inner._forward_hooks.values()]}
+            if None in keys:  # another hook
+                if inner not in served:
+                    return None
+                inside = True
+            collected |= keys - {None}
+        return Hooks(next_id, inside, tuple(sorted(collected)))
+
+
 class State:
     """The description of a fused module, and what it is bound to in this process."""
 
     def __init__(self, description: Description) -> None:
         self.description = description
+        self.own = description.arguments()
         self.cache_format = 0  # of new cache layers (cache.FORMATS)
         self.required = False  # while proving: a call that is not served is an error
         self.forget()
 
     def forget(self) -> None:
         """Binds anew at the next call."""
-        self.handle: Handle | None = None
-        self.names: tuple[str, ...] = ()
-        self.own = self.description.arguments()
-        self.hooked = False  # hooks on projections, which are served
-        self.collected: tuple[str, ...] = ()  # what transformers' hooks inside collect when asked
+        self.binding: Binding | None = None
         self.flag: torch.Tensor | None = None
-        self.modules: list[nn.Module] = []
-        self.hook_id = -1
 
     def is_flag(self, mask) -> bool:
         """Whether a mask is causal and no more; every tensor is looked at once."""
@@ -66,35 +108,23 @@ class State:
         copied.cache_format = self.cache_format
         return copied
 
-    def ready(self, module: nn.Module) -> bool:
-        """Whether the operators may run in place of the module as it is now."""
-        handle = self.handle
-        if handle is None or not handle.is_current():
-            self.names = parameter_names(module)
-            self.modules = [m for m in module.modules() if m is not module]
-            self.hook_id = -1
-            handle = self.handle = Handle(module, self.description)
-        if handle.number is None:
-            return False
-        # Hooks inside may read or replace what is fused away. Every registration of a hook anywhere
-        # takes a new id, so an unchanged id means that nothing was added since the last look.
-        if self.hook_id != RemovableHandle.next_id:
-            if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
-                return False
-            served = [module.get_submodule(name) for name in cross.hookable(self.description)]
-            self.hooked, collected = False, set()
-            for inner in self.modules:
-                if inner._forward_pre_hooks:
-                    return False
-                keys = {collecting.key_of(hook) for hook in inner._forward_hooks.values()}
-                if None in keys:  # another hook
-                    if inner not in served:
-                        return False
-                    self.hooked = True
-                collected |= keys - {None}
-            self.collected = tuple(sorted(collected))
-            self.hook_id = RemovableHandle.next_id
-        return not self.collected or not collecting.asked_for(self.collected)
+    def ready(self, module: nn.Module) -> Binding | None:
+        """What the operators run on in place of the module as it is now; None if they may not."""
+        binding = self.binding
+        if binding is None or not binding.handle.is_current():
+            binding = Binding(module, Handle(module, self.description))
+            self.binding = binding
+        if binding.number is None:
+            return None
+        hooks = binding.hooks
+        if hooks.next_id != RemovableHandle.next_id:
+            looked = binding.look(module, self.description)
+            if looked is None:
+                return None
+            binding.hooks = hooks = looked
+        if hooks.collected and collecting.asked_for(hooks.collected):
+            return None
+        return binding
 
 
 class Local(threading.local):

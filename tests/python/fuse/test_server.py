@@ -1,7 +1,6 @@
 """A fused model in a server: threads, interruptions, and what must not be left behind."""
 
 import copy
-import functools
 import sys
 import threading
 import time
@@ -179,12 +178,12 @@ def test_moving_a_model_to_where_it_is_takes_no_weight_away():
 
 
 def test_one_class_of_growing_layers(monkeypatch):
-    @functools.cache
     def slow():
         time.sleep(0.05)
         return type("GrowableLayer", (), {})
 
-    monkeypatch.setattr(caches, "_growable_class", slow)
+    monkeypatch.setattr(caches, "_classes", [])
+    monkeypatch.setattr(caches, "_make_growable_class", slow)
     made = []
     threads = [threading.Thread(target=lambda: made.append(caches.growable_class())) for _ in "abc"]
     for thread in threads:
