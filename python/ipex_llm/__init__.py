@@ -13,7 +13,7 @@ from .precision import get_activation_precision, set_activation_precision
 from .tensor import LowBitTensor
 
 if TYPE_CHECKING:
-    from .convert import dequantize, merge_adapters
+    from .adapters import merge_adapters
     from .fuse import optimization_report
     from .imports.gguf import load_gguf
     from .imports.gguf_save import save_gguf
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .imports.report import import_report
     from .optimize import load_low_bit, low_memory_init, optimize_model
     from .planning import plan
+    from .revert import dequantize
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,8 @@ _LAZY = {
     "load_low_bit": ".optimize",
     "low_memory_init": ".optimize",
     "plan": ".planning",
-    "dequantize": ".convert",
-    "merge_adapters": ".convert",
+    "dequantize": ".revert",
+    "merge_adapters": ".adapters",
     "register_with_transformers": ".hugging_face",
     "load_quantized": ".imports.quantized",
     "import_report": ".imports.report",

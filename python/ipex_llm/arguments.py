@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import warnings
 from collections.abc import Iterable
 
@@ -330,3 +331,18 @@ def _strict(who: str, value) -> float | None:
             f"{who}: strict is a share of the parameter bytes, 0 <= strict < 1, got {value}"
         )
     return float(value)
+
+
+def directory_name(who: str, path) -> str:
+    """`path` as a str; TypeError for what is no path, ValueError for an empty one."""
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise TypeError(
+            f"{who}: the directory must be a str or a path, got {type(path).__name__}"
+        ) from None
+    if isinstance(text, bytes):
+        text = os.fsdecode(text)
+    if not text:
+        raise ValueError(f"{who}: the directory is an empty text; give a path")
+    return text

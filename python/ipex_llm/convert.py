@@ -1,4 +1,4 @@
-"""Executes a plan: packs weights one by one, and takes them apart again.
+"""Executes a plan: packs weights one by one.
 
 Everything is checked first (nothing is touched on an error). Then each float weight is released as
 soon as its packed form is in place, so the peak is the float model plus one layer. Between two
@@ -8,21 +8,18 @@ weights the model is always whole: some packed, some float, all working.
 from __future__ import annotations
 
 import collections
-import statistics
 import sys
-import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from ipex_llm import arguments, bmm, embedding, layers, ops, planning
+from ipex_llm import layers, ops, planning
 from ipex_llm.arguments import Options
-from ipex_llm.owners import install, original_class
+from ipex_llm.owners import install
+from ipex_llm.record import _STATE, is_complete
 from ipex_llm.tensor import LowBitTensor, lowbit_parameters
 
-# Where a root keeps what it was optimized with. In __dict__, so that deepcopy and pickle carry it.
-_STATE = "_ipex_llm_options"
 # Float weights that may lie in the allocator before they are given back to the system: its heap
 # does not shrink by itself, and the packed weights come on top.
 _FREED_BYTES = 128 << 20
@@ -114,105 +111,6 @@ def install_weight(model: nn.Module, names: Iterable[str], packed: LowBitTensor)
         owner, _, attribute = name.rpartition(".")
         slots.append((model.get_submodule(owner), attribute))
     return install_in(slots, packed)
-
-
-def finish(model: nn.Module, options: Options | dict) -> nn.Module:
-    """What follows the weights, after optimizing as after loading: modes, methods, the record.
-
-    Takes `Options` or the dict that `options_of` gave when the model was saved.
-    """
-    from ipex_llm.optimize import give_methods
-
-    loaded = isinstance(options, dict)
-    if loaded:
-        options = Options.from_dict(options)
-    if options.torch_dtype is not None:
-        cast_floats(model, options.torch_dtype)
-    if options.cpu_embedding:
-        embedding.keep_embeddings(model, skipped_modules(model, options))
-    if options.lightweight_bmm:
-        bmm.enable_lightweight_bmm(model)
-    for root in dict.fromkeys((model, unwrap(model))):
-        give_methods(root)
-        root.__dict__[_STATE] = {**options.to_dict(), "complete": True}
-        for name, part in models_inside(root):
-            give_methods(part)
-            part.__dict__[_STATE] = {**options.below(name).to_dict(), "complete": True}
-    if loaded and options.optimize_llm and options.low_bit is not None:
-        from ipex_llm.fuse import fuse_later
-
-        fuse_later(model, options.kv_cache_dtype)
-    return model
-
-
-def models_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of low-bit models inside that may be saved on their own: roots as well."""
-    return [
-        (name, part)
-        for name, part in model.named_modules()
-        if part is not model and hasattr(type(part), "save_pretrained") and has_low_bit(part)
-    ]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without the wrappers of torch.compile and data parallelism around it."""
-    while True:
-        if "_orig_mod" in model._modules:  # OptimizedModule; naming it would import the compiler
-            model = model._modules["_orig_mod"]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
-def options_of(model: nn.Module) -> dict | None:
-    """The options `model` was optimized or loaded with, as JSON types; None for other models."""
-    state = model.__dict__.get(_STATE)
-    return None if state is None else {k: v for k, v in state.items() if k != "complete"}
-
-
-def is_complete(model: nn.Module) -> bool:
-    """Whether `model` was optimized or loaded without an interruption."""
-    state = model.__dict__.get(_STATE)
-    return state is not None and state["complete"]
-
-
-def skipped_modules(model: nn.Module, options: Options) -> set[int]:
-    """ids of the modules that modules_to_not_convert names."""
-    return {
-        key
-        for key, (_, names) in planning.module_names(model).items()
-        if any(
-            planning.name_matches(pattern, name)
-            for pattern in options.modules_to_not_convert
-            for name in names
-        )
-    }
-
-
-def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
-    """Casts parameters and saved buffers; low-bit weights change their logical dtype only.
-
-    Buffers that are not saved are tables computed at construction, rotary frequencies above all: in
-    16 bits they would point at wrong positions, and no checkpoint stores them so.
-    """
-    for module in model.modules():
-        computed = {
-            name: buffer
-            for name, buffer in module._buffers.items()
-            if name in module._non_persistent_buffers_set
-        }
-        for name in computed:
-            module._buffers[name] = None
-        try:
-            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
-        finally:
-            module._buffers.update(computed)
-
-
-def has_low_bit(model: nn.Module) -> bool:
-    """Whether any parameter of the tree is a LowBitTensor."""
-    return next(lowbit_parameters(model), None) is not None
 
 
 # ---- checks ------------------------------------------------------------------------------------
@@ -323,113 +221,3 @@ def _progress(entries, wanted: bool):
     from tqdm import tqdm
 
     return tqdm(entries, desc="optimize_model", unit="weight", file=sys.stderr)
-
-
-# ---- and back ----------------------------------------------------------------------------------
-
-
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turns an optimized model back into an ordinary float model, in place, and returns it.
-
-    The weights are the rounded values, in the dtype they showed or in `dtype`. Ties, hooks, device
-    and flags stay; save_low_bit, cpu_embedding and lightweight_bmm go.
-    """
-    arguments.module_or_raise("dequantize", model)
-    done: dict[int, nn.Parameter] = {}
-    with torch.inference_mode(False), torch.no_grad():
-        for module in model.modules():
-            for attribute, weight in module._parameters.items():
-                if not isinstance(weight, LowBitTensor):
-                    continue
-                if id(weight) not in done:
-                    # `weight` is kept beside its result: a freed id may be given out again.
-                    dense = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
-                    done[id(weight)] = dense
-                module._parameters[attribute] = done[id(weight)]
-    for module in model.modules():
-        object.__setattr__(module, "__class__", original_class(module))
-        layers.refresh_flat_weights(module)
-        module.__dict__.pop("_home_devices", None)
-    for root in model.modules():
-        root.__dict__.pop(_STATE, None)
-    return model
-
-
-def merge_adapters(
-    model: nn.Module, adapter_names: list[str] | None = None, *, low_bit: str | None = None
-) -> nn.Module:
-    """Merges the LoRA adapters of a PEFT model into its low-bit weights; returns the base model.
-
-    PEFT adds an adapter to the weight in place, which packed codes cannot represent. So, layer by
-    layer, the weight is expanded, merged by PEFT and packed again, in `low_bit` or else in the type
-    it had: the result is rounded anew, and only one layer is float at a time. Without
-    `adapter_names` the active adapters are merged. Layers that stayed float merge as ever.
-
-    Warns if rounding loses most of what the adapters add: packed weights lie on their grid, so what
-    is smaller than half a step of it rounds back to the weight without the adapter.
-    """
-    arguments.module_or_raise("merge_adapters", model)
-    low_bit = arguments.resolve_low_bit("merge_adapters", "low_bit", low_bit, "the type it had")
-    layers_found = [m for m in model.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
-    if not layers_found or not hasattr(model, "unload"):
-        raise TypeError(
-            "merge_adapters: expected a model wrapped by PEFT (get_peft_model, PeftModel), got "
-            f"{type(model).__name__} with {len(layers_found)} adapted layers"
-        )
-    kept: list[tuple[float, str]] = []
-    with torch.inference_mode(False), torch.no_grad():
-        for layer in layers_found:
-            kept += _merge_layer(layer, adapter_names, low_bit)
-    if kept and statistics.median(share for share, _ in kept) < 0.5:
-        share, name = statistics.median_low(kept)
-        warnings.warn(
-            f"merge_adapters: {name} keeps {max(share, 0):.0%} of what the adapters add (median of "
-            f"{len(kept)} weights): the rest is smaller than its steps. Merge into a finer type, "
-            "merge_adapters(model, low_bit='sym_int8') or 'bf16', or keep the adapters unmerged",
-            stacklevel=2,
-        )
-    return model.unload()
-
-
-def _merge_layer(
-    layer: nn.Module, adapter_names: list[str] | None, low_bit: str | None
-) -> list[tuple[float, str]]:
-    """Merges one layer. Returns (share of the adapter's change that is left, type) per weight."""
-    packed = []
-    for owner in layer.base_layer.modules():
-        for attribute, weight in list(owner._parameters.items()):
-            if isinstance(weight, LowBitTensor):
-                packed.append((owner, attribute, weight))
-                dense = nn.Parameter(weight.dequantize(), requires_grad=False)
-                owner._parameters[attribute] = dense
-    try:
-        layer.merge(safe_merge=True, adapter_names=adapter_names)
-    except BaseException:
-        for owner, attribute, weight in packed:
-            owner._parameters[attribute] = weight
-        raise
-    kept = []
-    for owner, attribute, weight in packed:
-        merged = owner._parameters[attribute].detach()
-        new = pack_like(merged, weight, low_bit)
-        before = weight.dequantize().float()
-        added = merged.float() - before
-        if bool(added.any()):
-            left = new.dequantize().float() - before
-            kept.append((float((left * added).sum() / added.square().sum()), new.low_bit))
-        install(owner, attribute, new)
-    return kept
-
-
-def pack_like(
-    weight: torch.Tensor, packed: LowBitTensor, low_bit: str | None = None
-) -> LowBitTensor:
-    """`weight` in the layout of `packed`, and in its type and grouping or in another type."""
-    reshaped = not packed.transposed and tuple(packed.shape) != packed.stored_shape
-    return LowBitTensor.quantize(
-        weight,
-        low_bit or packed.low_bit,
-        packed.group_size if low_bit in (None, packed.low_bit) else 0,
-        transposed=packed.transposed,
-        stored_shape=packed.stored_shape if reshaped else None,
-    )

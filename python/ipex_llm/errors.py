@@ -25,3 +25,11 @@ def translate(error: RuntimeError) -> Exception:
     if match is None:
         return error
     return EXCEPTIONS.get(match[1], RuntimeError)(match[2])
+
+
+def _named(who: str, error: RuntimeError) -> Exception:
+    """The error of the core with the name of the function that the user called."""
+    translated = translate(error)
+    if translated is error:
+        return error
+    return type(translated)(f"{who}: {translated}")

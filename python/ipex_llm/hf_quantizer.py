@@ -14,6 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ipex_llm import arguments, convert
+from ipex_llm.finish import _optimize_language_model, finish
+from ipex_llm.revert import dequantize
 
 METHOD = "ipex_llm"
 
@@ -60,11 +62,9 @@ class LowBitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs: Any):
         options = self.quantization_config.to_options()
-        from ipex_llm import optimize
-
         convert.convert(model, options)
-        optimize._optimize_language_model(model, options)
-        return convert.finish(model, options)
+        _optimize_language_model(model, options)
+        return finish(model, options)
 
     def is_serializable(self) -> bool:
         return True
@@ -74,7 +74,7 @@ class LowBitQuantizer(HfQuantizer):
         return True  # adapters on top: gradients reach the activations
 
     def _dequantize(self, model, dtype=None):
-        return convert.dequantize(model)
+        return dequantize(model)
 
 
 def describe(model, options: dict[str, Any]) -> None:

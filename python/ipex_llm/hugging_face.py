@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
-from ipex_llm import convert, low_memory
+from ipex_llm import low_memory
+from ipex_llm.finish import cast_floats
+from ipex_llm.load import load_low_bit
 from ipex_llm.low_memory import low_memory_init
-from ipex_llm.save import load_low_bit
+from ipex_llm.methods import let_save_pretrained_save
+from ipex_llm.record import options_of
 
 __all__ = ["register_with_transformers"]
 
@@ -56,12 +59,8 @@ def register_with_transformers() -> None:
         return _load(cls, directory, model_args, kwargs)
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    let_save_pretrained_save()
     _registered = True
-
-
-def is_registered() -> bool:
-    """Whether transformers' own loading and saving was wrapped in this process."""
-    return _registered
 
 
 def _low_bit_directory(path: Any, kwargs: dict) -> str | None:
@@ -112,9 +111,9 @@ def _load(cls, directory: str, model_args: tuple, kwargs: dict):
     load_low_bit(model, directory)
     from ipex_llm import hf_quantizer
 
-    hf_quantizer.describe(model, convert.options_of(model))
+    hf_quantizer.describe(model, options_of(model))
     if dtype is not None and dtype != "auto":
-        convert.cast_floats(model, low_memory._resolve_dtype("from_pretrained", dtype, None, None))
+        cast_floats(model, low_memory._resolve_dtype("from_pretrained", dtype, None, None))
     model = _place(model, device_map, placing)
     if wants_info:
         nothing = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

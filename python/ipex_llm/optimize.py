@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-
-from ipex_llm import arguments, convert, hugging_face, ops
-from ipex_llm.arguments import Options
+from ipex_llm import arguments, convert, ops
+from ipex_llm.finish import _optimize_language_model, finish
+from ipex_llm.load import load_low_bit
 from ipex_llm.low_memory import low_memory_init
-from ipex_llm.owners import swap_class
-from ipex_llm.save import load_low_bit, save_low_bit
-from ipex_llm.tensor import lowbit_parameters
+from ipex_llm.record import has_low_bit
 
 __all__ = ["load_low_bit", "low_memory_init", "optimize_model"]
 
@@ -84,101 +81,13 @@ def optimize_model(
     )
     arguments.module_or_raise("optimize_model", model)
     convert.convert(model, options)
-    if options.low_bit is not None and not convert.has_low_bit(model):
+    if options.low_bit is not None and not has_low_bit(model):
         warnings.warn(
             f"optimize_model: no weight of this {type(model).__name__} becomes low-bit; "
             "print(ipex_llm.plan(model)) says why each stays float",
             stacklevel=2,
         )
     _optimize_language_model(model, options)
-    convert.finish(model, options)
+    finish(model, options)
     ops.return_freed_memory()
     return model
-
-
-def _optimize_language_model(model: torch.nn.Module, options: Options) -> None:
-    """Replaces decoder blocks by fused operators, each after proof (`optimize_llm`)."""
-    if options.optimize_llm and options.low_bit is not None:
-        from ipex_llm.fuse import fuse_model
-
-        fuse_model(model, options.kv_cache_dtype)
-
-
-def give_methods(model: torch.nn.Module) -> None:
-    """Gives the root of an optimized model its methods, by class, so that copies keep them."""
-    if isinstance(model, torch.fx.GraphModule):
-        # Every instance has a class of its own, and its copies are made from that class alone.
-        type(model).save_low_bit = Optimized.save_low_bit
-        return
-    mixins = [Optimized]
-    if hasattr(type(model), "save_pretrained"):
-        mixins.append(RefusesSavePretrained)
-    swap_class(model, *mixins)
-
-
-class Optimized:
-    """Mixin of the root of an optimized model."""
-
-    def save_low_bit(self, save_dir, max_shard_size="4GB"):
-        """Saves the optimized model into `save_dir`; `load_low_bit(model, save_dir)` reads it."""
-        return save_low_bit(convert.unwrap(self), save_dir, max_shard_size=max_shard_size)
-
-
-class RefusesSavePretrained:
-    """Mixin of optimized models with `save_pretrained`, which would write codes as if weights.
-
-    Once transformers can read saves (register_with_transformers), it writes one instead.
-    """
-
-    def save_pretrained(self, *args, **kwargs):
-        if not convert.has_low_bit(self) or _saves_no_low_bit_itself(self):
-            return super().save_pretrained(*args, **kwargs)
-        if hugging_face.is_registered():
-            return _save_pretrained(self, *args, **kwargs)
-        raise ValueError(
-            "save_pretrained: this model's weights are low-bit, which its file format cannot hold; "
-            "use model.save_low_bit(directory), or ipex_llm.dequantize(model) first"
-        )
-
-    def push_to_hub(self, *args, **kwargs):
-        if convert.has_low_bit(self) and not hugging_face.is_registered():
-            # Before the original makes a repository that it then cannot fill.
-            raise ValueError(
-                "push_to_hub: this model's weights are low-bit, which its file format cannot hold; "
-                "call ipex_llm.register_with_transformers() first, or upload the directory that "
-                "model.save_low_bit(directory) writes"
-            )
-        return super().push_to_hub(*args, **kwargs)
-
-    # transformers refuses these for whatever one of its quantizers has loaded.
-    def half(self):
-        return torch.nn.Module.half(self)
-
-    def float(self):
-        return torch.nn.Module.float(self)
-
-
-def _saves_no_low_bit_itself(model) -> bool:
-    """Whether the original save_pretrained leaves every low-bit weight to others.
-
-    PEFT writes adapters alone; sentence-transformers has each of its modules saved by itself.
-    """
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        return True
-    if hasattr(type(model), "base_model_prefix"):  # of transformers: writes all that it holds
-        return False
-    parts = [part for _, part in convert.models_inside(model)]
-    theirs = {id(weight) for part in parts for _, weight in lowbit_parameters(part)}
-    return all(id(weight) in theirs for _, weight in lowbit_parameters(model))
-
-
-def _save_pretrained(model, save_directory, *args, max_shard_size="4GB", **kwargs):
-    """save_pretrained of transformers with the arguments that a low-bit save can honour."""
-    refused = [name for name, value in kwargs.items() if value and name != "safe_serialization"]
-    if args or refused:
-        what = ", ".join(refused) if refused else f"{len(args)} more positional arguments"
-        raise ValueError(
-            f"save_pretrained: a low-bit save knows no {what}; "
-            f"use save_directory and max_shard_size"
-        )
-    save_low_bit(model, save_directory, max_shard_size=max_shard_size)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ipex_llm import LowBitTensor, set_activation_precision
-from ipex_llm.optimize import RefusesSavePretrained
+from ipex_llm.methods import RefusesSavePretrained
 from ipex_llm.owners import install, swap_class
 from ipex_llm.tensor import lowbit_parameters
 

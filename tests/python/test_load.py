@@ -139,7 +139,7 @@ def test_options_come_back(tmp_path):
     )
     model.save_low_bit(tmp_path)
     loaded = load_low_bit(mixed(5), tmp_path)
-    from ipex_llm.convert import options_of
+    from ipex_llm.record import options_of
 
     assert options_of(loaded) == options_of(model)
     with pytest.raises(ValueError, match="already optimized"):

@@ -15,7 +15,7 @@ from torch import nn
 
 import ipex_llm
 from ipex_llm import LowBitTensor, set_activation_precision
-from ipex_llm.optimize import Optimized
+from ipex_llm.methods import Optimized
 from ipex_llm.owners import LowBitOwner, install, original_class, swap_class
 from ipex_llm.tensor import lowbit_parameters
 

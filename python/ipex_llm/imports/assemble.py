@@ -11,8 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ipex_llm import convert, optimize, planning
+from ipex_llm import convert, planning
 from ipex_llm.arguments import Options
+from ipex_llm.finish import _optimize_language_model, finish
+from ipex_llm.record import _STATE
 from ipex_llm.tensor import LowBitTensor
 
 __all__ = ["optimize_with"]
@@ -37,13 +39,13 @@ def optimize_with(
     convert.reject_unconvertible(who, model)
     convert.reject_optimized(who, model)
     slots = _slots(who, model, packed)
-    model.__dict__[convert._STATE] = {**options.to_dict(), "complete": False}
+    model.__dict__[_STATE] = {**options.to_dict(), "complete": False}
     with torch.inference_mode(False), torch.no_grad():
         for name, weight in packed.items():
             convert.install_in(slots[name], weight)
     convert.convert(model, options, who)
-    optimize._optimize_language_model(model, options)
-    return convert.finish(model, options)
+    _optimize_language_model(model, options)
+    return finish(model, options)
 
 
 def _slots(who: str, model: nn.Module, packed) -> dict[str, list[tuple[nn.Module, str]]]:

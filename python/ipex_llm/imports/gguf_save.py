@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ipex_llm import arguments, convert
+from ipex_llm import arguments
 from ipex_llm.formats import FORMATS
 from ipex_llm.imports.gguf import TYPES, GgmlType, GgufFile, _call
 from ipex_llm.library import operators
+from ipex_llm.record import unwrap
 from ipex_llm.tensor import LowBitTensor
 
 __all__ = ["save_gguf"]
@@ -72,7 +73,7 @@ def save_gguf(model, path, tokenizer=None, *, requantize=None):
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
     except ImportError as error:
         raise ImportError(f"{who}: needs transformers and gguf: {error}") from None
-    model = convert.unwrap(model)
+    model = unwrap(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in _ARCHITECTURES:

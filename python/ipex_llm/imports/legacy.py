@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm import convert, planning, save
+from ipex_llm import convert, planning
 from ipex_llm.arguments import Options
+from ipex_llm.fill import fill, slots_of
+from ipex_llm.finish import finish
 from ipex_llm.imports import grids
 from ipex_llm.imports.legacy_blocks import BLOCK, KINDS
 from ipex_llm.imports.legacy_pickle import read_pickles
 from ipex_llm.imports.report import Report, keep_report
 from ipex_llm.imports.source import read_json
+from ipex_llm.tensor import lowbit_parameters
 
 __all__ = ["is_legacy", "load"]
 
@@ -85,12 +88,12 @@ def load(who: str, model: nn.Module, directory: str, mmap: bool) -> nn.Module:
         return made.weight
 
     entries = {name: part.entry for name, part in parts.items()}
-    save.fill(who, model, directory, entries, {}, value)
+    fill(who, model, directory, entries, {}, value)
     options = Options(low_bit=low_bit)
     if sixteen is not None:
         _pack_sixteen(who, model, low_bit, sixteen, report)
     keep_report(model, report)
-    return convert.finish(model, options.to_dict())
+    return finish(model, options.to_dict())
 
 
 def _pack_sixteen(who: str, model, low_bit: str, dtype: torch.dtype, report: Report) -> None:
@@ -100,7 +103,7 @@ def _pack_sixteen(who: str, model, low_bit: str, dtype: torch.dtype, report: Rep
         name for entry in plan if entry.converts and entry.dtype != dtype for name in entry.names
     ]
     convert.convert(model, Options(low_bit=low_bit, modules_to_not_convert=tuple(others)), who)
-    for name, weight in convert.lowbit_parameters(model):
+    for name, weight in lowbit_parameters(model):
         report.add(name, weight, exact=True, note="")
 
 
@@ -120,7 +123,7 @@ class _Part:
 
 def _match(who: str, model, directory: str, tensors: dict, kind) -> dict[str, _Part]:
     """Names of the model -> its tensors; what is left goes to fill() as it is, to be refused."""
-    slots = {name: tensor for name, tensor, _ in save.slots_of(model)}
+    slots = {name: tensor for name, tensor, _ in slots_of(model)}
     floats = [t.dtype for t in tensors.values() if t.is_floating_point() and t.dim() > 1]
     dtype = floats[0] if floats else torch.float32
     left = dict(tensors)

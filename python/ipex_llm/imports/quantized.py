@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm import arguments, convert, save
+from ipex_llm import arguments, convert
+from ipex_llm.fill import fill, slots_of
+from ipex_llm.finish import finish
 from ipex_llm.imports import awq, bitsandbytes, compressed_tensors, gptq
 from ipex_llm.imports.names import targets_of
 from ipex_llm.imports.report import Report, keep_report
 from ipex_llm.imports.source import Checkpoint, read_json
 from ipex_llm.low_memory import low_memory_init
-from ipex_llm.tensor import LowBitTensor
+from ipex_llm.record import _STATE
+from ipex_llm.tensor import LowBitTensor, lowbit_parameters
 
 __all__ = ["load_quantized"]
 
@@ -92,7 +95,7 @@ def load_quantized(
     requantize = arguments.resolve_low_bit(_WHO, "requantize", requantize)
     for name, value in (("exact", exact), ("trust_remote_code", trust_remote_code), ("mmap", mmap)):
         arguments.flag(_WHO, name, value)
-    directory = save.directory_name(_WHO, model_path)
+    directory = arguments.directory_name(_WHO, model_path)
     if model is not None:
         arguments.module_or_raise(_WHO, model)
 
@@ -112,12 +115,12 @@ def load_quantized(
 
     record = options.to_dict()
     if low_bit is not None:
-        model.__dict__[convert._STATE] = {**record, "complete": False}
+        model.__dict__[_STATE] = {**record, "complete": False}
         convert.convert(model, options, _WHO)
     else:
-        counts = collections.Counter(p.low_bit for _, p in convert.lowbit_parameters(model))
+        counts = collections.Counter(p.low_bit for _, p in lowbit_parameters(model))
         record["low_bit"] = counts.most_common(1)[0][0]
-    return convert.finish(model, record)
+    return finish(model, record)
 
 
 def _json_of(directory: str, name: str) -> dict[str, Any]:
@@ -212,7 +215,7 @@ def _drop_unused(model: nn.Module, checkpoint: Checkpoint, weights, targets: dic
     for module in model.modules():
         patterns = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
         ignored += [re.compile(pattern) for pattern in patterns]
-    slots = {name for name, _, _ in save.slots_of(model)}
+    slots = {name for name, _, _ in slots_of(model)}
     for target, name in list(targets.items()):
         if not isinstance(name, str) or target in slots or name in weights:
             continue
@@ -238,7 +241,7 @@ def _fill(model, directory: str, checkpoint, weights, requantize: str, exact: bo
         target: _entry(target, source, checkpoint, weights, transposed)
         for target, source in targets.items()
     }
-    slots = {name: tensor for name, tensor, _ in save.slots_of(model)}
+    slots = {name: tensor for name, tensor, _ in slots_of(model)}
     report = Report()
 
     def value(target: str, members: list[str]) -> torch.Tensor:
@@ -277,7 +280,7 @@ def _fill(model, directory: str, checkpoint, weights, requantize: str, exact: bo
             )
         return packed
 
-    save.fill(_WHO, model, directory, entries, {}, value)
+    fill(_WHO, model, directory, entries, {}, value)
     keep_report(model, report)
 
 

@@ -35,7 +35,7 @@ class Uses:
         self.adapters: set[int] = set()
         for module in model.modules():
             # PEFT's layers change the base weight when they merge, which has a way of its own here
-            # (convert.merge_adapters), not when they compute.
+            # (adapters.merge_adapters), not when they compute.
             for path, use in _uses_in_hooks(module):
                 for parameter in _resolve(module, path):
                     self._found.setdefault(id(parameter), []).append(use)
