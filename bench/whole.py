@@ -90,7 +90,7 @@ def main() -> None:
     parts = Parts(
         (convert, "check_finite"),
         (convert.ops, "quantize"),
-        (optimize, "_optimize_language_model"),
+        (optimize, "optimize_language_model"),
         (ops, "return_freed_memory"),
     )
     if arguments.model:

@@ -17,7 +17,7 @@ from torch import nn
 from ipex_llm import layers, ops, planning
 from ipex_llm.arguments import Options
 from ipex_llm.owners import install
-from ipex_llm.record import _STATE, is_complete
+from ipex_llm.record import is_complete, options_of, remember
 from ipex_llm.tensor import LowBitTensor, lowbit_parameters
 
 # Float weights that may lie in the allocator before they are given back to the system: its heap
@@ -35,7 +35,7 @@ def convert(model: nn.Module, options: Options, who: str = "optimize_model") -> 
     check_strict(who, plan)
     check_has_data(who, pending)
     check_finite(who, pending)
-    model.__dict__[_STATE] = {**options.to_dict(), "complete": False}
+    remember(model, options.to_dict(), complete=False)
     shared = _shared_memory(pending)
     freed = 0
     with torch.inference_mode(False), torch.no_grad():
@@ -147,7 +147,7 @@ def reject_optimized(who: str, model: nn.Module) -> None:
 
 def check_progress(who: str, model: nn.Module, plan, pending) -> None:
     """Nothing left to do is an error where all was done before."""
-    if not pending and any(entry.done for entry in plan) and _STATE not in model.__dict__:
+    if not pending and any(entry.done for entry in plan) and options_of(model) is None:
         raise ValueError(
             f"{who}: every weight of the model is low-bit already; it is part of an optimized "
             f"model, or was loaded as one"

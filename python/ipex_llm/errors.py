@@ -1,7 +1,9 @@
 """Turns the errors of the C++ operators into the Python exceptions that callers expect."""
 
 import re
+from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
 # What the stable ABI of torch hands over is always a RuntimeError; the code in front of its text
 # (lowbit::Error, include/lowbit/error.h) says what it is.
@@ -27,7 +29,15 @@ def translate(error: RuntimeError) -> Exception:
     return EXCEPTIONS.get(match[1], RuntimeError)(match[2])
 
 
-def _named(who: str, error: RuntimeError) -> Exception:
+def call(who: str, operator: Callable, *arguments: Any) -> Any:
+    """operator(*arguments), with errors as those of the function `who` that the user called."""
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        raise named(who, error) from None
+
+
+def named(who: str, error: RuntimeError) -> Exception:
     """The error of the core with the name of the function that the user called."""
     translated = translate(error)
     if translated is error:

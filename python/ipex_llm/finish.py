@@ -8,7 +8,7 @@ from torch import nn
 from ipex_llm import bmm, embedding, planning
 from ipex_llm.arguments import Options
 from ipex_llm.methods import give_methods
-from ipex_llm.record import _STATE, models_inside, unwrap
+from ipex_llm.record import models_inside, remember, unwrap
 
 
 def finish(model: nn.Module, options: Options | dict) -> nn.Module:
@@ -27,10 +27,10 @@ def finish(model: nn.Module, options: Options | dict) -> nn.Module:
         bmm.enable_lightweight_bmm(model)
     for root in dict.fromkeys((model, unwrap(model))):
         give_methods(root)
-        root.__dict__[_STATE] = {**options.to_dict(), "complete": True}
+        remember(root, options.to_dict(), complete=True)
         for name, part in models_inside(root):
             give_methods(part)
-            part.__dict__[_STATE] = {**options.below(name).to_dict(), "complete": True}
+            remember(part, options.below(name).to_dict(), complete=True)
     if loaded and options.optimize_llm and options.low_bit is not None:
         from ipex_llm.fuse import fuse_later
 
@@ -38,7 +38,7 @@ def finish(model: nn.Module, options: Options | dict) -> nn.Module:
     return model
 
 
-def _optimize_language_model(model: torch.nn.Module, options: Options) -> None:
+def optimize_language_model(model: torch.nn.Module, options: Options) -> None:
     """Replaces decoder blocks by fused operators, each after proof (`optimize_llm`)."""
     if options.optimize_llm and options.low_bit is not None:
         from ipex_llm.fuse import fuse_model

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ipex_llm import arguments, convert
-from ipex_llm.finish import _optimize_language_model, finish
+from ipex_llm.finish import finish, optimize_language_model
 from ipex_llm.revert import dequantize
 
 METHOD = "ipex_llm"
@@ -63,7 +63,7 @@ class LowBitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs: Any):
         options = self.quantization_config.to_options()
         convert.convert(model, options)
-        _optimize_language_model(model, options)
+        optimize_language_model(model, options)
         return finish(model, options)
 
     def is_serializable(self) -> bool:

@@ -23,12 +23,12 @@ from ipex_llm import low_memory
 from ipex_llm.finish import cast_floats
 from ipex_llm.load import load_low_bit
 from ipex_llm.low_memory import low_memory_init
+from ipex_llm.manifest import MANIFEST
 from ipex_llm.methods import let_save_pretrained_save
 from ipex_llm.record import options_of
 
 __all__ = ["register_with_transformers"]
 
-_MANIFEST = "ipex_llm.json"
 _FINDING = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _PLACING = ("max_memory", "offload_buffers", "offload_folder")
 _registered = False
@@ -70,7 +70,7 @@ def _low_bit_directory(path: Any, kwargs: dict) -> str | None:
     path = os.fspath(path)
     if os.path.isdir(path):
         directory = os.path.join(path, kwargs.get("subfolder") or "")
-        return directory if os.path.isfile(os.path.join(directory, _MANIFEST)) else None
+        return directory if os.path.isfile(os.path.join(directory, MANIFEST)) else None
     if os.path.isfile(path):
         return None
     from transformers.utils import cached_file
@@ -84,7 +84,7 @@ def _low_bit_directory(path: Any, kwargs: dict) -> str | None:
     }
     manifest = None
     with contextlib.suppress(OSError):  # transformers' own loader says better what is wrong
-        manifest = cached_file(path, _MANIFEST, **finding, **missing_is_none)
+        manifest = cached_file(path, MANIFEST, **finding, **missing_is_none)
     if manifest is None:
         return None
     with open(manifest, encoding="utf-8") as file:

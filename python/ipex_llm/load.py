@@ -10,11 +10,11 @@ from torch import nn
 
 from ipex_llm import arguments
 from ipex_llm.arguments import directory_name
-from ipex_llm.errors import _named
+from ipex_llm.errors import call
 from ipex_llm.fill import fill
 from ipex_llm.finish import finish
 from ipex_llm.library import operators
-from ipex_llm.manifest import _MANIFEST, _tensor
+from ipex_llm.manifest import MANIFEST, tensor_of
 
 
 def load_low_bit(model: nn.Module, model_path, verify: bool = True, mmap: bool = True) -> nn.Module:
@@ -38,22 +38,19 @@ def load_low_bit(model: nn.Module, model_path, verify: bool = True, mmap: bool =
     for name, value in (("verify", verify), ("mmap", mmap)):
         if not isinstance(value, bool):
             raise TypeError(f"{who}: {name} must be True or False, got {value!r}")
-    if not os.path.exists(os.path.join(directory, _MANIFEST)):
+    if not os.path.exists(os.path.join(directory, MANIFEST)):
         from ipex_llm.imports import legacy, source
 
         if legacy.is_legacy(directory):
             return legacy.load(who, model, directory, mmap)
         source.reject_quantized(who, directory)
-    try:
-        text, data = operators.file_open(directory, mmap, verify)
-    except RuntimeError as error:
-        raise _named(who, error) from None
+    text, data = call(who, operators.file_open, directory, mmap, verify)
     manifest = json.loads(text)
     entries = manifest["tensors"]
     saved = dict(zip(entries, data, strict=True))
 
     def value(name: str, members: list[str]) -> torch.Tensor:
-        return _tensor(entries[name], saved[name])
+        return tensor_of(entries[name], saved[name])
 
     fill(who, model, directory, entries, manifest["ties"], value)
     return finish(model, manifest["options"])

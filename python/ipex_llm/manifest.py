@@ -8,7 +8,7 @@ import torch
 
 from ipex_llm.tensor import LowBitTensor
 
-_MANIFEST = "ipex_llm.json"
+MANIFEST = "ipex_llm.json"
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -17,22 +17,22 @@ _DTYPES = {
         "uint32 int32 float32 uint64 int64 float64 complex64"
     ).split()
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def _description(who: str, name: str, tensor: torch.Tensor) -> dict[str, Any]:
+def description_of(who: str, name: str, tensor: torch.Tensor) -> dict[str, Any]:
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise TypeError(
             f"{who}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors "
             f"cannot hold; make it dense, or register it with persistent=False"
         )
-    if tensor.dtype not in _DTYPE_NAMES:
+    if tensor.dtype not in DTYPE_NAMES:
         raise TypeError(
             f"{who}: {name!r} is {tensor.dtype}, which safetensors cannot hold; it holds "
             f"{', '.join(_DTYPES)}"
         )
     entry: dict[str, Any] = {
-        "dtype": _DTYPE_NAMES[tensor.dtype],
+        "dtype": DTYPE_NAMES[tensor.dtype],
         "shape": list(tensor.shape),
     }
     if isinstance(tensor, LowBitTensor):
@@ -48,7 +48,7 @@ def _description(who: str, name: str, tensor: torch.Tensor) -> dict[str, Any]:
     return entry
 
 
-def _tensor(entry: dict, data: torch.Tensor) -> torch.Tensor:
+def tensor_of(entry: dict, data: torch.Tensor) -> torch.Tensor:
     """The tensor of a manifest's entry over the bytes of the file."""
     if "low_bit" not in entry:
         return data

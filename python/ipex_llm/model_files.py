@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipex_llm.manifest import _DTYPE_NAMES
+from ipex_llm.manifest import DTYPE_NAMES
 
 
-def _extra_files(model: nn.Module, options: dict[str, Any]) -> dict[str, bytes]:
+def files_of(model: nn.Module, options: dict[str, Any]) -> dict[str, bytes]:
     """config.json, generation_config.json and remote-code files, where the model has them."""
     files: dict[str, bytes] = {}
     config = getattr(model, "config", None)
@@ -27,7 +27,7 @@ def _extra_files(model: nn.Module, options: dict[str, Any]) -> dict[str, bytes]:
         if dtype is not None:
             # One of the two names is known to every version of transformers.
             values.pop("torch_dtype", None)
-            values["dtype"] = _DTYPE_NAMES[dtype]
+            values["dtype"] = DTYPE_NAMES[dtype]
         values.pop("transformers_weights", None)
         values["quantization_config"] = {"quant_method": "ipex_llm", **options}
         if isinstance(values.get("auto_map"), dict):
@@ -52,7 +52,7 @@ def _json_bytes(values: Any) -> bytes:
 
 def _float_dtype(model: nn.Module) -> torch.dtype | None:
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-    return next((dtype for dtype in dtypes if dtype in _DTYPE_NAMES), None)
+    return next((dtype for dtype in dtypes if dtype in DTYPE_NAMES), None)
 
 
 def _local_names(auto_map: dict) -> dict:

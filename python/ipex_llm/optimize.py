@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from ipex_llm import arguments, convert, ops
-from ipex_llm.finish import _optimize_language_model, finish
+from ipex_llm.finish import finish, optimize_language_model
 from ipex_llm.load import load_low_bit
 from ipex_llm.low_memory import low_memory_init
 from ipex_llm.record import has_low_bit
@@ -87,7 +87,7 @@ def optimize_model(
             "print(ipex_llm.plan(model)) says why each stays float",
             stacklevel=2,
         )
-    _optimize_language_model(model, options)
+    optimize_language_model(model, options)
     finish(model, options)
     ops.return_freed_memory()
     return model

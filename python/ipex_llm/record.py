@@ -7,7 +7,7 @@ from torch import nn
 from ipex_llm.tensor import lowbit_parameters
 
 # Where a root keeps what it was optimized with. In __dict__, so that deepcopy and pickle carry it.
-_STATE = "_ipex_llm_options"
+_RECORD = "_ipex_llm_options"
 
 
 def models_inside(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -30,15 +30,25 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def remember(model: nn.Module, options: dict, *, complete: bool) -> None:
+    """Keeps with `model` what it is optimized with; `complete` once that is done."""
+    model.__dict__[_RECORD] = {**options, "complete": complete}
+
+
+def forget(model: nn.Module) -> None:
+    """`model` is a float model again."""
+    model.__dict__.pop(_RECORD, None)
+
+
 def options_of(model: nn.Module) -> dict | None:
     """The options `model` was optimized or loaded with, as JSON types; None for other models."""
-    state = model.__dict__.get(_STATE)
+    state = model.__dict__.get(_RECORD)
     return None if state is None else {k: v for k, v in state.items() if k != "complete"}
 
 
 def is_complete(model: nn.Module) -> bool:
     """Whether `model` was optimized or loaded without an interruption."""
-    state = model.__dict__.get(_STATE)
+    state = model.__dict__.get(_RECORD)
     return state is not None and state["complete"]
 
 

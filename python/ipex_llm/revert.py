@@ -7,7 +7,7 @@ from torch import nn
 
 from ipex_llm import arguments, layers
 from ipex_llm.owners import original_class
-from ipex_llm.record import _STATE
+from ipex_llm.record import forget
 from ipex_llm.tensor import LowBitTensor
 
 
@@ -34,5 +34,5 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         layers.refresh_flat_weights(module)
         module.__dict__.pop("_home_devices", None)
     for root in model.modules():
-        root.__dict__.pop(_STATE, None)
+        forget(root)
     return model

@@ -16,11 +16,11 @@ from torch import nn
 
 from ipex_llm import arguments
 from ipex_llm.arguments import directory_name
-from ipex_llm.errors import _named
+from ipex_llm.errors import named
 from ipex_llm.fill import slots_of
 from ipex_llm.library import operators
-from ipex_llm.manifest import _description
-from ipex_llm.model_files import _extra_files
+from ipex_llm.manifest import description_of
+from ipex_llm.model_files import files_of
 from ipex_llm.record import is_complete, options_of
 from ipex_llm.tensor import LowBitTensor
 
@@ -52,10 +52,10 @@ def save_low_bit(model: nn.Module, save_dir, max_shard_size="4GB") -> None:
     tensors, ties = _state(who, model)
     request = {
         "options": options,
-        "tensors": {name: _description(who, name, tensor) for name, tensor in tensors.items()},
+        "tensors": {name: description_of(who, name, tensor) for name, tensor in tensors.items()},
         "ties": ties,
     }
-    extra = _extra_files(model, options)
+    extra = files_of(model, options)
     contents = [_byte_tensor(data) for data in extra.values()]
     try:
         handle = operators.file_save_handle()
@@ -71,7 +71,7 @@ def save_low_bit(model: nn.Module, save_dir, max_shard_size="4GB") -> None:
             operators.file_save_abort(handle)
             raise
     except RuntimeError as error:
-        raise _named(who, error) from None
+        raise named(who, error) from None
 
 
 def _byte_tensor(data: bytes) -> torch.Tensor:

@@ -13,8 +13,8 @@ from torch import nn
 
 from ipex_llm import convert, planning
 from ipex_llm.arguments import Options
-from ipex_llm.finish import _optimize_language_model, finish
-from ipex_llm.record import _STATE
+from ipex_llm.finish import finish, optimize_language_model
+from ipex_llm.record import remember
 from ipex_llm.tensor import LowBitTensor
 
 __all__ = ["optimize_with"]
@@ -39,12 +39,12 @@ def optimize_with(
     convert.reject_unconvertible(who, model)
     convert.reject_optimized(who, model)
     slots = _slots(who, model, packed)
-    model.__dict__[_STATE] = {**options.to_dict(), "complete": False}
+    remember(model, options.to_dict(), complete=False)
     with torch.inference_mode(False), torch.no_grad():
         for name, weight in packed.items():
             convert.install_in(slots[name], weight)
     convert.convert(model, options, who)
-    _optimize_language_model(model, options)
+    optimize_language_model(model, options)
     return finish(model, options)
 
 

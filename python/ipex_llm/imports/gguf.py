@@ -26,7 +26,7 @@ from torch import nn
 
 from ipex_llm import arguments, ops, planning
 from ipex_llm.arguments import Options
-from ipex_llm.errors import translate
+from ipex_llm.errors import call
 from ipex_llm.formats import FORMATS
 from ipex_llm.imports.assemble import optimize_with
 from ipex_llm.imports.report import Report, keep_report
@@ -153,7 +153,7 @@ class _Tensor:
     def dequantize(self, who: str) -> torch.Tensor:
         """float32 of `shape`."""
         number, rows, k = self.type.number, self.rows, self.k
-        values = _call(
+        values = call(
             who, operators.ggml_dequantize, self.blocks, number, rows, k, None, torch.float32
         )
         return values.reshape(self.shape)
@@ -173,7 +173,7 @@ class GgufFile:
             self.path = os.fsdecode(self.path)
         if not self.path:
             raise ValueError(f"{who}: the path is an empty text; give a file")
-        description, self._outline, blocks = _call(who, operators.gguf_open, self.path, mmap)
+        description, self._outline, blocks = call(who, operators.gguf_open, self.path, mmap)
         header = json.loads(description)
         self.metadata: dict = header["metadata"]
         self.tensors: dict[str, _Tensor] = {
@@ -197,16 +197,6 @@ class GgufFile:
         if isinstance(tokens, dict) and config.get("vocab_size") == min(2, tokens["length"]):
             config["vocab_size"] = tokens["length"]  # it has counted those of the outline
         return config
-
-
-def _call(who: str, operator, *arguments_):
-    try:
-        return operator(*arguments_)
-    except RuntimeError as error:
-        translated = translate(error)
-        if translated is error:
-            raise
-        raise type(translated)(f"{who}: {translated}") from None
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -521,7 +511,7 @@ class _Fill:
             return None  # every matrix of a stack is padded by itself
         blocks, order = _gathered(origin)
         total = sum(tensor.rows for tensor in origin.tensors)
-        packed, exponent, lossless = _call(
+        packed, exponent, lossless = call(
             self.who, operators.ggml_pack, blocks, own.number, total, rows.shape[-1], order
         )
         if not lossless:
@@ -572,7 +562,7 @@ class _Fill:
         for start in range(0, n, step):
             part = order[start : start + step].contiguous()
             packed, exponent = ops.quantize(
-                _call(self.who, *of_all, part, torch.float32), low_bit, group_size
+                call(self.who, *of_all, part, torch.float32), low_bit, group_size
             )
             if exponent:
                 return None

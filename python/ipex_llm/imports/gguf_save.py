@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from ipex_llm import arguments
+from ipex_llm.errors import call
 from ipex_llm.formats import FORMATS
-from ipex_llm.imports.gguf import TYPES, GgmlType, GgufFile, _call
+from ipex_llm.imports.gguf import TYPES, GgmlType, GgufFile
 from ipex_llm.library import operators
 from ipex_llm.record import unwrap
 from ipex_llm.tensor import LowBitTensor
@@ -179,7 +180,7 @@ class _Tensor:
 
     def blocks(self, who: str, weight: LowBitTensor) -> tuple[torch.Tensor, bool]:
         weight = weight.to("cpu")
-        return _call(
+        return call(
             who, operators.ggml_unpack, weight.packed, *weight.numbers, self.order, self.type.number
         )
 

@@ -24,6 +24,7 @@ from ipex_llm.imports.legacy_blocks import BLOCK, KINDS
 from ipex_llm.imports.legacy_pickle import read_pickles
 from ipex_llm.imports.report import Report, keep_report
 from ipex_llm.imports.source import read_json
+from ipex_llm.manifest import MANIFEST
 from ipex_llm.tensor import lowbit_parameters
 
 __all__ = ["is_legacy", "load"]
@@ -43,7 +44,7 @@ _RESCALED = ("minicpm", "rwkv")
 def is_legacy(directory: str) -> bool:
     """Whether a directory is a save of the archived project."""
     path = Path(directory)
-    if (path / "ipex_llm.json").exists():
+    if (path / MANIFEST).exists():
         return False
     return (path / _CONFIG).is_file() or _key_in_config(path) is not None
 

@@ -18,7 +18,7 @@ from ipex_llm.imports.names import targets_of
 from ipex_llm.imports.report import Report, keep_report
 from ipex_llm.imports.source import Checkpoint, read_json
 from ipex_llm.low_memory import low_memory_init
-from ipex_llm.record import _STATE
+from ipex_llm.record import remember
 from ipex_llm.tensor import LowBitTensor, lowbit_parameters
 
 __all__ = ["load_quantized"]
@@ -115,7 +115,7 @@ def load_quantized(
 
     record = options.to_dict()
     if low_bit is not None:
-        model.__dict__[_STATE] = {**record, "complete": False}
+        remember(model, record, complete=False)
         convert.convert(model, options, _WHO)
     else:
         counts = collections.Counter(p.low_bit for _, p in lowbit_parameters(model))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ipex_llm.errors import translate
+from ipex_llm.errors import call
 from ipex_llm.library import operators
 
 __all__ = ["Checkpoint", "read_json", "regular_file", "reject_quantized"]
@@ -80,11 +80,7 @@ class Checkpoint:
 
     def _open(self, name: str, mmap: bool) -> None:
         path = self.directory / name
-        try:
-            names, tensors = operators.safetensors_open(str(path), mmap)
-        except RuntimeError as error:
-            translated = translate(error)
-            raise type(translated)(f"{self.who}: {translated}") from None
+        names, tensors = call(self.who, operators.safetensors_open, str(path), mmap)
         for key, tensor in zip(names, tensors, strict=True):
             if key in self.tensors:
                 raise ValueError(
