@@ -19,9 +19,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ipex_llm import arguments, layers, usage
+from ipex_llm import arguments, usage
 from ipex_llm.arguments import Options
 from ipex_llm.formats import packed_shape
+from ipex_llm.roles import role_of
 from ipex_llm.tensor import LowBitTensor
 
 _QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -380,7 +381,7 @@ def _choose(entry: Entry, parameter, slots: list[_Slot], options: Options, uses)
     if unsafe is not None:
         entry.reason = unsafe
         return
-    roles = [layers.role_of(slot.module, slot.attribute, parameter, uses) for slot in slots]
+    roles = [role_of(slot.module, slot.attribute, parameter, uses) for slot in slots]
     served = [role for role in roles if role.convertible]
     if not served:
         entry.reason = roles[0].reason

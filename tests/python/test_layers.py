@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipex_llm import LowBitTensor, layers, ops, optimize_model, plan
+from ipex_llm import LowBitTensor, ops, optimize_model, plan
+from ipex_llm.layers import recurrent
 from references import assert_close, dequantized, exact
 
 
@@ -331,7 +332,7 @@ def test_recurrent_layers(kind, bidirectional):
 
 @pytest.fixture
 def always_packed(monkeypatch):
-    monkeypatch.setattr(layers, "_WEIGHTS_OF_ANY_LENGTH", 0)
+    monkeypatch.setattr(recurrent, "_WEIGHTS_OF_ANY_LENGTH", 0)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
@@ -375,7 +376,7 @@ def test_lstm_projections(monkeypatch):
     layer = nn.LSTM(40, 64, proj_size=32)
     names = {n for n, p in layer.named_parameters() if p.dim() == 2}
     check(layer, torch.randn(5, 2, 40), packed=names)
-    monkeypatch.setattr(layers, "_WEIGHTS_OF_ANY_LENGTH", 0)
+    monkeypatch.setattr(recurrent, "_WEIGHTS_OF_ANY_LENGTH", 0)
     x = torch.randn(5, 2, 40)
     with exact():
         assert_close(layer(x), dequantized(layer)(x), layers=4)
