@@ -15,7 +15,7 @@ from ipex_llm.roles import is_conv1d
 from .attention import MultiheadAttentionForward
 from .convolution import ConvolutionForward
 from .embedding_bag import EmbeddingBagForward
-from .experts import ExpertsForward, _has_experts_interface
+from .experts import ExpertsForward, has_experts_interface
 from .linear import BilinearForward, Conv1DForward
 from .recurrent import CellForward, RecurrentForward, refresh_flat_weights
 
@@ -32,7 +32,7 @@ def give_forward(module: nn.Module) -> None:
 # standardized first, causal padding) keeps it, and torch's functions meet the tensor there.
 _MIXINS = (
     (lambda m: is_conv1d(m) and _forward_name(m) == "Conv1D.forward", Conv1DForward),
-    (_has_experts_interface, ExpertsForward),
+    (has_experts_interface, ExpertsForward),
     (lambda m: _has_forward(m, nn.MultiheadAttention), MultiheadAttentionForward),
     (lambda m: _has_forward(m, nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvolutionForward),
     (lambda m: _has_forward(m, nn.EmbeddingBag), EmbeddingBagForward),

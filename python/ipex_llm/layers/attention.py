@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention."""
+"""nn.MultiheadAttention from packed projections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions: a product where there are few output positions."""
+"""Convolutions: a product where there are few output positions, else expanded on use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ipex_llm import ops
-from ipex_llm.layers.weights import _low_bit
+from ipex_llm.layers.weights import low_bit_parameter
 from ipex_llm.roles import is_matrix_product
 
 
@@ -22,7 +22,7 @@ class ConvolutionForward:
     """
 
     def forward(self, x, *args, **kwargs):
-        weight = _low_bit(self, "weight")
+        weight = low_bit_parameter(self, "weight")
         if weight is None or args or kwargs or torch.compiler.is_exporting():
             return super().forward(x, *args, **kwargs)
         spatial = len(self.kernel_size)

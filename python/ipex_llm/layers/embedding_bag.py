@@ -1,18 +1,18 @@
-"""nn.EmbeddingBag."""
+"""nn.EmbeddingBag: rows looked up in the packed table."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-from ipex_llm.layers.weights import _low_bit
+from ipex_llm.layers.weights import low_bit_parameter
 
 
 class EmbeddingBagForward:
     """nn.EmbeddingBag from looked-up rows: only the bags' own rows are unpacked."""
 
     def forward(self, input, offsets=None, per_sample_weights=None):
-        weight = _low_bit(self, "weight")
+        weight = low_bit_parameter(self, "weight")
         if weight is None or input.dim() not in (1, 2) or torch.compiler.is_exporting():
             return super().forward(input, offsets, per_sample_weights)
         rows = F.embedding(input.reshape(-1), weight)

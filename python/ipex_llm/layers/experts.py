@@ -51,7 +51,7 @@ def _original_forward(cls: type):
     raise TypeError(f"{cls.__name__} has no experts implementation to unwrap")
 
 
-def _has_experts_interface(module: nn.Module) -> bool:
+def has_experts_interface(module: nn.Module) -> bool:
     """Decorated by transformers' use_experts_implementation."""
     forward = getattr(type(module), "forward", None)
     return hasattr(module, "is_transposed") and hasattr(forward, "__wrapped__")

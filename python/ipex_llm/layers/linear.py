@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from ipex_llm import ops
-from ipex_llm.layers.weights import _low_bit
+from ipex_llm.layers.weights import low_bit_parameter
 
 
 class Conv1DForward:
     """transformers' Conv1D: x W + b with W [in, out], packed by output."""
 
     def forward(self, x):
-        weight = _low_bit(self, "weight")
+        weight = low_bit_parameter(self, "weight")
         if weight is None or not weight.transposed or torch.compiler.is_exporting():
             return super().forward(x)
         return ops.linear(x, weight.packed, self.bias, *weight.numbers)
@@ -22,7 +22,7 @@ class BilinearForward:
     """nn.Bilinear: x2 meets the packed [out * in1, in2], the rest is a sum over in1."""
 
     def forward(self, input1, input2):
-        weight = _low_bit(self, "weight")
+        weight = low_bit_parameter(self, "weight")
         if weight is None or weight.stored_shape != (
             self.out_features * self.in1_features,
             self.in2_features,

@@ -1,4 +1,4 @@
-"""Recurrent layers and cells."""
+"""Recurrent layers and cells: products with packed bytes, or weights expanded once per call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ipex_llm.layers.weights import _low_bit, _owns_low_bit
+from ipex_llm.layers.weights import low_bit_parameter, owns_low_bit
 from ipex_llm.owners import original_class
 from ipex_llm.tensor import LowBitTensor
 
@@ -22,7 +22,7 @@ class RecurrentForward:
     elsewhere the weights are expanded once per call, not once per step."""
 
     def forward(self, *args, **kwargs):
-        if not _owns_low_bit(self):
+        if not owns_low_bit(self):
             return super().forward(*args, **kwargs)
         if len(args) in (1, 2) and not kwargs and self._served(*args):
             return _recur(self, *args)
@@ -64,7 +64,7 @@ class RecurrentForward:
         return self
 
     def flatten_parameters(self):
-        if not _owns_low_bit(self):
+        if not owns_low_bit(self):
             super().flatten_parameters()
 
 
@@ -73,7 +73,7 @@ class CellForward:
 
     def forward(self, input, hx=None):
         served = (
-            all(_low_bit(self, name) is not None for name in ("weight_ih", "weight_hh"))
+            all(low_bit_parameter(self, name) is not None for name in ("weight_ih", "weight_hh"))
             and input.dim() in (1, 2)
             and input.shape[-1] == self.input_size
             and not torch.compiler.is_exporting()

@@ -7,10 +7,12 @@ from torch import nn
 from ipex_llm.tensor import LowBitTensor
 
 
-def _low_bit(module: nn.Module, name: str) -> LowBitTensor | None:
+def low_bit_parameter(module: nn.Module, name: str) -> LowBitTensor | None:
+    """The parameter `name` of `module` if it is low-bit."""
     parameter = module._parameters.get(name)
     return parameter if isinstance(parameter, LowBitTensor) else None
 
 
-def _owns_low_bit(module: nn.Module) -> bool:
+def owns_low_bit(module: nn.Module) -> bool:
+    """Whether a parameter of `module` itself is low-bit."""
     return any(isinstance(p, LowBitTensor) for p in module._parameters.values())
