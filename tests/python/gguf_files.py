@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-from ipex_llm.imports.gguf import TYPES
+from ipex_llm.imports.gguf_file import TYPES
 
 PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 # Where a block has fp16 scales; at 0 for the types that are not listed.

@@ -24,7 +24,8 @@ from ipex_llm import (
     optimize_model,
     save_gguf,
 )
-from ipex_llm.imports.gguf import _NEAREST, TYPES, GgufFile
+from ipex_llm.imports.gguf import _NEAREST
+from ipex_llm.imports.gguf_file import TYPES, GgufFile
 from ipex_llm.optimize import load_low_bit, low_memory_init
 from ipex_llm.program import PROGRAM
 from references import assert_close, exact

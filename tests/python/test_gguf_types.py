@@ -9,7 +9,7 @@ import torch
 
 from gguf_files import VALUED, random_blocks, values
 from ipex_llm import formats, ops
-from ipex_llm.imports.gguf import TYPES
+from ipex_llm.imports.gguf_file import TYPES
 from ipex_llm.library import operators
 
 K, ROWS = 768, 21

@@ -9,16 +9,9 @@ how tensors are called and what llama.cpp did to them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import math
-import os
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,39 +22,14 @@ from ipex_llm.arguments import Options
 from ipex_llm.errors import call
 from ipex_llm.formats import FORMATS
 from ipex_llm.imports.assemble import optimize_with
+from ipex_llm.imports.gguf_file import GgmlType, GgufFile
+from ipex_llm.imports.gguf_origins import Origin, origins_of, parameters_of
 from ipex_llm.imports.report import Report, keep_report
 from ipex_llm.library import operators
 from ipex_llm.low_memory import low_memory_init
 from ipex_llm.tensor import LowBitTensor
 
-__all__ = ["TYPES", "load_gguf"]
-
-
-class GgmlType(NamedTuple):
-    """One row of the core's table of ggml's types."""
-
-    number: int
-    name: str
-    block: int  # elements
-    bytes: int  # of a block
-    exact: str | None  # the low_bit name whose codes and scales are those of the blocks
-    group_size: int  # of `exact`
-    has_values: bool
-
-
-def _read_types() -> dict[str, GgmlType]:
-    formats = list(FORMATS)
-    rows = {}
-    for line in operators.ggml_types().splitlines():
-        number, name, block, size, exact, group_size, has_values = line.split()
-        exact = formats[int(exact)] if int(exact) >= 0 else None
-        rows[name] = GgmlType(
-            int(number), name, int(block), int(size), exact, int(group_size), has_values == "1"
-        )
-    return rows
-
-
-TYPES = _read_types()
+__all__ = ["load_gguf"]
 
 # What becomes of the types without an exact counterpart where low_bit=None: at least their number
 # of levels, in groups of 32. F32 and F64 stay float.
@@ -125,78 +93,11 @@ def load_gguf(
     file = GgufFile(who, path, mmap)
     with low_memory_init():
         model, config = _empty_model(who, file, model_class, options.torch_dtype)
-    fill = _Fill(who, file, model, options, _origins(who, file, model, config))
+    fill = _Fill(who, file, model, options, origins_of(who, file, model, config))
     packed = fill.run()
     model = optimize_with(who, model.eval(), packed, fill.options)
     keep_report(model, fill.report)
     return model
-
-
-# ---- the file ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Tensor:
-    name: str
-    type: GgmlType
-    shape: tuple[int, ...]
-    blocks: torch.Tensor  # uint8, over the file
-
-    @property
-    def k(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    def dequantize(self, who: str) -> torch.Tensor:
-        """float32 of `shape`."""
-        number, rows, k = self.type.number, self.rows, self.k
-        values = call(
-            who, operators.ggml_dequantize, self.blocks, number, rows, k, None, torch.float32
-        )
-        return values.reshape(self.shape)
-
-
-class GgufFile:
-    """A checked GGUF file: its metadata (of arrays, type and length only) and tensors by name."""
-
-    def __init__(self, who: str, path, mmap: bool = True):
-        try:
-            self.path = os.fspath(path)
-        except TypeError:
-            raise TypeError(
-                f"{who}: path must be a str or a path, got {type(path).__name__}"
-            ) from None
-        if isinstance(self.path, bytes):
-            self.path = os.fsdecode(self.path)
-        if not self.path:
-            raise ValueError(f"{who}: the path is an empty text; give a file")
-        description, self._outline, blocks = call(who, operators.gguf_open, self.path, mmap)
-        header = json.loads(description)
-        self.metadata: dict = header["metadata"]
-        self.tensors: dict[str, _Tensor] = {
-            name: _Tensor(name, TYPES[entry["type"]], tuple(entry["shape"]), data)
-            for (name, entry), data in zip(header["tensors"].items(), blocks, strict=True)
-        }
-
-    def configuration(self) -> dict:
-        """What transformers makes of the metadata.
-
-        It reads an outline that the core wrote: not the file itself, and not the tokenizer, whose
-        hundred thousands of texts take the gguf package seconds.
-        """
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-        with tempfile.TemporaryFile() as outline:
-            outline.write(self._outline.numpy())
-            outline.flush()
-            config = load_gguf_checkpoint(outline, return_tensors=False)["config"]
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if isinstance(tokens, dict) and config.get("vocab_size") == min(2, tokens["length"]):
-            config["vocab_size"] = tokens["length"]  # it has counted those of the outline
-        return config
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -242,204 +143,16 @@ def _empty_model(who: str, file: GgufFile, model_class, dtype) -> tuple[nn.Modul
 _PADDING = {"pad": "padding"}
 
 
-# ---- which rows of which tensors a parameter is --------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Rows:
-    """A matrix, or a stack of them, as rows of tensors put one after the other.
-
-    Row i of the parameter (leading dimensions flattened), or of its transpose, is row order[i].
-    """
-
-    order: np.ndarray
-    shape: tuple[int, ...]  # of the parameter, or its transpose: [..., n, k]
-    transposed: bool = False
-
-
-@dataclasses.dataclass
-class _Origin:
-    """Where a parameter comes from."""
-
-    tensors: list[_Tensor]
-    values: Callable[[], torch.Tensor]  # dequantized, and what transformers does to that
-    rows: _Rows | None  # if that is choosing rows
-
-    @property
-    def type(self) -> GgmlType | None:
-        """The type of all tensors, if they have one."""
-        types = {tensor.type for tensor in self.tensors}
-        return types.pop() if len(types) == 1 else None
-
-
-class _Names:
-    """What transformers asks of a model to match names: its own, and those below its base model.
-
-    It would ask every submodule, at a tenth of a second each.
-    """
-
-    def __init__(self, model: nn.Module, depth: int = 1):
-        self.config, self._model, self._depth = model.config, model, depth
-        self._names = dict.fromkeys(model.state_dict())
-
-    def state_dict(self):
-        return self._names
-
-    def named_children(self):
-        if not self._depth:
-            return []
-        children = self._model.named_children()
-        return [(name, _Names(m, self._depth - 1)) for name, m in children if hasattr(m, "config")]
-
-
-class _Recording(dict):
-    """A dict that knows which keys were asked for or set."""
-
-    def __init__(self):
-        super().__init__()
-        self.touched: list[str] = []
-
-    def __getitem__(self, key):
-        self.touched.append(key)
-        return super().__getitem__(key)
-
-    def __setitem__(self, key, value):
-        self.touched.append(key)
-        super().__setitem__(key, value)
-
-
-def _origins(who: str, file: GgufFile, model: nn.Module, config: dict) -> dict[str, _Origin]:
-    """The origin of every parameter and saved buffer, by one of its names.
-
-    What transformers does with a tensor (permuting rows, merging experts, ...) is found out by
-    letting it do that to row numbers instead of weights: what comes back as row numbers is a choice
-    of rows, which blocks survive; anything else is done to dequantized values.
-    """
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
-
-    architecture = file.metadata.get("general.architecture")
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
-    mapping = get_gguf_hf_weights_map(_Names(model), processor)
-    parameters = _parameters(model)
-
-    def process(tensor: _Tensor, weights: np.ndarray, made: _Recording) -> list[str]:
-        """Lets transformers put what becomes of `weights` into `made`; returns the keys."""
-        made.touched.clear()
-        result = processor.process(
-            weights=weights,
-            name=tensor.name,
-            tensor_key_mapping=mapping,
-            parsed_parameters={"tensors": made},
-        )
-        if result.name in mapping:
-            made[mapping[result.name]] = result.weights
-        return list(dict.fromkeys(made.touched))
-
-    def values(tensors: list[_Tensor], key: str) -> Callable[[], torch.Tensor]:
-        def make() -> torch.Tensor:
-            made = _Recording()
-            for tensor in tensors:
-                process(tensor, tensor.dequantize(who).numpy(), made)
-            value = made[key]
-            return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-
-        return make
-
-    probes = _Recording()
-    users: dict[str, list[_Tensor]] = {}
-    first: dict[str, int] = {}
-    unused = []
-    count = 1  # 0 marks rows that no tensor fills
-    for tensor in file.tensors.values():
-        first[tensor.name] = count
-        numbers = np.arange(count, count + tensor.rows, dtype=np.float64)
-        count += tensor.rows
-        keys = [mapping[tensor.name]] if tensor.name in mapping else []
-        if len(tensor.shape) > 1:
-            # A function that wants to see all columns fails on one: then values it is.
-            with contextlib.suppress(Exception):
-                keys = process(tensor, numbers.reshape(*tensor.shape[:-1], 1), probes)
-        keys = [key for key in keys if key in parameters]
-        if not keys:
-            unused.append(tensor.name)
-        for key in keys:
-            users.setdefault(key, []).append(tensor)
-    if unused:
-        warnings.warn(
-            f"{who}: the model has no use for {len(unused)} tensors of the file: "
-            f"{', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}",
-            stacklevel=3,
-        )
-    _check_complete(who, parameters, users)
-    return {
-        key: _Origin(
-            tensors,
-            values(tensors, key),
-            _rows_of(probes.get(key), tensors, first, tuple(parameters[key].shape)),
-        )
-        for key, tensors in users.items()
-    }
-
-
-def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers under every name."""
-    saved = model.state_dict().keys()
-    state = dict(model.named_parameters(remove_duplicate=False))
-    buffers = model.named_buffers(remove_duplicate=False)
-    return {**state, **{name: buffer for name, buffer in buffers if name in saved}}
-
-
-def _rows_of(probe, tensors, first, shape) -> _Rows | None:
-    """The rows that `probe` tells, if it tells rows."""
-    k = tensors[0].k
-    if probe is None or len(shape) < 2 or any(tensor.k != k for tensor in tensors):
-        return None
-    probe = probe.numpy() if isinstance(probe, torch.Tensor) else np.asarray(probe)
-    transposed = len(shape) == 2 and probe.shape == (1, shape[1]) and shape[0] == k
-    if transposed:
-        shape = (shape[1], shape[0])
-    elif probe.shape != (*shape[:-1], 1) or shape[-1] != k:
-        return None
-    numbers = probe.reshape(-1)
-    # From places in the whole file to places in `tensors` one after the other.
-    order = np.full(numbers.shape, -1, dtype=np.int64)
-    place = 0
-    for tensor in tensors:
-        start = first[tensor.name]
-        own = (numbers >= start) & (numbers < start + tensor.rows) & (numbers % 1 == 0)
-        order[own] = numbers[own].astype(np.int64) - start + place
-        place += tensor.rows
-    return None if (order < 0).any() else _Rows(order, shape, transposed)
-
-
-def _check_complete(who: str, parameters, users) -> None:
-    filled = {id(parameters[key]) for key in users}
-    missing = [
-        name
-        for name, parameter in parameters.items()
-        if id(parameter) not in filled and isinstance(parameter, nn.Parameter)
-    ]
-    if missing:
-        raise ValueError(
-            f"{who}: the file has no tensor for {len(missing)} parameters of the model: "
-            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
-        )
-
-
 # ---- filling the model ---------------------------------------------------------------------------
 
 
 class _Fill:
     """Gives every parameter of the empty model its weights, packed or float."""
 
-    def __init__(self, who, file, model, options: Options, origins: dict[str, _Origin]):
+    def __init__(self, who, file, model, options: Options, origins: dict[str, Origin]):
         self.who, self.model, self.origins = who, model, origins
         self.native = options.low_bit is None  # take what the file has
-        self.parameters = _parameters(model)
+        self.parameters = parameters_of(model)
         self.options, self.report = options, Report()
         if self.native:
             low_bit, group_size = _dominant(file)
@@ -502,7 +215,7 @@ class _Fill:
         self.report.add(entry.name, weight, False, f"{kinds}, dequantized and rounded anew")
         return weight
 
-    def _exact(self, entry, origin: _Origin, own: GgmlType) -> LowBitTensor | None:
+    def _exact(self, entry, origin: Origin, own: GgmlType) -> LowBitTensor | None:
         """The blocks themselves; nothing where they have no lossless counterpart."""
         rows = origin.rows
         if rows is None or entry.stored_shape is not None or entry.transposed != rows.transposed:
@@ -592,7 +305,7 @@ def _group_size(low_bit: str) -> int:
     return 32 if FORMATS[low_bit].grouped else 0
 
 
-def _gathered(origin: _Origin) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _gathered(origin: Origin) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The blocks of all tensors one after the other; the order of rows, None if it is theirs."""
     blocks = [tensor.blocks for tensor in origin.tensors]
     order = origin.rows.order

@@ -20,7 +20,7 @@ from torch import nn
 from ipex_llm import arguments
 from ipex_llm.errors import call
 from ipex_llm.formats import FORMATS
-from ipex_llm.imports.gguf import TYPES, GgmlType, GgufFile
+from ipex_llm.imports.gguf_file import TYPES, GgmlType, GgufFile
 from ipex_llm.library import operators
 from ipex_llm.record import unwrap
 from ipex_llm.tensor import LowBitTensor
