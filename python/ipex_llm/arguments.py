@@ -14,6 +14,8 @@ from collections.abc import Iterable
 
 import torch
 
+from ipex_llm.formats import FORMATS, GROUP_SIZES, canonical_name
+
 # The documented names in documented order; "fp8" is another name of fp8_e5m2.
 LOW_BITS = (
     "sym_int4",
@@ -30,10 +32,6 @@ LOW_BITS = (
     "fp16",
     "bf16",
 )
-GROUP_SIZES = (32, 64, 128, 256)
-DEFAULT_GROUP_SIZE = 64
-ROW_SCALED = ("fp8_e4m3", "fp8_e5m2")  # one scale per output row: no groups
-SIXTEEN_BIT = ("fp16", "bf16")  # no scale at all
 KV_CACHE_DTYPES = ("int8", "fp8")  # fp8 is e4m3
 # strict=True: a weight that carries more than this share of all parameter bytes must be converted.
 STRICT_SHARE = 0.01
@@ -184,18 +182,13 @@ def resolve_low_bit(who: str, argument: str, value, none_means: str | None = Non
         raise ValueError(
             f"{who}: unknown {argument} {value!r}, expected one of {', '.join(LOW_BITS)}{hint}"
         )
-    return "fp8_e5m2" if value == "fp8" else value
+    return canonical_name(value)
 
 
 def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """ "; did you mean 'x'?" for the nearest known name, whatever its case; "" if none is near."""
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def has_groups(low_bit: str) -> bool:
-    """Whether a (canonical) type has one scale per group of inputs, so that group_size counts."""
-    return low_bit not in ROW_SCALED and low_bit not in SIXTEEN_BIT
 
 
 def module_or_raise(who: str, model) -> torch.nn.Module:
@@ -231,10 +224,10 @@ def _group_size(who: str, value, low_bit: str | None) -> int:
         )
     if low_bit is None:
         raise ValueError(f"{who}: group_size={value} has no meaning with low_bit=None; drop it")
-    if not has_groups(low_bit):
-        kept = "one scale per row" if low_bit in ROW_SCALED else "no scales"
+    if not FORMATS[low_bit].grouped:
         raise ValueError(
-            f"{who}: group_size={value} has no meaning for {low_bit!r}, which has {kept}; drop it"
+            f"{who}: group_size={value} has no meaning for {low_bit!r}, which has "
+            f"{FORMATS[low_bit].scales}; drop it"
         )
     if value not in GROUP_SIZES:
         raise ValueError(

@@ -13,6 +13,12 @@ _INPUT_BLOCK = 32  # inputs are padded to a multiple of it
 SCALE_BLOCK = 64  # bytes
 INTEGER_CODE, TABLE_CODE, FLOAT_CODE = range(3)  # lowbit::CodeKind
 GROUP_SCALE, GROUP_SCALE_AND_MINIMUM, ROW_SCALE, NO_SCALE = range(4)  # lowbit::ScaleKind
+_SCALES = {
+    GROUP_SCALE: "one scale per group",
+    GROUP_SCALE_AND_MINIMUM: "one scale and minimum per group",
+    ROW_SCALE: "one scale per row",
+    NO_SCALE: "no scales",
+}
 
 
 class Format(NamedTuple):
@@ -31,6 +37,11 @@ class Format(NamedTuple):
     def grouped(self) -> bool:
         return self.scale_kind in (GROUP_SCALE, GROUP_SCALE_AND_MINIMUM)
 
+    @property
+    def scales(self) -> str:
+        """How it is scaled, in words."""
+        return _SCALES[self.scale_kind]
+
     def code_bytes(self, inputs: int) -> int:
         """Bytes of the codes of 16 rows of `inputs` (a multiple of 32) elements."""
         return 2 * self.bits * inputs
@@ -48,7 +59,7 @@ FORMATS = _read_formats()
 BY_NUMBER = tuple(FORMATS.values())  # as operators number them
 FORMAT_ALIASES = {"fp8": "fp8_e5m2"}
 FORMAT_NAMES = (*FORMATS, *FORMAT_ALIASES)
-_GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 128, 256)
 DEFAULT_GROUP_SIZE = 64
 
 
@@ -65,15 +76,14 @@ def default_group_size(low_bit: str, group_size: int = 0) -> int:
     info = FORMATS[canonical_name(low_bit)]
     if not info.grouped:
         if group_size:
-            kind = "one scale per row" if info.scale_kind == ROW_SCALE else "no scales"
             raise ValueError(
-                f"{info.name} has {kind}, so group_size cannot be {group_size}; leave it out"
+                f"{info.name} has {info.scales}, so group_size cannot be {group_size}; leave it out"
             )
         return 0
     size = group_size or DEFAULT_GROUP_SIZE
-    if size not in _GROUP_SIZES:
+    if size not in GROUP_SIZES:
         raise ValueError(
-            f"group_size must be one of {', '.join(map(str, _GROUP_SIZES))}, got {group_size}"
+            f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}"
         )
     return size
 

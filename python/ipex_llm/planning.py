@@ -21,7 +21,7 @@ from torch import nn
 
 from ipex_llm import arguments, usage
 from ipex_llm.arguments import Options
-from ipex_llm.formats import packed_shape
+from ipex_llm.formats import FORMATS, default_group_size, packed_shape
 from ipex_llm.roles import role_of
 from ipex_llm.tensor import LowBitTensor
 
@@ -405,7 +405,7 @@ def _choose(entry: Entry, parameter, slots: list[_Slot], options: Options, uses)
         entry.reason = "low_bit=None" if computing else "an embedding (see embedding_qtype=)"
         entry.kind = role.kind
         return
-    group_size = options.group_size if arguments.has_groups(low_bit) else 0
+    group_size = options.group_size if FORMATS[low_bit].grouped else 0
     transposed, stored = role.transposed, role.stored_shape
     after = packed_bytes(_as_packed(parameter.shape, transposed, stored), low_bit, group_size)
     if after >= entry.bytes_before and role.must_shrink and stored is None and parameter.dim() > 2:
@@ -420,8 +420,7 @@ def _choose(entry: Entry, parameter, slots: list[_Slot], options: Options, uses)
     entry.kind, entry.low_bit, entry.bytes_after = role.kind, low_bit, after
     entry.transposed, entry.stored_shape = transposed, stored
     entry.reason = role.reason
-    if arguments.has_groups(low_bit):
-        entry.group_size = group_size or arguments.DEFAULT_GROUP_SIZE
+    entry.group_size = default_group_size(low_bit, group_size)
 
 
 _TIED_HEAD = "a table that is also multiplied as a matrix: looked up by row"

@@ -19,6 +19,7 @@ from ipex_llm import convert, planning
 from ipex_llm.arguments import Options
 from ipex_llm.fill import fill, slots_of
 from ipex_llm.finish import finish
+from ipex_llm.formats import FORMAT_ALIASES
 from ipex_llm.imports import grids
 from ipex_llm.imports.legacy_blocks import BLOCK, KINDS
 from ipex_llm.imports.legacy_pickle import read_pickles
@@ -63,7 +64,7 @@ def load(who: str, model: nn.Module, directory: str, mmap: bool) -> nn.Module:
         low_bit = read_json(who, path / _CONFIG).get(_KEY)
     else:
         low_bit = _key_in_config(path)
-    low_bit = {"fp8": "fp8_e5m2"}.get(low_bit, low_bit) if isinstance(low_bit, str) else low_bit
+    low_bit = FORMAT_ALIASES.get(low_bit, low_bit) if isinstance(low_bit, str) else low_bit
     sixteen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(low_bit)
     if low_bit is not None and sixteen is None and low_bit not in KINDS:
         raise ValueError(
