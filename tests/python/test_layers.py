@@ -751,17 +751,19 @@ def test_weights_that_are_not_stored_densely_stay(layout):
 
 
 @pytest.mark.parametrize(
-    "weight",
+    "make",  # inside the test, where the seed is set
     [
-        torch.zeros(0, 64),
-        torch.zeros(64, 0),
-        torch.randn(1, 1),
-        torch.randn(64, 32).T,
-        torch.randn(1, 64).expand(32, 64),
-        torch.randn(32, 128)[:, ::2],
+        lambda: torch.zeros(0, 64),
+        lambda: torch.zeros(64, 0),
+        lambda: torch.randn(1, 1),
+        lambda: torch.randn(64, 32).T,
+        lambda: torch.randn(1, 64).expand(32, 64),
+        lambda: torch.randn(32, 128)[:, ::2],
     ],
+    ids=["no rows", "no columns", "one element", "transposed", "expanded", "every other column"],
 )
-def test_hostile_shapes_and_strides(weight):
+def test_hostile_shapes_and_strides(make):
+    weight = make()
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight)
     model = optimize_model(nn.Sequential(layer))
