@@ -39,7 +39,7 @@ Tensor cache_read(const Tensor& cache, std::int64_t positions, std::int64_t head
                   std::int64_t cache_format, std::int64_t part, ScalarType dtype) {
   const char* op = "cache_read";
   LOWBIT_CHECK(positions >= 0 && positions < (std::int64_t{1} << 40), ErrorCode::kValue, op,
-               ": positions is ", positions);
+               ": positions must be 0 to 2^40 - 1, got ", positions);
   const CachedHeads heads = cached_heads(op, cache, head_dim, positions, cache_format, part);
   const DType out_dtype = float_dtype(op, "dtype", dtype, false);
   const std::int64_t sizes[4] = {cache.size(0), cache.size(1), positions, head_dim};
@@ -50,12 +50,13 @@ Tensor cache_read(const Tensor& cache, std::int64_t positions, std::int64_t head
 
 std::int64_t block_bytes_of(std::int64_t head_dim) {
   LOWBIT_CHECK(head_dim > 0 && head_dim < (1 << 20), ErrorCode::kValue,
-               "cache_block_bytes: head_dim is ", head_dim);
+               "cache_block_bytes: head_dim must be 1 to 2^20 - 1, got ", head_dim);
   return cache_block_bytes(head_dim);
 }
 
 Tensor cache_memory(std::int64_t bytes) {
-  LOWBIT_CHECK(bytes >= 0, ErrorCode::kValue, "cache_memory: bytes is ", bytes);
+  LOWBIT_CHECK(bytes >= 0, ErrorCode::kValue, "cache_memory: bytes must not be negative, got ",
+               bytes);
   return streamed_bytes(1, bytes, Streamed::kCaches);
 }
 

@@ -186,7 +186,7 @@ inline Precision checked_precision(const char* op, std::int64_t precision) {
 inline int checked_int(const char* op, const char* argument, std::int64_t value) {
   // Far beyond any exponent or group size, and far from overflow in what follows.
   LOWBIT_CHECK(value >= -(1 << 20) && value <= (1 << 20), ErrorCode::kValue, op, ": ", argument,
-               " is out of range: ", value);
+               " is out of range: expected at most 2^20 either way, got ", value);
   return static_cast<int>(value);
 }
 

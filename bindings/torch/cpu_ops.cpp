@@ -316,7 +316,7 @@ Tensor embedding(const Tensor& packed, const Tensor& ids_given, std::int64_t n, 
   const Tensor ids = torch::stable::contiguous(ids_given);
 
   const std::int64_t dim = ids.dim();
-  LOWBIT_CHECK(dim < 64, ErrorCode::kValue, "embedding: ids have too many dimensions: ", dim);
+  LOWBIT_CHECK(dim < 64, ErrorCode::kValue, "embedding: ids may have 63 dimensions, got ", dim);
   std::array<std::int64_t, 64> sizes;
   const auto ids_sizes = ids.sizes();
   std::copy(ids_sizes.begin(), ids_sizes.end(), sizes.begin());

@@ -627,7 +627,7 @@ Tensor embedding(const Tensor& packed, const Tensor& ids_given, std::int64_t n, 
   const DeviceGuard guard(device);
   const Tensor ids = torch::stable::contiguous(to_dtype(ids_given, ScalarType::Long));
   const std::int64_t dim = ids.dim();
-  LOWBIT_CHECK(dim < 64, ErrorCode::kValue, "embedding: ids have too many dimensions: ", dim);
+  LOWBIT_CHECK(dim < 64, ErrorCode::kValue, "embedding: ids may have 63 dimensions, got ", dim);
   std::array<std::int64_t, 64> sizes;
   for (std::int64_t d = 0; d < dim; ++d) sizes[static_cast<std::size_t>(d)] = ids.size(d);
   sizes[static_cast<std::size_t>(dim)] = k;

@@ -20,25 +20,30 @@ class Reader {
 
   std::int64_t integer() {
     LOWBIT_CHECK(next_integer_ < integers_.size(), ErrorCode::kValue,
-                 "fused_register: the description is too short");
+                 "fused_register: the description ends after ", integers_.size(),
+                 " integers, and more are read; is it that of another version?");
     return integers_[next_integer_++];
   }
   int small() { return checked_int("fused_register", "a number of the description", integer()); }
   float real() {
     LOWBIT_CHECK(next_float_ < floats_.size(), ErrorCode::kValue,
-                 "fused_register: the description has too few floats");
+                 "fused_register: the description ends after ", floats_.size(),
+                 " floats, and more are read; is it that of another version?");
     return static_cast<float>(floats_[next_float_++]);
   }
   bool flag() { return integer() != 0; }
   Activation activation() {
     const std::int64_t number = integer();
     LOWBIT_CHECK(number >= 0 && number < kActivationCount, ErrorCode::kValue,
-                 "fused_register: activation ", number);
+                 "fused_register: activation must be 0 to ", kActivationCount - 1, ", got ",
+                 number);
     return static_cast<Activation>(number);
   }
   void finish() const {
     LOWBIT_CHECK(next_integer_ == integers_.size() && next_float_ == floats_.size(),
-                 ErrorCode::kValue, "fused_register: the description is too long");
+                 ErrorCode::kValue, "fused_register: the description has ", integers_.size(),
+                 " integers and ", floats_.size(), " floats, of which ", next_integer_, " and ",
+                 next_float_, " are read; is it that of another version?");
   }
 
   // A contiguous float vector of n elements (n < 0: any), or nothing.
@@ -59,7 +64,8 @@ class Reader {
   NormSpec norm(std::int64_t n) {
     NormSpec spec;
     const std::int64_t kind = integer();
-    LOWBIT_CHECK(kind >= 0 && kind <= 2, ErrorCode::kValue, "fused_register: norm kind ", kind);
+    LOWBIT_CHECK(kind >= 0 && kind <= 2, ErrorCode::kValue,
+                 "fused_register: norm kind must be 0 to 2, got ", kind);
     spec.kind = static_cast<NormKind>(kind);
     spec.weight = vector(n, &spec.weight_dtype);
     spec.bias = vector(n, &spec.bias_dtype);
@@ -72,7 +78,8 @@ class Reader {
     GateSpec spec;
     spec.step = integer();
     LOWBIT_CHECK(spec.step == 1 || spec.step == 2, ErrorCode::kValue,
-                 "fused_register: every column of a gate, or every second, not step ", spec.step);
+                 "fused_register: the step between columns of a gate must be 1 or 2, got ",
+                 spec.step);
     spec.positive = vector(1, &spec.positive_dtype);
     spec.negative = vector(1, &spec.negative_dtype);
     for (float* value : {&spec.low, &spec.high, &spec.up_low, &spec.up_high, &spec.up_plus,
@@ -97,8 +104,8 @@ class Reader {
 
   std::vector<PackedMatrix> matrices(std::int64_t each = 1) {
     const std::int64_t count = integer();
-    LOWBIT_CHECK(count >= 0 && count <= 8, ErrorCode::kValue, "fused_register: ", count,
-                 " projections of one input; at most 8");
+    LOWBIT_CHECK(count >= 0 && count <= 8, ErrorCode::kValue,
+                 "fused_register: an input may have up to 8 projections, got ", count);
     std::vector<PackedMatrix> result;
     for (std::int64_t i = 0; i < count; ++i) {
       result.push_back(matrix(each));
@@ -109,7 +116,8 @@ class Reader {
  private:
   const Tensor& at(std::int64_t index) const {
     LOWBIT_CHECK(index >= 0 && index < static_cast<std::int64_t>(tensors_.size()),
-                 ErrorCode::kValue, "fused_register: tensor ", index, " of ", tensors_.size());
+                 ErrorCode::kValue, "fused_register: tensor ", index, " is named, but there are ",
+                 tensors_.size());
     return tensors_[static_cast<std::size_t>(index)];
   }
 
@@ -127,12 +135,15 @@ void check_map(const HeadMap& map, int groups, int per_group, int head_dim, std:
   LOWBIT_CHECK(sane && map.offset + (groups - 1) * map.group_stride +
                                (per_group - 1) * map.head_stride + head_dim <=
                            columns,
-               ErrorCode::kValue, "fused_register: heads lie outside the projected columns");
+               ErrorCode::kValue, "fused_register: ", groups, " x ", per_group, " heads of size ",
+               head_dim, " from column ", map.offset, " on must lie within the ", columns,
+               " projected columns");
 }
 
 void check_columns(std::int64_t at, std::int64_t width, std::int64_t columns) {
   LOWBIT_CHECK(at >= 0 && width >= 0 && at <= columns && width <= columns - at, ErrorCode::kValue,
-               "fused_register: columns ", at, " to ", at + width, " of ", columns);
+               "fused_register: columns ", at, " to ", at + width, " must lie within the ", columns,
+               " projected columns");
 }
 
 void read_low_rank(Reader& in, std::int64_t columns, LowRankQuery& query) {
@@ -188,7 +199,8 @@ AttentionSpec read_attention(Reader& in) {
                ErrorCode::kValue, "fused_register: ", a.heads, " heads, ", a.kv_heads,
                " key/value heads of size ", a.head_dim, " and ", a.value_dim);
   a.in = in.matrices();
-  LOWBIT_CHECK(!a.in.empty(), ErrorCode::kValue, "fused_register: attention without projections");
+  LOWBIT_CHECK(!a.in.empty(), ErrorCode::kValue,
+               "fused_register: attention needs a projection of its input, got none");
   const int group = a.heads / a.kv_heads;
   const std::int64_t columns = columns_of(a.in);
   read_low_rank(in, columns, a.low_rank);
@@ -208,11 +220,12 @@ AttentionSpec read_attention(Reader& in) {
   a.norm_over_heads = in.flag();
   a.norm_last = in.flag();
   LOWBIT_CHECK(!(a.norm_over_heads && a.norm_last), ErrorCode::kValue,
-               "fused_register: a norm over all heads comes before the rotation");
+               "fused_register: a norm over all heads must come before the rotation");
   a.q_norm = in.norm(a.norm_over_heads ? std::int64_t{a.heads} * a.head_dim : a.head_dim);
   a.k_norm = in.norm(a.norm_over_heads ? std::int64_t{a.kv_heads} * a.head_dim : a.head_dim);
   const std::int64_t rope = in.integer();
-  LOWBIT_CHECK(rope >= 0 && rope <= 3, ErrorCode::kValue, "fused_register: rope kind ", rope);
+  LOWBIT_CHECK(rope >= 0 && rope <= 3, ErrorCode::kValue,
+               "fused_register: rope kind must be 0 to 3, got ", rope);
   a.rope.kind = static_cast<RopeKind>(rope);
   a.rope.begin = in.small();
   a.rope.width = in.small();
@@ -220,17 +233,21 @@ AttentionSpec read_attention(Reader& in) {
   LOWBIT_CHECK(a.rope.begin >= 0 && a.rope.width >= 0 && a.rope.width % 2 == 0 &&
                    a.rope.begin + a.rope.width <= a.head_dim && a.rope.table_step >= 1 &&
                    a.rope.table_step <= 2,
-               ErrorCode::kValue, "fused_register: a rotation outside the head");
+               ErrorCode::kValue, "fused_register: an even number of values within a head of size ",
+               a.head_dim, " must be rotated, by tables of step 1 or 2; got values ", a.rope.begin,
+               " to ", a.rope.begin + a.rope.width, " and step ", a.rope.table_step);
   LOWBIT_CHECK(a.latent.width == 0 || rope == 0 || a.rope.begin >= a.head_dim - a.latent.tail,
-               ErrorCode::kValue, "fused_register: a rotation outside the keys' tail");
+               ErrorCode::kValue, "fused_register: only the last ", a.latent.tail,
+               " values of a head of size ", a.head_dim, " may be rotated, got those from ",
+               a.rope.begin, " on");
   a.cross = in.flag();
   a.sinks = in.vector(a.heads, &a.sinks_dtype);
   a.gate_width = in.small();
   a.gate = {in.integer(), in.integer(), in.integer()};
   a.gate_activation = in.activation();
   LOWBIT_CHECK(a.gate_width == 0 || a.gate_width == 1 || a.gate_width == a.values(),
-               ErrorCode::kValue, "fused_register: ", a.gate_width, " gates for a head of size ",
-               a.values());
+               ErrorCode::kValue, "fused_register: a head of size ", a.values(),
+               " has no gate, one, or one for each value; got ", a.gate_width);
   check_map(a.gate, a.kv_heads, group, a.gate_width, columns);
   a.mixed_norm = in.norm(std::int64_t{a.heads} * a.values());
   a.out = in.matrix();
@@ -251,11 +268,11 @@ MlpSpec read_mlp(Reader& in) {
   }
   constexpr std::int64_t kLimit = std::int64_t{1} << 40;
   LOWBIT_CHECK(m.width > 0 && m.width < kLimit, ErrorCode::kValue,
-               "fused_register: an MLP of width ", m.width);
+               "fused_register: the width of an MLP must be 0 to 2^40 - 1, got ", m.width);
   m.experts = in.integer();
   const std::int64_t each = m.experts == 0 ? 1 : m.experts;
-  LOWBIT_CHECK(each > 0 && each < (1 << 20), ErrorCode::kValue, "fused_register: ", m.experts,
-               " experts");
+  LOWBIT_CHECK(each > 0 && each < (1 << 20), ErrorCode::kValue,
+               "fused_register: experts must be 0 to 2^20 - 1, got ", m.experts);
   m.in = in.matrices(each);
   const std::int64_t columns = columns_of(m.in);
   m.gate_offset = in.integer();
@@ -264,11 +281,13 @@ MlpSpec read_mlp(Reader& in) {
   m.activation = in.activation();
   m.gate = in.gate();
   LOWBIT_CHECK(m.activation != Activation::kXielu || (m.gate.positive && m.gate.negative),
-               ErrorCode::kValue, "fused_register: xielu has two parameters");
+               ErrorCode::kValue, "fused_register: xielu needs both of its parameters");
   const std::int64_t span = (m.width - 1) * m.gate.step + 1;  // of the columns that are read
   LOWBIT_CHECK(!m.in.empty() && m.gate_offset >= 0 && m.up_offset >= 0 &&
                    m.gate_offset <= columns - span && (!m.gated || m.up_offset <= columns - span),
-               ErrorCode::kValue, "fused_register: the MLP's columns lie outside its projections");
+               ErrorCode::kValue, "fused_register: ", span, " columns of an MLP from ",
+               m.gate_offset, " (gate) and ", m.up_offset, " (up) on must lie within its ", columns,
+               " projected columns");
   m.norm = in.norm(m.in[0].layout.k);
   m.inner_norm = in.norm(m.width);
   m.down = in.matrix(each);

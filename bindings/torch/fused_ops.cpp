@@ -43,7 +43,9 @@ void set_rope(const char* op, const std::optional<Tensor>& cos, const std::optio
   }
   call.rope_dtype = float_dtype(op, "cos", cos->scalar_type(), false);
   LOWBIT_CHECK(sin->scalar_type() == cos->scalar_type(), ErrorCode::kType, op,
-               ": cos and sin must have one dtype");
+               ": cos and sin must have one dtype, got ",
+               torch::headeronly::toString(cos->scalar_type()), " and ",
+               torch::headeronly::toString(sin->scalar_type()));
   check_cpu(op, "cos", *cos);
   check_cpu(op, "sin", *sin);
   const std::int64_t dim = cos->dim();
@@ -54,12 +56,14 @@ void set_rope(const char* op, const std::optional<Tensor>& cos, const std::optio
   for (std::int64_t i = 0; i < dim; ++i) {
     LOWBIT_CHECK(cos->size(i) == sin->size(i) &&
                      (cos->size(i) <= 1 || i == dim - 1 || cos->stride(i) == sin->stride(i)),
-                 ErrorCode::kValue, op, ": cos and sin must have one shape and the same strides");
+                 ErrorCode::kValue, op,
+                 ": cos and sin must have one shape and the same strides, got shapes ",
+                 shape_text(*cos), " and ", shape_text(*sin));
   }
   LOWBIT_CHECK(cos->size(dim - 2) == call.tokens &&
                    (dim == 2 || cos->size(0) == 1 || cos->size(0) == call.batch),
-               ErrorCode::kValue, op, ": cos is ", shape_text(*cos), " for ", call.batch, " x ",
-               call.tokens, " tokens");
+               ErrorCode::kValue, op, ": cos must be [1 or ", call.batch, ", ", call.tokens,
+               ", width], got ", shape_text(*cos));
   *width = cos->size(dim - 1);
   call.cos = cos->data_ptr();
   call.sin = sin->data_ptr();
@@ -171,7 +175,9 @@ CacheView cache_view(const char* op, const Tensor& keys, const Tensor& values,
   for (const Tensor* tensor : {&keys, &values}) {
     check_cpu(op, "keys and values", *tensor);
     LOWBIT_CHECK(tensor->scalar_type() == keys.scalar_type(), ErrorCode::kType, op,
-                 ": keys and values must have one dtype");
+                 ": keys and values must have one dtype, got ",
+                 torch::headeronly::toString(keys.scalar_type()), " and ",
+                 torch::headeronly::toString(values.scalar_type()));
     const int heads = spec.cache_heads();
     const int size = tensor == &keys ? spec.cache_keys() : spec.cache_values();
     LOWBIT_CHECK(tensor->dim() == 4 && tensor->size(0) == call.batch && tensor->size(1) == heads &&
@@ -209,10 +215,10 @@ Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
   BlockCall call = call_of(op, x, precision);
   std::int64_t rope_width = 0;
   set_rope(op, cos, sin, call, &rope_width);
-  LOWBIT_CHECK(past >= 0 && past < (std::int64_t{1} << 40), ErrorCode::kValue, op, ": past is ",
-               past);
-  LOWBIT_CHECK(keys.size() == values.size(), ErrorCode::kValue, op, ": ", keys.size(), " keys but ",
-               values.size(), " values");
+  LOWBIT_CHECK(past >= 0 && past < (std::int64_t{1} << 40), ErrorCode::kValue, op,
+               ": past must be 0 to 2^40 - 1, got ", past);
+  LOWBIT_CHECK(keys.size() == values.size(), ErrorCode::kValue, op,
+               ": as many keys as values are needed, got ", keys.size(), " and ", values.size());
   call.past = past;
   call.causal = causal;
   std::vector<std::shared_ptr<const Block>> blocks;
@@ -224,11 +230,15 @@ Tensor fused_blocks(const Tensor& x_given, std::vector<std::int64_t> handles,
     specs.push_back(&spec);
     check_hidden(op, spec, call);
     check_rope(op, spec, call, rope_width);
-    LOWBIT_CHECK(spec.mlp.experts == 0, ErrorCode::kValue, op, ": experts need their choices");
+    LOWBIT_CHECK(spec.mlp.experts == 0, ErrorCode::kValue, op, ": block ", i,
+                 " has experts, which need the choices of a router; call fused_experts");
     if (spec.attention.heads > 0) {
-      LOWBIT_CHECK(i < keys.size(), ErrorCode::kValue, op, ": no keys for block ", i);
+      LOWBIT_CHECK(i < keys.size(), ErrorCode::kValue, op,
+                   ": each block with attention needs keys and values, got ", keys.size(), " for ",
+                   handles.size(), " blocks");
       const bool cross = spec.attention.cross;
-      LOWBIT_CHECK(keys[i].dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions");
+      LOWBIT_CHECK(keys[i].dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions, got ",
+                   shape_text(keys[i]));
       const std::int64_t positions = cross ? keys[i].size(2) : past + call.tokens;
       caches[i] =
           cross || format == CacheFormat::kFloat
@@ -302,7 +312,8 @@ Tensor fused_attend(const Tensor& x_given, std::int64_t handle, const Tensor& q_
                    q.size(2) == call.tokens && q.size(3) == a.head_dim + a.gate_width &&
                    q.scalar_type() == x.scalar_type(),
                ErrorCode::kValue, op, ": q must be what fused_project made, got ", shape_text(q));
-  LOWBIT_CHECK(keys.dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions");
+  LOWBIT_CHECK(keys.dim() == 4, ErrorCode::kValue, op, ": keys must have 4 dimensions, got ",
+               shape_text(keys));
   const std::int64_t positions = keys.size(2);
   const CacheView cache = cache_view(op, keys, values, a, call, positions);
   call.causal = causal;

@@ -58,7 +58,8 @@ GgmlMatrix matrix_of(const char* op, const Tensor& blocks, std::int64_t type, st
   LOWBIT_CHECK(blocks.scalar_type() == ScalarType::Byte, ErrorCode::kType, op,
                ": blocks must be uint8, got ", torch::headeronly::toString(blocks.scalar_type()));
   check_cpu(op, "blocks", blocks);
-  LOWBIT_CHECK(blocks.is_contiguous(), ErrorCode::kValue, op, ": blocks must be contiguous");
+  LOWBIT_CHECK(blocks.is_contiguous(), ErrorCode::kValue, op,
+               ": blocks must be contiguous; call contiguous() on them");
   return {
       {static_cast<const std::byte*>(blocks.data_ptr()), static_cast<std::size_t>(blocks.numel())},
       checked_type(op, type),
@@ -85,7 +86,8 @@ Tensor dequantize(const Tensor& blocks, std::int64_t type, std::int64_t n, std::
   const DType out_dtype = float_dtype("ggml_dequantize", "dtype", dtype, /*allow_double=*/true);
   const GgmlMatrix matrix = matrix_of("ggml_dequantize", blocks, type, n, k);
   const std::span<const std::int64_t> chosen = rows_of("ggml_dequantize", rows);
-  LOWBIT_CHECK(n >= 0 && k >= 0, ErrorCode::kValue, "ggml_dequantize: negative size");
+  LOWBIT_CHECK(n >= 0 && k >= 0, ErrorCode::kValue,
+               "ggml_dequantize: n and k must not be negative, got ", n, " and ", k);
   const std::int64_t sizes[] = {chosen.empty() ? n : static_cast<std::int64_t>(chosen.size()), k};
   LOWBIT_CHECK(k == 0 || sizes[0] <= (std::int64_t{1} << 56) / k, ErrorCode::kValue,
                "ggml_dequantize: ", sizes[0], " x ", k, " elements are too many");
