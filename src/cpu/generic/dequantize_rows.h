@@ -61,7 +61,6 @@ inline void decode_row(const Codec& codec, const unsigned char* codes, int logic
 template <Coder kCoder, DType kDType>
 void dequantize_as(const std::byte* packed_tile, const Layout& layout, const Codec& codec,
                    float power, int only, const TargetTile& target) {
-  constexpr bool kGrouped = !kRowScale<kCoder> && !kWide<kCoder>;
   constexpr int kCodeBytes = kWide<kCoder> ? 2 : 1;
   const auto* in = reinterpret_cast<const unsigned char*>(packed_tile);
   Staging staging;
@@ -72,16 +71,16 @@ void dequantize_as(const std::byte* packed_tile, const Layout& layout, const Cod
   if constexpr (kRowScale<kCoder>) {
     V::store(scale, V::mul(V::load(reinterpret_cast<const float*>(in)), V::set(power)));
   }
-  const int step = kGrouped ? layout.group_size : kChunk;
+  const int step = kGroupScale<kCoder> ? layout.group_size : kChunk;
   for (std::int64_t begin = 0; begin < target.cols; begin += step) {
     const std::int64_t rest = target.cols - begin;
     const int logical = static_cast<int>(rest < step ? rest : step);
     const int padded = (logical + 31) / 32 * 32;
-    const std::int64_t g = kGrouped ? begin / step : 0;
+    const std::int64_t g = kGroupScale<kCoder> ? begin / step : 0;
     const unsigned char* codes =
-        in + (kGrouped ? layout.codes_offset(g)
-                       : (kRowScale<kCoder> ? 64 : 0) + begin * 16 * kCodeBytes);
-    if constexpr (kGrouped) {
+        in + (kGroupScale<kCoder> ? layout.codes_offset(g)
+                                  : (kRowScale<kCoder> ? 64 : 0) + begin * 16 * kCodeBytes);
+    if constexpr (kGroupScale<kCoder>) {
       const unsigned char* block = in + layout.scales_offset(g);
       V::store(scale, V::mul(V::load_half(block), V::set(power)));
       if constexpr (kCoder == Coder::kMinimum) {

@@ -8,11 +8,15 @@
 namespace lowbit::cpu {
 namespace {
 
+// What a type stores: 16 bits and no scale, a scale for each row, or one for each group.
 template <Coder kCoder>
 constexpr bool kWide = kCoder == Coder::kHalf || kCoder == Coder::kBrain;
 
 template <Coder kCoder>
 constexpr bool kRowScale = kCoder == Coder::kFp8E4M3 || kCoder == Coder::kFp8E5M2;
+
+template <Coder kCoder>
+constexpr bool kGroupScale = !kRowScale<kCoder> && !kWide<kCoder>;
 
 // Calls run(a constant Coder).
 template <class F>

@@ -170,7 +170,6 @@ class ColumnQuantizer {
   static constexpr int kBytes = kElementBytes<kDType>;
   static constexpr int kLineRows = 64 / kBytes;
   static constexpr int kLineTiles = kLineRows / 16;
-  static constexpr bool kGrouped = !kRowScale<kCoder> && !kWide<kCoder>;
   using Most = LineExtremes<kCoder, kDType>;
 
   // A chunk of a strip.
@@ -306,7 +305,7 @@ class ColumnQuantizer {
     Scales& scales = scales_[tile];
     if (!kRowScale<kCoder> || place.chunk == 0) {
       const Extremes e = most_of(place)[tile / kLineTiles].of(tile % kLineTiles);
-      if constexpr (kGrouped) choose_scales<kCoder>(codec_, e, &range_, &scales);
+      if constexpr (kGroupScale<kCoder>) choose_scales<kCoder>(codec_, e, &range_, &scales);
       if constexpr (kRowScale<kCoder>) {
         choose_row_scales(codec_, e.magnitude, rows, &range_, &scales, out);
       }
@@ -316,7 +315,7 @@ class ColumnQuantizer {
     }
     const char* from = reinterpret_cast<const char*>(copy_of(place)) +
                        tile / kLineTiles * plan_.step * 64 + tile % kLineTiles * 32;
-    if constexpr (kGrouped) {
+    if constexpr (kGroupScale<kCoder>) {
       for (int r = rows; r < 16; ++r) scales.scale_half[r] = scales.minimum_half[r] = 0;
       put_scales<kCoder>(scales, layout_, place.chunk, out);
       out += layout_.codes_offset(place.chunk);

@@ -100,10 +100,11 @@ inline I encode_weights(const Codec& codec, const Divisor& by, F w) {
   return encode<kCoder>(codec, q);
 }
 
-// Codes of row r of a chunk.
+// Codes of row r of a chunk. Inlined into the loop over rows: called, fp8 takes 15 % longer.
 template <Coder kCoder, DType kDType, bool kDivides>
-inline void encode_row(const Codec& codec, const Bounds& bounds, const char* at, int inputs,
-                       const Scales& scales, int r, unsigned char* codes) {
+[[gnu::always_inline]] inline void encode_row(const Codec& codec, const Bounds& bounds,
+                                              const char* at, int inputs, const Scales& scales,
+                                              int r, unsigned char* codes) {
   const Divisor by{V::set(scales.inverse[r]), V::set(scales.inverse_rest[r]),
                    V::set(scales.divisor[r]), V::set(scales.minimum[r])};
   const auto sixteen = [&](F w) { return encode_weights<kCoder, kDivides>(codec, by, w); };

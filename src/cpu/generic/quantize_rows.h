@@ -52,20 +52,111 @@ void copy_short_rows(const SourceTile& source, const char* const (&rows)[16], st
   }
 }
 
+// A chunk of a tile: its rows from their input `from` on, of the source or, where the chunk is
+// short, copies that are padded.
+struct RowChunk {
+  std::int64_t begin, from;
+  int logical, padded;  // inputs
+  const char* rows[16];
+};
+
+template <Coder kCoder, DType kDType>
+struct RowChunks {
+  static constexpr std::int64_t kBytes = kElementBytes<kDType>;
+
+  const SourceTile& source;
+  const int step;
+  const char* rows[16];
+  alignas(64) unsigned char copy[16 * kChunk * kBytes];
+
+  RowChunks(const SourceTile& tile, const Layout& layout)
+      : source(tile), step(kGroupScale<kCoder> ? layout.group_size : kChunk) {
+    for (int r = 0; r < 16; ++r) {
+      // Rows that pad the tile repeat the last one; pad_codes overwrites what comes of it.
+      const int row = r < source.rows ? r : source.rows - 1;
+      rows[r] = static_cast<const char*>(source.data) + row * source.row_stride * kBytes;
+    }
+  }
+
+  [[gnu::always_inline]] void take(std::int64_t begin, RowChunk* chunk) {
+    const std::int64_t rest = source.cols - begin;
+    chunk->begin = begin;
+    chunk->logical = static_cast<int>(rest < step ? rest : step);
+    chunk->padded = (chunk->logical + 31) / 32 * 32;
+    if (chunk->logical == chunk->padded) {
+      chunk->from = begin;
+      for (int r = 0; r < 16; ++r) chunk->rows[r] = rows[r];
+    } else {
+      chunk->from = 0;
+      copy_short_rows<kDType>(source, rows, begin, chunk->logical, chunk->padded, copy,
+                              chunk->rows);
+    }
+  }
+
+  // From a chunk to what is asked for meanwhile: at the end of the rows that is the start of the
+  // next tile's.
+  [[gnu::always_inline]] std::int64_t ahead(const RowChunk& chunk) const {
+    if (chunk.begin * kBytes + kAhead < source.cols * kBytes || !source.more || kRowScale<kCoder>) {
+      return kAhead;
+    }
+    return kAhead + (16 * source.row_stride - source.cols) * kBytes;
+  }
+
+  // The next tile's rows beside a chunk of this one's.
+  [[gnu::always_inline]] void prefetch_below(const RowChunk& chunk, int r) const {
+    prefetch_row<kDType>(rows[r] + (chunk.begin + 16 * source.row_stride) * kBytes, chunk.padded);
+  }
+};
+
+// The largest magnitude of each row.
+template <Coder kCoder, DType kDType>
+[[gnu::always_inline]] inline F find_magnitudes(RowChunks<kCoder, kDType>& chunks) {
+  constexpr bool kWords = kDType != DType::kFloat32;
+  F magnitude = V::set(0.0f);
+  [[maybe_unused]] WordExtremes most;
+  most.start();
+  for (std::int64_t begin = 0; begin < chunks.source.cols; begin += chunks.step) {
+    RowChunk chunk;
+    chunks.take(begin, &chunk);
+    if constexpr (kWords) {
+      most.template add<kDType>(chunk.rows, chunk.from, chunk.padded, chunks.ahead(chunk));
+    } else {
+      const Extremes e =
+          find_extremes<kCoder, kDType>(chunk.rows, chunk.from, chunk.padded, chunks.ahead(chunk));
+      magnitude = V::max_bits(magnitude, e.magnitude);
+    }
+  }
+  if constexpr (kWords) magnitude = most.template magnitude<kDType>();
+  return magnitude;
+}
+
+// Codes of row r of a chunk: by the row's table, by two multiplications, or by division.
+template <Coder kCoder, DType kDType>
+[[gnu::always_inline]] inline void encode_chunk_row(const Codec& codec, const Bounds& bounds,
+                                                    const RowChunk& chunk, int r,
+                                                    const Scales& scales, const Fp8Table* tables,
+                                                    unsigned char* codes) {
+  const char* row = chunk.rows[r] + chunk.from * kElementBytes<kDType>;
+  if constexpr (kByTable<kCoder, kDType>) {
+    if (tables != nullptr) {
+      return encode_row_by_table<kCoder, kDType>(codec, bounds, row, chunk.padded, scales,
+                                                 tables[r], r, codes);
+    }
+  }
+  if constexpr (kRowScale<kCoder>) {
+    if (scales.divides) {
+      return encode_row<kCoder, kDType, true>(codec, bounds, row, chunk.padded, scales, r, codes);
+    }
+  }
+  encode_row<kCoder, kDType, false>(codec, bounds, row, chunk.padded, scales, r, codes);
+}
+
 template <Coder kCoder, DType kDType>
 void quantize_tile_as(const SourceTile& source, const Layout& layout, const Codec& codec,
                       std::byte* packed_tile, reference::ScaleRange* out_range) {
-  constexpr bool kGrouped = !kRowScale<kCoder> && !kWide<kCoder>;
   constexpr int kCodeBytes = kWide<kCoder> ? 2 : 1;
   auto* out = reinterpret_cast<unsigned char*>(packed_tile);
-  const char* rows[16];
-  for (int r = 0; r < 16; ++r) {
-    // Rows that pad the tile repeat the last one; pad_codes overwrites what comes of it.
-    const int row = r < source.rows ? r : source.rows - 1;
-    rows[r] =
-        static_cast<const char*>(source.data) + row * source.row_stride * kElementBytes<kDType>;
-  }
-  alignas(64) unsigned char copy[16 * kChunk * kElementBytes<kDType>];
+  RowChunks<kCoder, kDType> chunks(source, layout);
   Staging staging;
   Scales scales;
   const Bounds bounds(codec);
@@ -74,53 +165,11 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
   Range range;
   range.start();
 
-  const int step = kGrouped ? layout.group_size : kChunk;
-  const auto chunk_rows = [&](std::int64_t begin, int logical, int padded,
-                              const char*(&at)[16]) -> std::int64_t {
-    if (logical == padded) {
-      for (int r = 0; r < 16; ++r) at[r] = rows[r];
-      return begin;
-    }
-    copy_short_rows<kDType>(source, rows, begin, logical, padded, copy, at);
-    return 0;
-  };
-  const auto logical_inputs = [&](std::int64_t begin) {
-    const std::int64_t rest = source.cols - begin;
-    return static_cast<int>(rest < step ? rest : step);
-  };
-
-  // From the chunk at `begin` to what is asked for meanwhile: at the end of the rows that is the
-  // start of the next tile's.
-  const auto ahead = [&](std::int64_t begin) {
-    constexpr std::int64_t kBytes = kElementBytes<kDType>;
-    if (begin * kBytes + kAhead < source.cols * kBytes || !source.more || kRowScale<kCoder>) {
-      return kAhead;
-    }
-    return kAhead + (16 * source.row_stride - source.cols) * kBytes;
-  };
-
   [[maybe_unused]] Fp8Table tables[kByTable<kCoder, kDType> ? 16 : 1];
   [[maybe_unused]] bool by_table = false;
   if constexpr (kRowScale<kCoder>) {
     // The scale needs the whole row first; the second pass finds it in the second-level cache.
-    constexpr bool kWords = kDType != DType::kFloat32;
-    F magnitude = V::set(0.0f);
-    [[maybe_unused]] WordExtremes most;
-    most.start();
-    for (std::int64_t begin = 0; begin < source.cols; begin += step) {
-      const int logical = logical_inputs(begin);
-      const int padded = (logical + 31) / 32 * 32;
-      const char* at[16];
-      const std::int64_t from = chunk_rows(begin, logical, padded, at);
-      if constexpr (kWords) {
-        most.template add<kDType>(at, from, padded, ahead(begin));
-      } else {
-        const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, ahead(begin));
-        magnitude = V::max_bits(magnitude, e.magnitude);
-      }
-    }
-    if constexpr (kWords) magnitude = most.template magnitude<kDType>();
-    choose_row_scales(codec, magnitude, source.rows, &range, &scales, out);
+    choose_row_scales(codec, find_magnitudes(chunks), source.rows, &range, &scales, out);
     if constexpr (kByTable<kCoder, kDType>) {
       by_table = !scales.divides && source.cols >= kTableInputs<kDType>;
       for (int r = 0; by_table && r < 16; ++r) {
@@ -129,58 +178,39 @@ void quantize_tile_as(const SourceTile& source, const Layout& layout, const Code
     }
   }
 
-  for (std::int64_t begin = 0; begin < source.cols; begin += step) {
-    const int logical = logical_inputs(begin);
-    const int padded = (logical + 31) / 32 * 32;
-    const std::int64_t g = kGrouped ? begin / step : 0;
-    const char* at[16];
-    const std::int64_t from = chunk_rows(begin, logical, padded, at);
+  for (std::int64_t begin = 0; begin < source.cols; begin += chunks.step) {
+    RowChunk chunk;
+    chunks.take(begin, &chunk);
     if constexpr (kWide<kCoder>) {
-      range.magnitude = encode_wide<kCoder, kDType>(codec, at, from, padded, ahead(begin),
-                                                    range.magnitude, &staging);
+      range.magnitude = encode_wide<kCoder, kDType>(codec, chunk.rows, chunk.from, chunk.padded,
+                                                    chunks.ahead(chunk), range.magnitude, &staging);
       range.largest = range.magnitude;
     } else {
-      if constexpr (kGrouped) {
-        const Extremes e = find_extremes<kCoder, kDType>(at, from, padded, ahead(begin));
+      if constexpr (kGroupScale<kCoder>) {
+        const Extremes e = find_extremes<kCoder, kDType>(chunk.rows, chunk.from, chunk.padded,
+                                                         chunks.ahead(chunk));
         choose_scales<kCoder>(codec, e, &range, &scales);
       }
       for (int r = 0; r < 16; ++r) {
         // This pass reads from the second level only; meanwhile the next tile's rows come there.
-        if (kRowScale<kCoder> && source.more) {
-          prefetch_row<kDType>(rows[r] + (begin + 16 * source.row_stride) * kElementBytes<kDType>,
-                               padded);
-        }
-        const char* row = at[r] + from * kElementBytes<kDType>;
-        unsigned char* codes = staging.bytes + r * kChunk;
-        if constexpr (kByTable<kCoder, kDType>) {
-          if (by_table) {
-            encode_row_by_table<kCoder, kDType>(codec, bounds, row, padded, scales, tables[r], r,
-                                                codes);
-            continue;
-          }
-        }
-        const auto encode_as = [&](auto divides) {
-          encode_row<kCoder, kDType, divides>(codec, bounds, row, padded, scales, r, codes);
-        };
-        if (kRowScale<kCoder> && scales.divides) {
-          encode_as(std::bool_constant<kRowScale<kCoder>>{});
-        } else {
-          encode_as(std::false_type{});
-        }
+        if (kRowScale<kCoder> && source.more) chunks.prefetch_below(chunk, r);
+        encode_chunk_row<kCoder, kDType>(codec, bounds, chunk, r, scales,
+                                         by_table ? tables : nullptr, staging.bytes + r * kChunk);
       }
     }
-    if (logical != padded || source.rows != 16) {
-      pad_codes(&staging, source.rows, logical, padded, kCodeBytes, codec.padding_code);
+    if (chunk.logical != chunk.padded || source.rows != 16) {
+      pad_codes(&staging, source.rows, chunk.logical, chunk.padded, kCodeBytes, codec.padding_code);
       for (int r = source.rows; r < 16; ++r) scales.scale_half[r] = scales.minimum_half[r] = 0;
     }
-    const std::int64_t offset =
-        kGrouped ? layout.codes_offset(g) : (kRowScale<kCoder> ? 64 : 0) + begin * 16 * kCodeBytes;
-    pack_units(staging, codec.bits, padded, out + offset);
-    if constexpr (kGrouped) put_scales<kCoder>(scales, layout, g, out);
+    const std::int64_t g = kGroupScale<kCoder> ? begin / chunks.step : 0;
+    const std::int64_t offset = kGroupScale<kCoder>
+                                    ? layout.codes_offset(g)
+                                    : (kRowScale<kCoder> ? 64 : 0) + begin * 16 * kCodeBytes;
+    pack_units(staging, codec.bits, chunk.padded, out + offset);
+    if constexpr (kGroupScale<kCoder>) put_scales<kCoder>(scales, layout, g, out);
   }
 
   V::finish_streams();
-
   range.report(out_range);
 }
 
