@@ -22,7 +22,7 @@ from ipex_llm.fuse import prove
 from ipex_llm.fuse.attention import is_causal, split_bias, written_out
 from ipex_llm.fuse.cache import FORMATS
 from ipex_llm.fuse.call import CACHE, MASK, ROPE
-from ipex_llm.fuse.describe import Description
+from ipex_llm.fuse.describe import Description, settings_of
 from ipex_llm.fuse.forward import Fused
 from ipex_llm.fuse.learn import wait
 from ipex_llm.fuse.loaded import PENDING, FusesAtFirstCall, Pending
@@ -279,7 +279,9 @@ def accept_into(
         entry["reason"] = f"{type(error).__name__}: {error}"
     else:
         swap_class(module, Fused)
-        module.__dict__[STATE] = State(description)
+        state = State(description)
+        state.settings = settings_of(module)
+        module.__dict__[STATE] = state
         entry["fused"] = description.parts()
         entry["like"] = like
         entry["agreement"] = proof.agreement

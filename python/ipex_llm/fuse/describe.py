@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ipex_llm.library import operators
 from ipex_llm.tensor import LowBitTensor
@@ -299,6 +300,10 @@ class Unfit(Exception):
     """The module's tensors do not fit its description (any more)."""
 
 
+Settings = dict[tuple[str, str], Any]
+_SETTINGS = ("layer_idx", "layer_id", "layer_number", "sliding_window", "is_causal")
+
+
 class Handle:
     """A registered block: the number by which the operators know it, freed with this object.
 
@@ -306,7 +311,10 @@ class Handle:
     attention has the number `second`.
     """
 
-    def __init__(self, module: nn.Module, description: Description) -> None:
+    def __init__(
+        self, module: nn.Module, description: Description, settings: Settings | None = None
+    ) -> None:
+        """`settings`: those with which the description holds (settings_of)."""
         self.numbers: list[int] = []
         self.unfit: str | None = None
         watched: list[tuple[dict, str, Any]] = []
@@ -321,6 +329,12 @@ class Handle:
                 self.unfit = str(error)
             watched += writer.watched
             self.vectors += writer.vectors
+        for (path, key), expected in (settings or {}).items():
+            attributes = _attributes(module, path)
+            value = attributes.get(key)
+            watched.append((attributes, key, value))
+            if value is not expected and value != expected:
+                self.unfit = f"{path}.{key}".lstrip(".") + f" was {expected} and is {value}"
         self.number = self.numbers[0] if self.unfit is None else None
         self.second = self.numbers[-1] if self.unfit is None else None
         unique = {(id(entry[0]), entry[1]): entry for entry in watched}
@@ -342,6 +356,30 @@ class Handle:
             if tensor.data_ptr() != pointer:
                 return False
         return True
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """What a description depends on besides modules and parameters, by path and name.
+
+    Factors and epsilons, the place in the cache, kinds of masks. Not every attribute: a forward may
+    count in one, and dropout is none here.
+    """
+    return {
+        (path, key): value
+        for path, inner in module.named_modules()
+        if not isinstance(inner, _DropoutNd)
+        for key, value in inner.__dict__.items()
+        if key in _SETTINGS or (type(value) is float and "drop" not in key)
+    }
+
+
+def _attributes(module: nn.Module, path: str) -> dict[str, Any]:
+    for part in path.split(".") if path else ():
+        inner = module._modules.get(part)
+        if inner is None:
+            return {}
+        module = inner
+    return module.__dict__
 
 
 class _Writer:

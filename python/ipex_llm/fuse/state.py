@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ipex_llm.fuse import collecting, cross
 from ipex_llm.fuse.attention import is_causal
 from ipex_llm.fuse.call import parameter_names
-from ipex_llm.fuse.describe import Description, Handle
+from ipex_llm.fuse.describe import Description, Handle, Settings
 
 if TYPE_CHECKING:
     from ipex_llm.fuse.stack import Stack
@@ -76,6 +76,7 @@ class State:
     def __init__(self, description: Description) -> None:
         self.description = description
         self.own = description.arguments()
+        self.settings: Settings = {}  # of the module, when it was proved
         self.cache_format = 0  # of new cache layers (cache.FORMATS)
         self.required = False  # while proving: a call that is not served is an error
         self.forget()
@@ -96,23 +97,24 @@ class State:
         return True
 
     def __getstate__(self):
-        return {**self.description.to_dict(), "cache_format": self.cache_format}
+        more = {"cache_format": self.cache_format, "settings": self.settings}
+        return {**self.description.to_dict(), **more}
 
     def __setstate__(self, data):
-        cache_format = data.pop("cache_format", 0)
+        cache_format, settings = data.pop("cache_format", 0), data.pop("settings", {})
         self.__init__(Description.from_dict(data))
-        self.cache_format = cache_format
+        self.cache_format, self.settings = cache_format, settings
 
     def __deepcopy__(self, memo):
         copied = State(Description.from_dict(self.description.to_dict()))
-        copied.cache_format = self.cache_format
+        copied.cache_format, copied.settings = self.cache_format, self.settings
         return copied
 
     def ready(self, module: nn.Module) -> Binding | None:
         """What the operators run on in place of the module as it is now; None if they may not."""
         binding = self.binding
         if binding is None or not binding.handle.is_current():
-            binding = Binding(module, Handle(module, self.description))
+            binding = Binding(module, Handle(module, self.description, self.settings))
             self.binding = binding
         if binding.number is None:
             return None

@@ -447,6 +447,36 @@ def test_calls_after_one_that_asked_for_more_are_fused(asked, monkeypatch):
         assert close(fused(ids(), **{asked: True})[key][-1], want[key][-1])
 
 
+def test_settings_that_change_after_the_proof():
+    plain, fused = pair()
+    places = (("input_layernorm", "variance_epsilon", 10.0), ("self_attn", "scaling", 0.01))
+    with torch.no_grad():
+        before = fused(ids()).logits
+        for path, name, value in places:
+            for model in (plain, fused):
+                setattr(model.model.layers[1].get_submodule(path), name, value)
+            want = plain(ids()).logits
+            assert close(fused(ids()).logits, want) and not close(want, before)
+            assert close(copy.deepcopy(fused)(ids()).logits, want)
+        for path, name, _ in places:
+            inner = fused.model.layers[1].get_submodule(path)
+            setattr(inner, name, getattr(fused.model.layers[0].get_submodule(path), name))
+        assert torch.equal(fused(ids()).logits, before)
+
+
+def test_blocks_that_are_taken_out_and_renumbered():
+    results = []
+    for model in pair(layers=4):
+        model.generate(ids(), max_new_tokens=2)
+        model.model.layers = nn.ModuleList(list(model.model.layers)[1:])
+        model.config.num_hidden_layers = 3
+        model.config.layer_types = None
+        for index, block in enumerate(model.model.layers):
+            block.self_attn.layer_idx = index
+        results.append(model.generate(ids(), max_new_tokens=8, do_sample=False))
+    assert torch.equal(*results)
+
+
 def test_a_replaced_projection_is_used():
     plain, fused = pair()
     for model in (plain, fused):
