@@ -27,6 +27,8 @@
 namespace lowbit {
 namespace {
 
+using NewFiles = std::vector<std::unique_ptr<os::NewFile>>;
+
 struct Shard {
   std::vector<std::size_t> tensors;  // indices into the manifest
   std::string header;
@@ -181,7 +183,7 @@ struct SaveWriter::State {
   std::vector<FileTensor> stored;  // as in request.manifest.tensors
   std::vector<std::size_t> order;
   std::vector<Shard> shards;
-  std::vector<std::unique_ptr<os::NewFile>> files;  // finished or in work, as in shards
+  NewFiles files;  // finished or in work, as in shards
   std::vector<std::string> made_directories;
   std::size_t at = 0;     // position in order
   std::size_t shard = 0;  // of order[at]
@@ -201,6 +203,11 @@ struct SaveWriter::State {
   void open_shard();
   void next_tensor(const Digest& digest);
   void open_journal();
+  // The steps of commit().
+  void finish_files();
+  NewFiles write_extras();
+  void publish(const NewFiles& extras, os::NewFile& new_manifest);
+  void remove_obsolete();
 };
 
 SaveWriter::SaveWriter(SaveRequest request) : state_(std::make_unique<State>()) {
@@ -394,63 +401,59 @@ void SaveWriter::write(std::span<const std::byte> bytes) {
   s.settle();
 }
 
-Manifest SaveWriter::commit() {
-  State& s = *state_;
-  if (s.committed) throw Error(ErrorCode::kValue, "save: already committed");
-  if (s.at != s.order.size())
-    throw Error(ErrorCode::kValue,
-                "save: tensor " + json::quote(s.stored[s.order[s.at]].name) + " is not complete");
-  Manifest& manifest = s.request.manifest;
-  const std::string& directory = s.request.directory;
+// Headers, which make the files loadable, and names, which carry the content.
+void SaveWriter::State::finish_files() {
+  Manifest& manifest = request.manifest;
   manifest.files.clear();
-  for (std::size_t i = 0; i < s.shards.size(); ++i) {
-    s.files[i]->write_at(0, bytes_of(s.shards[i].header));
-    s.files[i]->sync();
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    files[i]->write_at(0, bytes_of(shards[i].header));
+    files[i]->sync();
     SavedFile file;
-    file.bytes = s.shards[i].bytes;
-    file.header = digest(bytes_of(s.shards[i].header));
+    file.bytes = shards[i].bytes;
+    file.header = digest(bytes_of(shards[i].header));
     // The header names every tensor and its place; with the tensors' digests that is all there is.
     Hasher content;
     std::string text = digest_text(file.header);
-    for (std::size_t index : s.shards[i].tensors)
-      text += digest_text(manifest.tensors[index].digest);
+    for (std::size_t index : shards[i].tensors) text += digest_text(manifest.tensors[index].digest);
     content.update(bytes_of(text));
-    file.name = shard_name(content.finish(), i, s.shards.size());
+    file.name = shard_name(content.finish(), i, shards.size());
     manifest.files.push_back(file);
   }
-  std::string text = write_manifest(manifest);
+}
 
-  os::DirectoryLock lock(directory);
-  std::vector<std::unique_ptr<os::NewFile>> extras;
-  for (const auto& [name, contents] : s.request.extra_files) {
-    std::string folder = directory;
+NewFiles SaveWriter::State::write_extras() {
+  NewFiles extras;
+  for (const auto& [name, contents] : request.extra_files) {
+    std::string folder = request.directory;
     if (std::size_t slash = name.find('/'); slash != std::string::npos) {
-      folder = os::join(directory, name.substr(0, slash));
-      for (std::string& made : os::make_directories(folder)) s.made_directories.push_back(made);
+      folder = os::join(request.directory, name.substr(0, slash));
+      for (std::string& made : os::make_directories(folder)) made_directories.push_back(made);
     }
     extras.push_back(std::make_unique<os::NewFile>(folder, 0));
     extras.back()->write(bytes_of(contents));
     extras.back()->sync();
   }
-  os::NewFile new_manifest(directory, 0);
-  new_manifest.write(bytes_of(text));
-  new_manifest.sync();
-  s.journal.reset();  // nothing is left to resume once names change
+  return extras;
+}
 
+// The manifest last. On an error the directory has the names that it had before.
+void SaveWriter::State::publish(const NewFiles& extras, os::NewFile& new_manifest) {
+  const std::string& directory = request.directory;
   std::vector<std::string> published;  // names that did not exist before
   try {
-    for (std::size_t i = 0; i < s.files.size(); ++i) {
-      const std::string& name = manifest.files[i].name;
+    for (std::size_t i = 0; i < files.size(); ++i) {
+      const std::string& name = request.manifest.files[i].name;
       std::string path = os::join(directory, name);
       bool existed = os::exists(path);
-      if (!os::kReplacesMappedFiles && existed && holds_same(path, manifest, s.shards[i].tensors)) {
+      if (!os::kReplacesMappedFiles && existed &&
+          holds_same(path, request.manifest, shards[i].tensors)) {
         continue;
       }
-      s.files[i]->publish(name);
+      files[i]->publish(name);
       if (!existed) published.push_back(path);
     }
     for (std::size_t i = 0; i < extras.size(); ++i) {
-      const std::string& name = s.request.extra_files[i].first;
+      const std::string& name = request.extra_files[i].first;
       bool existed = os::exists(os::join(directory, name));
       extras[i]->publish(base_name(name));
       if (!existed) published.push_back(os::join(directory, name));
@@ -461,23 +464,48 @@ Manifest SaveWriter::commit() {
     for (const std::string& path : published) os::remove_file(path);
     throw;
   }
-  s.committed = true;
-  s.files.clear();
-  os::sync_directory(directory);
+}
+
+// What the manifest does not name, and what dead savers left.
+void SaveWriter::State::remove_obsolete() {
+  const std::string& directory = request.directory;
   try {
     std::set<std::string_view> kept;
-    for (const SavedFile& file : manifest.files) kept.insert(file.name);
+    for (const SavedFile& file : request.manifest.files) kept.insert(file.name);
     for (const std::string& name : os::list_directory(directory))
       if (is_weight_file_name(name) && !kept.contains(name))
         os::remove_file(os::join(directory, name));
     os::remove_stale_files(directory);
-    for (const auto& file : s.request.extra_files)
+    for (const auto& file : request.extra_files)
       if (std::size_t slash = file.first.find('/'); slash != std::string::npos)
         os::remove_stale_files(os::join(directory, file.first.substr(0, slash)));
   } catch (const Error&) {
     // The save is complete; what could not be removed goes with the next one.
   }
-  return manifest;
+}
+
+Manifest SaveWriter::commit() {
+  State& s = *state_;
+  if (s.committed) throw Error(ErrorCode::kValue, "save: already committed");
+  if (s.at != s.order.size())
+    throw Error(ErrorCode::kValue,
+                "save: tensor " + json::quote(s.stored[s.order[s.at]].name) + " is not complete");
+  const std::string& directory = s.request.directory;
+  s.finish_files();
+  std::string text = write_manifest(s.request.manifest);
+
+  os::DirectoryLock lock(directory);
+  NewFiles extras = s.write_extras();
+  os::NewFile new_manifest(directory, 0);
+  new_manifest.write(bytes_of(text));
+  new_manifest.sync();
+  s.journal.reset();  // nothing is left to resume once names change
+  s.publish(extras, new_manifest);
+  s.committed = true;
+  s.files.clear();
+  os::sync_directory(directory);
+  s.remove_obsolete();
+  return s.request.manifest;
 }
 
 }  // namespace lowbit
