@@ -72,13 +72,45 @@ std::int64_t round_up(std::int64_t value, std::int64_t unit) {
   return (value + unit - 1) / unit * unit;
 }
 
-// A run of row tiles of one block.
+// All row tiles of one block.
 struct Run {
   const RowBlock* block;
   const Path* path;
-  std::int64_t tile_begin, tile_end;
 };
 
+constexpr int kMaxShared = 16;
+
+// Blocks that share activations: what the first one's path prepares serves all of them.
+struct SharedRuns {
+  const RowBlock* head;
+  const Path* path;  // of head
+  int count = 0;
+  Run runs[kMaxShared];
+};
+
+// The work of all runs on one pass of tokens as one sequence of steps: tile_block tiles each (and,
+// for panels, a range of tokens).
+struct Steps {
+  const SharedRuns& shared;
+  const Activations& a;
+  std::int64_t base;  // first token of the pass
+  std::int64_t of_run[kMaxShared];
+  std::int64_t count = 0;
+  std::int64_t scratch_bytes = 0;
+
+  Steps(const SharedRuns& runs, const Activations& activations, std::int64_t first_token);
+  // Steps begin to end on tokens token_begin to token_end; `next`, where not negative, is the step
+  // whose bytes are fetched meanwhile.
+  void run(std::int64_t begin, std::int64_t end, std::int64_t token_begin, std::int64_t token_end,
+           std::int64_t next, std::byte* memory) const;
+};
+
+SharedRuns take_shared(Isa isa, const Tokens& tokens, Precision precision,
+                       std::span<const RowBlock>* blocks);
+void prepare_activations(const Tokens& part, const Activations& a, std::int64_t base,
+                         const Path& path, const Threads& threads, const MakeRows* make);
+void run_panels(const Steps& steps, std::int64_t splits, const Threads& threads);
+void run_rows(const Steps& steps, const Threads& threads);
 void fill_bias(const Tokens& tokens, const RowBlock& block);
 std::byte* thread_scratch(std::int64_t bytes);
 
@@ -113,159 +145,44 @@ const Path& select_linear(Isa isa, const Layout& layout, Precision precision, st
 
 void linear_multi(const Tokens& tokens, Precision precision, std::span<const RowBlock> blocks,
                   const Threads& threads, const MakeRows& make) {
-  if (tokens.m == 0 || blocks.empty()) return;
+  if (tokens.m == 0) return;
   const Isa isa = active_level();
   const int workers = std::max(1, threads.count());
-
-  // Blocks that share activations go together; in practice that is all of them.
-  constexpr int kMaxShared = 16;
-  std::size_t first = 0;
   bool made = !make;
-  while (first < blocks.size()) {
-    Run runs[kMaxShared];
-    int count = 0;
-    const RowBlock& head = blocks[first];
-    const Path& head_path = select_linear(isa, head.layout, precision, tokens.m);
-    while (first < blocks.size() && count < kMaxShared) {
-      const RowBlock& block = blocks[first];
-      const Path& path = select_linear(isa, block.layout, precision, tokens.m);
-      const bool shared = std::strcmp(path.activations, head_path.activations) == 0 &&
-                          block.layout.group_size == head.layout.group_size &&
-                          path.token_block == head_path.token_block;
-      if (!shared) break;
-      ++first;
-      if (tokens.k == 0) {
-        fill_bias(tokens, block);
-      } else if (block.layout.n > 0) {
-        runs[count++] = {&block, &path, 0, block.layout.tiles};
-      }
-    }
-    if (count == 0) continue;
-
+  while (!blocks.empty()) {
+    const SharedRuns shared = take_shared(isa, tokens, precision, &blocks);
+    if (shared.count == 0) continue;
+    const Layout& layout = shared.head->layout;
     Activations a;
     a.k = tokens.k;
-    a.k_padded = head.layout.k_padded;
-    a.group = head.layout.group_size > 0 ? head.layout.group_size
-                                         : static_cast<int>(head.layout.k_padded);
-    a.groups = head.layout.group_size > 0 ? head.layout.groups : 1;
-    const std::int64_t token_block = head_path.token_block;
+    a.k_padded = layout.k_padded;
+    a.group = layout.group_size > 0 ? layout.group_size : static_cast<int>(layout.k_padded);
+    a.groups = layout.group_size > 0 ? layout.groups : 1;
+    const std::int64_t token_block = shared.path->token_block;
     const std::int64_t passes = (tokens.m + kTokensPerPass - 1) / kTokensPerPass;
     const std::int64_t per_pass = round_up((tokens.m + passes - 1) / passes, token_block);
     for (std::int64_t base = 0; base < tokens.m; base += per_pass) {
       a.m = std::min(per_pass, tokens.m - base);
-      a.data = thread_workspace(0, head_path.activation_bytes(a));
+      a.data = thread_workspace(0, shared.path->activation_bytes(a));
       Tokens part = tokens;
       part.m = a.m;
       part.x = static_cast<const std::byte*>(tokens.x) +
                base * tokens.stride * static_cast<std::int64_t>(dtype_bytes(tokens.dtype));
+      prepare_activations(part, a, base, *shared.path, threads, made ? nullptr : &make);
 
-      // Made rows are prepared a few at a time, before they leave an L2.
-      const auto prepare = [&](std::int64_t begin, std::int64_t end) {
-        const std::int64_t step = made ? end - begin : round_up(kMadeTogether, token_block);
-        for (; begin < end; begin += step) {
-          const std::int64_t to = std::min(begin + step, end);
-          if (!made) make(base + begin, base + to);
-          head_path.prepare(part, a, begin, to);
-        }
-      };
-      // Preparing a few tokens costs less than waking the pool for it.
-      const std::int64_t token_blocks = (a.m + token_block - 1) / token_block;
-      if (workers == 1 || a.m <= 16) {
-        prepare(0, a.m);
-      } else {
-        const std::int64_t tasks = std::min<std::int64_t>(workers, token_blocks);
-        threads.run(tasks, [&](std::int64_t task) {
-          const std::int64_t begin = token_blocks * task / tasks * token_block;
-          const std::int64_t end = std::min(token_blocks * (task + 1) / tasks * token_block, a.m);
-          if (begin < end) prepare(begin, end);
-        });
-      }
-
-      // Work in steps of tile_block tiles (and, for panels, of a range of tokens). The steps of
-      // all runs form one sequence.
-      std::int64_t scratch = 0, steps_of[kMaxShared], steps = 0, bytes = 0;
-      for (int i = 0; i < count; ++i) {
-        scratch = std::max(scratch, runs[i].path->scratch_bytes(*runs[i].block, a));
-        steps_of[i] = (runs[i].tile_end + runs[i].path->tile_block - 1) / runs[i].path->tile_block;
-        steps += steps_of[i];
-        bytes += runs[i].block->layout.bytes();
-      }
+      const Steps steps(shared, a, base);
       // Too few panels for all threads: split the tokens as well.
+      const std::int64_t token_blocks = (a.m + token_block - 1) / token_block;
       std::int64_t splits = 1;
-      if (head_path.panel && workers > 1) {
-        while (steps * splits < 4 * workers && token_blocks / splits >= 8) splits *= 2;
+      if (shared.path->panel && workers > 1) {
+        while (steps.count * splits < 4 * workers && token_blocks / splits >= 8) splits *= 2;
       }
-      const auto run_steps = [&](std::int64_t begin, std::int64_t end, std::int64_t token_begin,
-                                 std::int64_t token_end, std::int64_t next, std::byte* memory) {
-        for (int i = 0; i < count && begin < end; ++i) {
-          if (begin < steps_of[i]) {
-            const int block = runs[i].path->tile_block;
-            runs[i].path->run(*runs[i].block, a, base, begin * block,
-                              std::min(std::min(end, steps_of[i]) * block, runs[i].tile_end),
-                              token_begin, token_end,
-                              next >= 0 && next < steps_of[i] ? next * block : -1, memory);
-          }
-          begin = std::max<std::int64_t>(begin - steps_of[i], 0);
-          end -= steps_of[i];
-          next -= steps_of[i];
-        }
-      };
-      if (workers == 1 || steps * splits == 1) {
-        run_steps(0, steps, 0, a.m, -1, thread_scratch(scratch));
-        continue;
-      }
-      std::atomic<bool> out_of_memory{false};
-      if (head_path.panel) {
-        // Panels are handed out a few at a time: a thread that the host slows down takes fewer, and
-        // the panels of one turn share what they read of the activations.
-        constexpr std::int64_t kTurnsPerWorker = 8, kFewTurnsPerWorker = 3;
-        const std::int64_t most = head_path.most_blocks;
-        std::int64_t turn = 1;
-        if (splits == 1 && most <= 4) {
-          turn = std::clamp<std::int64_t>(steps / (kTurnsPerWorker * workers), 1, most);
-        } else if (splits == 1) {
-          // Much to share: as large as may be, equally large and as many for each thread.
-          const std::int64_t least =
-              std::max((steps + most - 1) / most, std::min(kFewTurnsPerWorker * workers, steps));
-          const std::int64_t equal = round_up(least, workers);
-          turn = (steps + equal - 1) / equal;
-        }
-        const std::int64_t turns = (steps + turn - 1) / turn * splits;
-        std::atomic<std::int64_t> next{0};
-        threads.run(std::min<std::int64_t>(workers, turns), [&](std::int64_t) {
-          try {
-            std::byte* memory = thread_scratch(scratch);
-            // One item is held in advance, so that its bytes can be fetched.
-            std::int64_t ahead = next.fetch_add(1, std::memory_order_relaxed);
-            while (ahead < turns) {
-              const std::int64_t item = ahead;
-              ahead = next.fetch_add(1, std::memory_order_relaxed);
-              const std::int64_t split = item % splits, step = item / splits * turn;
-              const std::int64_t token_begin = token_blocks * split / splits * token_block;
-              const std::int64_t token_end =
-                  std::min(token_blocks * (split + 1) / splits * token_block, a.m);
-              run_steps(step, std::min(step + turn, steps), token_begin, token_end,
-                        ahead < turns ? ahead / splits * turn : -1, memory);
-            }
-          } catch (...) {
-            out_of_memory = true;
-          }
-        });
+      if (workers == 1 || steps.count * splits == 1) {
+        steps.run(0, steps.count, 0, a.m, -1, thread_scratch(steps.scratch_bytes));
+      } else if (shared.path->panel) {
+        run_panels(steps, splits, threads);
       } else {
-        // One contiguous run of rows, and so of bytes, for each thread.
-        const std::int64_t tasks = std::min<std::int64_t>(workers, steps);
-        threads.run(tasks, [&](std::int64_t task) {
-          try {
-            run_steps(steps * task / tasks, steps * (task + 1) / tasks, 0, a.m, -1,
-                      thread_scratch(scratch));
-          } catch (...) {
-            out_of_memory = true;
-          }
-        });
-      }
-      if (out_of_memory) {
-        throw Error(ErrorCode::kResource, "linear: no memory for a workspace of " +
-                                              std::to_string(scratch) + " bytes per thread");
+        run_rows(steps, threads);
       }
     }
     made = true;
@@ -273,6 +190,147 @@ void linear_multi(const Tokens& tokens, Precision precision, std::span<const Row
 }
 
 namespace {
+
+// Takes blocks off the front of `blocks`; in practice that is all of them.
+SharedRuns take_shared(Isa isa, const Tokens& tokens, Precision precision,
+                       std::span<const RowBlock>* blocks) {
+  SharedRuns shared;
+  shared.head = &blocks->front();
+  shared.path = &select_linear(isa, shared.head->layout, precision, tokens.m);
+  while (!blocks->empty() && shared.count < kMaxShared) {
+    const RowBlock& block = blocks->front();
+    const Path& path = select_linear(isa, block.layout, precision, tokens.m);
+    const bool same = std::strcmp(path.activations, shared.path->activations) == 0 &&
+                      block.layout.group_size == shared.head->layout.group_size &&
+                      path.token_block == shared.path->token_block;
+    if (!same) break;
+    *blocks = blocks->subspan(1);
+    if (tokens.k == 0) {
+      fill_bias(tokens, block);
+    } else if (block.layout.n > 0) {
+      shared.runs[shared.count++] = {&block, &path};
+    }
+  }
+  return shared;
+}
+
+// Tokens of `part` (those from `base` on) into a.data; `make`, where given, makes them first.
+void prepare_activations(const Tokens& part, const Activations& a, std::int64_t base,
+                         const Path& path, const Threads& threads, const MakeRows* make) {
+  // Made rows are prepared a few at a time, before they leave an L2.
+  const auto prepare = [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t step =
+        make == nullptr ? end - begin : round_up(kMadeTogether, path.token_block);
+    for (; begin < end; begin += step) {
+      const std::int64_t to = std::min(begin + step, end);
+      if (make != nullptr) (*make)(base + begin, base + to);
+      path.prepare(part, a, begin, to);
+    }
+  };
+  // Preparing a few tokens costs less than waking the pool for it.
+  if (threads.count() <= 1 || a.m <= 16) return prepare(0, a.m);
+  const std::int64_t token_blocks = (a.m + path.token_block - 1) / path.token_block;
+  const std::int64_t tasks = std::min<std::int64_t>(threads.count(), token_blocks);
+  threads.run(tasks, [&](std::int64_t task) {
+    const std::int64_t begin = token_blocks * task / tasks * path.token_block;
+    const std::int64_t end = std::min(token_blocks * (task + 1) / tasks * path.token_block, a.m);
+    if (begin < end) prepare(begin, end);
+  });
+}
+
+Steps::Steps(const SharedRuns& runs, const Activations& activations, std::int64_t first_token)
+    : shared(runs), a(activations), base(first_token) {
+  for (int i = 0; i < shared.count; ++i) {
+    const auto [block, path] = shared.runs[i];
+    scratch_bytes = std::max(scratch_bytes, path->scratch_bytes(*block, a));
+    of_run[i] = (block->layout.tiles + path->tile_block - 1) / path->tile_block;
+    count += of_run[i];
+  }
+}
+
+void Steps::run(std::int64_t begin, std::int64_t end, std::int64_t token_begin,
+                std::int64_t token_end, std::int64_t next, std::byte* memory) const {
+  for (int i = 0; i < shared.count && begin < end; ++i) {
+    if (begin < of_run[i]) {
+      const auto [block, path] = shared.runs[i];
+      path->run(*block, a, base, begin * path->tile_block,
+                std::min(std::min(end, of_run[i]) * path->tile_block, block->layout.tiles),
+                token_begin, token_end,
+                next >= 0 && next < of_run[i] ? next * path->tile_block : -1, memory);
+    }
+    begin = std::max<std::int64_t>(begin - of_run[i], 0);
+    end -= of_run[i];
+    next -= of_run[i];
+  }
+}
+
+[[noreturn]] void no_workspace(const Steps& steps) {
+  throw Error(ErrorCode::kResource, "linear: no memory for a workspace of " +
+                                        std::to_string(steps.scratch_bytes) +
+                                        " bytes per thread; use fewer tokens per call");
+}
+
+// Steps that one turn of a thread takes.
+std::int64_t steps_per_turn(const Steps& steps, std::int64_t splits, std::int64_t workers) {
+  constexpr std::int64_t kTurnsPerWorker = 8, kFewTurnsPerWorker = 3;
+  const std::int64_t most = steps.shared.path->most_blocks;
+  if (splits != 1) return 1;
+  if (most <= 4) {
+    return std::clamp<std::int64_t>(steps.count / (kTurnsPerWorker * workers), 1, most);
+  }
+  // Much to share: as large as may be, equally large and as many for each thread.
+  const std::int64_t least = std::max((steps.count + most - 1) / most,
+                                      std::min(kFewTurnsPerWorker * workers, steps.count));
+  const std::int64_t equal = round_up(least, workers);
+  return (steps.count + equal - 1) / equal;
+}
+
+// Panels are handed out a few at a time: a thread that the host slows down takes fewer, and the
+// panels of one turn share what they read of the activations. Tokens are in `splits` parts.
+void run_panels(const Steps& steps, std::int64_t splits, const Threads& threads) {
+  const std::int64_t workers = threads.count();
+  const std::int64_t token_block = steps.shared.path->token_block;
+  const std::int64_t token_blocks = (steps.a.m + token_block - 1) / token_block;
+  const std::int64_t turn = steps_per_turn(steps, splits, workers);
+  const std::int64_t turns = (steps.count + turn - 1) / turn * splits;
+  std::atomic<bool> out_of_memory{false};
+  std::atomic<std::int64_t> next{0};
+  threads.run(std::min(workers, turns), [&](std::int64_t) {
+    try {
+      std::byte* memory = thread_scratch(steps.scratch_bytes);
+      // One item is held in advance, so that its bytes can be fetched.
+      std::int64_t ahead = next.fetch_add(1, std::memory_order_relaxed);
+      while (ahead < turns) {
+        const std::int64_t item = ahead;
+        ahead = next.fetch_add(1, std::memory_order_relaxed);
+        const std::int64_t split = item % splits, step = item / splits * turn;
+        const std::int64_t token_begin = token_blocks * split / splits * token_block;
+        const std::int64_t token_end =
+            std::min(token_blocks * (split + 1) / splits * token_block, steps.a.m);
+        steps.run(step, std::min(step + turn, steps.count), token_begin, token_end,
+                  ahead < turns ? ahead / splits * turn : -1, memory);
+      }
+    } catch (...) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) no_workspace(steps);
+}
+
+// One contiguous run of rows, and so of bytes, for each thread.
+void run_rows(const Steps& steps, const Threads& threads) {
+  const std::int64_t tasks = std::min<std::int64_t>(threads.count(), steps.count);
+  std::atomic<bool> out_of_memory{false};
+  threads.run(tasks, [&](std::int64_t task) {
+    try {
+      steps.run(steps.count * task / tasks, steps.count * (task + 1) / tasks, 0, steps.a.m, -1,
+                thread_scratch(steps.scratch_bytes));
+    } catch (...) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) no_workspace(steps);
+}
 
 std::byte* thread_scratch(std::int64_t bytes) {
   constexpr std::int64_t kZeroed = 64;
