@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ipex_llm.imports.source import read_json, regular_file
+from ipex_llm.imports.source import read_weight_map, regular_file
 
 __all__ = ["read_pickles"]
 
@@ -37,16 +36,7 @@ def _files(who: str, path: Path) -> list[str]:
                 f"archived ipex-llm without its weights; copy the whole directory"
             )
         return [_WEIGHTS]
-    listed = read_json(who, path / _INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{who}: {path / _INDEX}: weight_map must be an object that is not empty")
-    for name, file in listed.items():
-        plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file
-        if not plain or not file.endswith(".bin"):
-            raise ValueError(
-                f"{who}: {path / _INDEX}: tensor {name!r} is said to be in {file!r}; expected the "
-                f"name of a .bin file in the same directory"
-            )
+    listed = read_weight_map(who, path / _INDEX, ".bin")
     return sorted(set(listed.values()))
 
 

@@ -18,7 +18,7 @@ import torch
 from ipex_llm.errors import call
 from ipex_llm.library import operators
 
-__all__ = ["Checkpoint", "read_json", "regular_file", "reject_quantized"]
+__all__ = ["Checkpoint", "read_json", "read_weight_map", "regular_file", "reject_quantized"]
 
 _MAX_JSON = 64 << 20  # an index of a million tensors stays below
 _INDEX = "model.safetensors.index.json"
@@ -47,18 +47,7 @@ class Checkpoint:
         path = self.directory / _INDEX
         if not path.exists():
             return {}
-        index = read_json(self.who, path)
-        listed = index.get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise ValueError(f"{self.who}: {path}: weight_map must be an object that is not empty")
-        for name, file in listed.items():
-            plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file
-            if not plain or not file.endswith(".safetensors"):
-                raise ValueError(
-                    f"{self.who}: {path}: tensor {name!r} is said to be in {file!r}; expected the "
-                    f"name of a .safetensors file in the same directory"
-                )
-        return listed
+        return read_weight_map(self.who, path, ".safetensors")
 
     def _single(self) -> list[str]:
         if (self.directory / _SINGLE).exists():
@@ -104,6 +93,21 @@ def regular_file(who: str, path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{who}: {path} is not a regular file")
     return path
+
+
+def read_weight_map(who: str, path: Path, suffix: str) -> dict[str, str]:
+    """tensor -> file of an index; every file ends in `suffix` and lies beside the index."""
+    listed = read_json(who, path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{who}: {path}: weight_map must be an object that is not empty")
+    for name, file in listed.items():
+        plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file
+        if not plain or not file.endswith(suffix):
+            raise ValueError(
+                f"{who}: {path}: tensor {name!r} is said to be in {file!r}; expected the name of a "
+                f"{suffix} file in the same directory"
+            )
+    return listed
 
 
 def read_json(who: str, path: Path, text: bytes | None = None) -> dict[str, Any]:
