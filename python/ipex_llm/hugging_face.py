@@ -51,7 +51,7 @@ def register_with_transformers() -> None:
 
     @functools.wraps(original)
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        if low_memory._active():
+        if low_memory.is_active():
             return original(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         directory = _low_bit_directory(pretrained_model_name_or_path, kwargs)
         if directory is None:
@@ -113,7 +113,7 @@ def _load(cls, directory: str, model_args: tuple, kwargs: dict):
 
     hf_quantizer.describe(model, options_of(model))
     if dtype is not None and dtype != "auto":
-        cast_floats(model, low_memory._resolve_dtype("from_pretrained", dtype, None, None))
+        cast_floats(model, low_memory.resolve_dtype("from_pretrained", dtype, None, None))
     model = _place(model, device_map, placing)
     if wants_info:
         nothing = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

@@ -70,7 +70,8 @@ def low_memory_init() -> Iterator[None]:
                 _remove_patches()
 
 
-def _active() -> bool:
+def is_active() -> bool:
+    """Whether this thread is inside low_memory_init()."""
     return getattr(_inside, "depth", 0) > 0
 
 
@@ -149,7 +150,7 @@ def _without(finder: importlib.abc.MetaPathFinder) -> Iterator[None]:
 def _patched_register_parameter(original):
     def register_parameter(self, name, param):
         original(self, name, param)
-        if not _active() or param is None or param.is_meta:
+        if not is_active() or param is None or param.is_meta:
             return
         if isinstance(param, nn.parameter.UninitializedTensorMixin):
             return  # its shape comes with the first forward
@@ -171,7 +172,7 @@ def _meta_parameter(param: nn.Parameter) -> nn.Parameter:
 
 def _patched_apply(original):
     def _apply(self, fn, recurse=True):
-        if not _active():
+        if not is_active():
             return original(self, fn, recurse)
 
         def dtype_only(tensor):
@@ -191,7 +192,7 @@ def _patched_apply(original):
 
 def _patched_to_empty(original):
     def to_empty(self, *, device, recurse=True):
-        if not _active():
+        if not is_active():
             return original(self, device=device, recurse=recurse)
         # torch.nn.utils.skip_init ends here. Parameters stay where they are; buffers that were
         # constructed on meta become as real, and as uninitialised, as to_empty promises.
@@ -206,7 +207,7 @@ def _patched_to_empty(original):
 
 def _patched_load_from_state_dict(original):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
-        if _active():
+        if is_active():
             # A value for a meta parameter is checked for its shape and dropped; left real it would
             # warn (copying does nothing) or, with assign=True, take its memory after all.
             skipped = {
@@ -228,7 +229,7 @@ def _patched_parametrization(original):
     """A parametrization decides by values what it keeps (`orthogonal`: its base): it gets some."""
 
     def __init__(self, modules, tensor, unsafe=False):
-        if not (_active() and isinstance(tensor, nn.Parameter) and tensor.is_meta):
+        if not (is_active() and isinstance(tensor, nn.Parameter) and tensor.is_meta):
             original(self, modules, tensor, unsafe)
             return
         modules = list(modules)
@@ -264,7 +265,7 @@ _FILLING = (
 
 def _patched_filling(original):
     def fill(tensor, *args, **kwargs):
-        return tensor if _active() and tensor.is_meta else original(tensor, *args, **kwargs)
+        return tensor if is_active() and tensor.is_meta else original(tensor, *args, **kwargs)
 
     return fill
 
@@ -326,7 +327,7 @@ def _patch_transformers(module: Any) -> None:
 
 def _patched_from_pretrained(original):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        if not _active():
+        if not is_active():
             return original(cls, pretrained_model_name_or_path, *model_args, **kwargs)
         return _construct(cls, pretrained_model_name_or_path, model_args, kwargs)
 
@@ -381,7 +382,7 @@ def _construct(cls, path, model_args: tuple, kwargs: dict):
     for name, value in implementations.items():
         setattr(config, "_" + name, value)
     config.name_or_path = str(path)
-    dtype = _resolve_dtype(who, dtype, config, path)
+    dtype = resolve_dtype(who, dtype, config, path)
     if dtype is not None:
         _record_dtype(config, dtype)
 
@@ -414,8 +415,8 @@ def _construct(cls, path, model_args: tuple, kwargs: dict):
     return model
 
 
-def _resolve_dtype(who: str, dtype, config, path) -> torch.dtype | None:
-    """The dtype to construct in; None for torch's default."""
+def resolve_dtype(who: str, dtype, config, path) -> torch.dtype | None:
+    """The dtype to construct in; None for torch's default. `config` and `path` may be None."""
     if dtype is None and getattr(config, "dtype", None) is None:
         # An explicit dtype=None has overridden what the configuration says; plain transformers
         # would now look into the weight files.
