@@ -4,14 +4,17 @@
 // planes 8: the rows of a tile. Products are then nearly free, and so is the second plane; what is
 // left for the vector units is to make bytes of codes, once for all tokens, and to end groups.
 //
-// One row tile after the other passes by, a single stream of bytes. A step is 64 inputs (groups of
-// 32: 32), and steps overlap, across row tiles as well:
+// A step is 64 inputs of a row tile (groups of 32: 32), and steps overlap, across row tiles as
+// well:
 //   step s      codes of 16 outputs to bytes, 1 KiB per byte plane of the weights, in L1
 //   s - kBehind their product, after the sums of the group before have been stored
-//   one more    sums of a group, stored in the step before, are scaled and added to totals, which
-//               stay in registers
+//   one more    sums of a group, stored in the step before, are scaled and added to totals
 // What is written must have reached L1 before tiles load it, hence the distance. Lines are fetched
 // one at a time, spread over a step: in bursts they cost a tenth of the bandwidth.
+//
+// Groups of 64, where four of them divide the inputs (run_blocks): runs of four groups, whose
+// activations stay in four tiles while the row tiles of a block pass by, and whose totals wait in
+// L1. Others come one row tile after the other, whose totals stay in registers (run_steps).
 #include "cpu/amx/few_outputs.h"
 #include "cpu/amx/paths.h"
 #include "cpu/amx/tiles.h"
@@ -23,9 +26,11 @@ namespace {
 
 constexpr int kRowsMost = 16;
 constexpr int kBehind = 2;
-constexpr int kRing = 4;        // slots for what steps hand on
-constexpr int kScaleRing = 8;   // from the first step to the last
-constexpr int kWriteTiles = 4;  // row tiles whose outputs are written together
+constexpr int kRing = 4;       // slots for what steps hand on
+constexpr int kRun = 4;        // groups whose activations stay in tiles
+constexpr int kAhead = 4;      // runs from the one expanded to the last one fetched
+constexpr int kScaleRing = 8;  // from the first step to the last
+constexpr int kTiles = 4;      // row tiles of a block: their outputs are written together
 constexpr std::int64_t kTileBytes = 1024;
 constexpr std::int64_t kMostSlot = 2048;  // two planes
 
@@ -156,8 +161,7 @@ struct Bytes {
       });
     }
   }
-  // Sums of token t, that of low bytes `low` behind that of high ones, times the activations' step;
-  // the sums of a byte plane of the weights are `plane` apart.
+  // Sums of token t times the activations' step; arguments as in Sums.
   LOWBIT_INLINE static __m512 value(const std::byte* sums, std::int64_t, std::int64_t low,
                                     const std::byte* record, std::int64_t array, int t) {
     static_assert(kPlanes == 2);
@@ -205,7 +209,7 @@ template <>
 struct Bytes<Format::kNf4, 2> : PairBytes<Format::kNf4> {};
 
 std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
-  return 2 * kRing * kMostSlot + kScaleRing * 2 * kUnitBytes + kWriteTiles * kTileBytes;
+  return 2 * kRing * kMostSlot + kScaleRing * 2 * kUnitBytes + kTiles * kTileBytes;
 }
 
 // Outputs of a few row tiles; out of line, because it is rare and would take registers.
@@ -215,6 +219,226 @@ std::int64_t scratch_bytes(const RowBlock&, const Activations&) {
                 [&](std::int64_t t, std::int64_t tile) LOWBIT_LAMBDA {
                   return _mm512_load_ps(totals + (tile - first) * kTileBytes + t * kUnitBytes);
                 });
+}
+
+// Tile kSum = tile kTokens times tile kWeights + tile kSum.
+template <bool kSigned, int kSum, int kTokens, int kWeights>
+LOWBIT_INLINE void multiply() {
+  if constexpr (kSigned) {
+    tile_multiply_int8<kSum, kTokens, kWeights>();
+  } else {
+    tile_multiply_unsigned<kSum, kTokens, kWeights>();
+  }
+}
+
+// Bytes of block kBlock of a step, `block` of its group; fetch(I) before quad I.
+template <int kBlock, Format F, int kPlanes, class Fetch>
+LOWBIT_INLINE void expand(const Bytes<F, kPlanes>& bytes, const std::byte* group,
+                          std::int64_t inputs, std::int64_t block, std::byte* to, Fetch&& fetch) {
+  using Of = Bytes<F, kPlanes>;
+  const auto plane = Of::Codes::plane(group, inputs, block);
+  unroll<4>([&](auto i) LOWBIT_LAMBDA {
+    fetch(std::integral_constant<int, 2 * i>{});
+    __m512i quads[2][Of::kCount];
+    bytes.template quads<i>(group, block, plane, quads);
+    unroll<2>([&](auto q) LOWBIT_LAMBDA {
+      unroll<Of::kCount>([&](auto j) LOWBIT_LAMBDA {
+        _mm512_store_si512(to + j * kTileBytes + kBlock * 512 + (2 * i + q) * 64, quads[q][j]);
+      });
+      if constexpr (q == 0) fetch(std::integral_constant<int, 2 * i + 1>{});
+    });
+  });
+}
+
+// Where the sums of a group are: those of a byte plane of the weights are `plane` apart, those of
+// the low bytes of activations `low` behind those of the high ones.
+struct Sums {
+  const std::byte* at;
+  std::int64_t plane, low;
+};
+
+// Ends a group: its sums times scales and steps, and minima times sums of activations.
+template <Format F, int kPlanes, int kTokens>
+LOWBIT_INLINE void add_group(const Sums& sums, __m512 scale, __m512 minimum,
+                             const std::byte* record, __m512 (&total)[kTokens]) {
+  using Of = Bytes<F, kPlanes>;
+  constexpr std::int64_t kArray = kTokens * 4;
+  const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(-kBias));
+  unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
+    if constexpr (kPlanes == 1) {
+      __m512i sum = _mm512_load_si512(sums.at + t * 64);
+      if constexpr (Of::kExtra == Extra::kStart) {
+        sum = _mm512_add_epi32(sum, broadcast(record + kArray + 4 * t));
+      }
+      sum = _mm512_add_epi32(sum, _mm512_set1_epi32(kBiasBits));
+      const __m512 value = _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, offset);
+      total[t] = _mm512_fmadd_ps(value, broadcast_f32(record + 4 * t), total[t]);
+    } else {
+      total[t] = _mm512_fmadd_ps(Of::value(sums.at, sums.plane, sums.low, record, kArray, t), scale,
+                                 total[t]);
+    }
+    if constexpr (Grouped<F>::kMinimum) {
+      total[t] = _mm512_fmadd_ps(minimum, broadcast_f32(record + kArray + 4 * t), total[t]);
+    }
+  });
+}
+
+// Where things are in a run of four groups of 64 inputs.
+template <Format F>
+struct RunLayout {
+  static constexpr std::int64_t kStepBytes = 2 * Unpack<Grouped<F>::kBits>::kBlockBytes;
+  static constexpr bool kMinimum = Grouped<F>::kMinimum;
+
+  static constexpr std::int64_t codes(int j) {
+    return kMinimum ? j * (kStepBytes + kUnitBytes) : j * kStepBytes + j / 2 * kUnitBytes;
+  }
+  static constexpr std::int64_t scales(int j) {
+    return kMinimum ? codes(j) + kStepBytes
+                    : codes(j / 2 * 2) + 2 * kStepBytes + j % 2 * (kUnitBytes / 2);
+  }
+  static constexpr std::int64_t kBytes = codes(kRun);
+  // Steps ahead that lines are fetched: 2 and 4 KiB, or a little more.
+  static constexpr int kNearSteps = static_cast<int>((2048 + kStepBytes - 1) / kStepBytes);
+  static constexpr int kFarSteps = 2 * kNearSteps;
+  static_assert((kRun - 1 + kFarSteps) / kRun < kAhead);
+};
+
+// A run in the order in which runs pass by: row tiles of a block, runs of a row tile, blocks.
+struct Run {
+  const std::byte* at;
+  std::int64_t tile, first, count;  // row tile; the first of its block, and how many it has
+  std::int64_t run;                 // of the row tile
+};
+
+template <Format F, int kPlanes, int kTokens>
+void run_blocks(const RowBlock& rows, const Activations& a, std::int64_t first_token,
+                std::int64_t tile_begin, std::int64_t tile_end, std::byte* scratch) {
+  using Of = Bytes<F, kPlanes>;
+  using At = RunLayout<F>;
+  constexpr int kCount = Of::kCount;
+  constexpr bool kDirect = F == Format::kSymInt8;  // tiles as they lie
+  constexpr std::int64_t kBlockBytes = Of::Codes::kBlockBytes;
+  constexpr std::int64_t kSlot = kCount * kTileBytes;
+  constexpr int kWeights = 2, kActivations = 4;  // tiles; sums are in the first ones
+  const Of bytes;
+  const Shape<kPlanes> shape(a);
+  const Epilogue epilogue(rows, Of::kScale);
+  const std::int64_t sum_bytes = shape.rows * 64, low = a.m * 64;
+  const std::int64_t runs = shape.groups / kRun;
+  std::byte* const operands = scratch;
+  std::byte* const sums = operands + kRun * kSlot;
+  std::byte* const totals = sums + kRun * kSlot;  // of the row tiles of a block
+
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] =
+        tile >= kWeights && tile < kActivations ? 16 : static_cast<std::uint8_t>(shape.rows);
+  }
+  const TileSession session(config);
+
+  const auto clear = [&] {
+    for (std::int64_t i = 0; i < kTiles * kTileBytes; i += kUnitBytes) {
+      _mm512_store_ps(totals + i, _mm512_setzero_ps());
+    }
+  };
+  clear();
+  const auto enter = [&](std::int64_t first) LOWBIT_LAMBDA {
+    const std::int64_t most = kTiles - first % kTiles;
+    return Run{nullptr, first, first, first + most < tile_end ? most : tile_end - first, 0};
+  };
+  const auto place = [&](Run& run) LOWBIT_LAMBDA {
+    run.at = rows.packed + run.tile * rows.layout.tile_bytes + run.run * At::kBytes;
+  };
+  const auto advance = [&](Run& run) LOWBIT_LAMBDA {
+    if (++run.tile == run.first + run.count) {
+      run.tile = run.first;
+      if (++run.run == runs) run = enter(run.first + run.count);
+    }
+    place(run);
+  };
+  Run ahead[kAhead];  // what is expanded, and what lines are fetched of
+  ahead[0] = enter(tile_begin);
+  place(ahead[0]);
+  unroll<kAhead - 1>([&](auto i) LOWBIT_LAMBDA {
+    ahead[i + 1] = ahead[i];
+    advance(ahead[i + 1]);
+  });
+  Run before = ahead[0];  // what is added up
+  bool any = false;       // there is one
+  for (std::int64_t left = (tile_end - tile_begin) * runs; left >= 0; --left) {
+    const Run& now = ahead[0];
+    const bool more = left > 0;
+    const std::byte* const old_records = a.data + before.run * kRun * shape.record;
+    const std::byte* const records = a.data + now.run * kRun * shape.record;
+    std::byte* const sum = totals + (before.tile - before.first) * kTileBytes;
+    __m512 total[kTokens];
+    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { total[t] = _mm512_load_ps(sum + t * kUnitBytes); });
+    unroll<kRun>([&](auto j) LOWBIT_LAMBDA {
+      constexpr int kStored = (j + kRun - kBehind - 1) % kRun;
+      constexpr int kMultiplied = (j + kRun - kBehind) % kRun;
+      if (j > kBehind ? more : any) {
+        std::byte* to = sums + kStored * kSlot;
+        unroll<kCount>([&](auto i) LOWBIT_LAMBDA { tile_store<i>(to + i * sum_bytes, 64); });
+      }
+      if (j >= kBehind ? more : any) {
+        const Run& of = j >= kBehind ? now : before;
+        constexpr int kTile = kActivations + kMultiplied;
+        if (of.tile == of.first) {
+          const std::byte* record =
+              (j >= kBehind ? records : old_records) + kMultiplied * shape.record;
+          tile_load<kTile>(record + shape.head, 64);
+        }
+        const std::byte* operand =
+            kDirect ? of.at + At::codes(kMultiplied) : operands + kMultiplied * kSlot;
+        unroll<kCount>([&](auto i) LOWBIT_LAMBDA {
+          constexpr int kOperand = kWeights + i;
+          tile_zero<i>();
+          tile_load<kOperand>(operand + i * kTileBytes, 64);
+          multiply<Of::is_signed(i), i, kTile, kOperand>();
+        });
+      }
+      if (more) {
+        constexpr int kNearStep = j + At::kNearSteps, kFarStep = j + At::kFarSteps;
+        const std::byte* near = ahead[kNearStep / kRun].at;
+        const std::byte* far = ahead[kFarStep / kRun].at;
+        constexpr std::int64_t kNearAt = At::codes(kNearStep % kRun);
+        constexpr std::int64_t kFarAt = At::codes(kFarStep % kRun);
+        unroll<2>([&](auto block) LOWBIT_LAMBDA {
+          const auto fetch = [&](auto i) LOWBIT_LAMBDA {
+            prefetch_quad_here<i, kBlockBytes, kFarAt + block * kBlockBytes,
+                               kNearAt + block * kBlockBytes>(far, near);
+          };
+          if constexpr (kDirect) {
+            unroll<8>(fetch);
+          } else {
+            expand<block>(bytes, now.at + At::codes(j), 64, block, operands + j * kSlot, fetch);
+          }
+        });
+        // The line of scales.
+        if constexpr (At::kMinimum || j % 2 == 1) {
+          prefetch_quad_here<0, 512, kFarAt + At::kStepBytes, kNearAt + At::kStepBytes>(far, near);
+        }
+      }
+      if (any) {
+        const std::byte* scales = before.at + At::scales(j);
+        const __m512 minimum =
+            At::kMinimum ? load_halves(scales + kUnitBytes / 2) : _mm512_setzero_ps();
+        add_group<F, kPlanes>({sums + j * kSlot, sum_bytes, low}, load_halves(scales), minimum,
+                              old_records + j * shape.record, total);
+      }
+    });
+    unroll<kTokens>([&](auto t) LOWBIT_LAMBDA { _mm512_store_ps(sum + t * kUnitBytes, total[t]); });
+    if (any && before.run == runs - 1 && before.tile == before.first + before.count - 1) {
+      write(epilogue, first_token, a.m, before.first, before.count, totals);
+      clear();
+    }
+    before = ahead[0];
+    any = true;
+    unroll<kAhead - 1>([&](auto i) LOWBIT_LAMBDA { ahead[i] = ahead[i + 1]; });
+    advance(ahead[kAhead - 1]);
+  }
+  _mm_sfence();  // outputs that went past the caches, before anybody is told
 }
 
 template <Format F, int kPlanes, int kTokens, bool kPlain>
@@ -281,11 +505,7 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
       unroll<kCount>([&](auto i) LOWBIT_LAMBDA {
         if (kPlain || multiplied_part == 0) tile_zero<i>();
         tile_load<4 + i>(operand + i * kTileBytes, 64);
-        if constexpr (Of::is_signed(i)) {
-          tile_multiply_int8<i, 3, 4 + i>();
-        } else {
-          tile_multiply_unsigned<i, 3, 4 + i>();
-        }
+        multiply<Of::is_signed(i), i, 3, 4 + i>();
       });
       if (kPlain || ++multiplied_part == shape.parts) {
         multiplied_part = 0;
@@ -296,24 +516,12 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
     }
     if (s < steps) {
       std::byte* to = operands + s % kRing * kSlot;
-      const auto expand = [&](const std::byte* group, std::int64_t inputs, std::int64_t first,
-                              int blocks) LOWBIT_LAMBDA {
+      const auto blocks_of = [&](const std::byte* group, std::int64_t inputs, std::int64_t first,
+                                 int blocks) LOWBIT_LAMBDA {
         const auto block = [&](auto second) LOWBIT_LAMBDA {
-          const auto plane = Codes::plane(group, inputs, first + second);
-          unroll<4>([&](auto i) LOWBIT_LAMBDA {
-            const std::byte* lines = group + (first + second) * Codes::kBlockBytes;
-            prefetch_quad_here<2 * i, Codes::kBlockBytes>(lines);
-            __m512i quads[2][kCount];
-            bytes.template quads<i>(group, first + second, plane, quads);
-            unroll<2>([&](auto q) LOWBIT_LAMBDA {
-              unroll<kCount>([&](auto j) LOWBIT_LAMBDA {
-                _mm512_store_si512(to + j * kTileBytes + second * 512 + (2 * i + q) * 64,
-                                   quads[q][j]);
-              });
-              if constexpr (q == 0) {
-                prefetch_quad_here<2 * i + 1, Codes::kBlockBytes>(lines);
-              }
-            });
+          const std::byte* lines = group + (first + second) * Codes::kBlockBytes;
+          expand<second>(bytes, group, inputs, first + second, to, [&](auto i) LOWBIT_LAMBDA {
+            prefetch_quad_here<i, Codes::kBlockBytes>(lines);
           });
         };
         if constexpr (kDirect) {
@@ -336,7 +544,7 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
         if constexpr (kMinimum) _mm512_store_ps(keep + kUnitBytes, load_halves(at + 32));
       };
       if (kPlain && g + 2 < shape.groups) {
-        expand(codes, 64, 0, 2);
+        blocks_of(codes, 64, 0, 2);
         if constexpr (kMinimum) {
           keep_scales(codes + kStepBytes);
           codes += kStepBytes + kUnitBytes;
@@ -347,8 +555,8 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
         ++g;
       } else {
         const std::int64_t inputs = walk.inputs(g), left = inputs / kInputBlock - part * 2;
-        expand(row_tile + walk.codes(g), inputs, part * 2,
-               static_cast<int>(shape.depth == 32 || left < 2 ? (left > 0 ? 1 : 0) : 2));
+        blocks_of(row_tile + walk.codes(g), inputs, part * 2,
+                  static_cast<int>(shape.depth == 32 || left < 2 ? (left > 0 ? 1 : 0) : 2));
         if (part == 0) keep_scales(row_tile + walk.scales(g));
         if (kPlain || ++part == shape.parts) {
           part = 0;
@@ -363,27 +571,8 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
     if (added < ready) {
       const std::byte* at = sums + added % kRing * kSlot;
       const std::byte* step = scales + added % kScaleRing * (2 * kUnitBytes);
-      const __m512 scale = _mm512_load_ps(step);
-      const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(-kBias));
-      unroll<kTokens>([&](auto t) LOWBIT_LAMBDA {
-        constexpr std::int64_t kArray = kTokens * 4;
-        if constexpr (kPlanes == 1) {
-          __m512i sum = _mm512_load_si512(at + t * 64);
-          if constexpr (Of::kExtra == Extra::kStart) {
-            sum = _mm512_add_epi32(sum, broadcast(adding + kArray + 4 * t));
-          }
-          sum = _mm512_add_epi32(sum, _mm512_set1_epi32(kBiasBits));
-          const __m512 value = _mm512_fmadd_ps(_mm512_castsi512_ps(sum), scale, offset);
-          total[t] = _mm512_fmadd_ps(value, broadcast_f32(adding + 4 * t), total[t]);
-        } else {
-          total[t] =
-              _mm512_fmadd_ps(Of::value(at, sum_bytes, low, adding, kArray, t), scale, total[t]);
-        }
-        if constexpr (kMinimum) {
-          total[t] = _mm512_fmadd_ps(_mm512_load_ps(step + kUnitBytes),
-                                     broadcast_f32(adding + kArray + 4 * t), total[t]);
-        }
-      });
+      add_group<F, kPlanes>({at, sum_bytes, low}, _mm512_load_ps(step),
+                            _mm512_load_ps(step + kUnitBytes), adding, total);
       ++added;
       adding += shape.record;
       if (adding == records_end) {
@@ -393,7 +582,7 @@ void run_steps(const RowBlock& rows, const Activations& a, std::int64_t first_to
           _mm512_store_ps(sum + t * kUnitBytes, total[t]);
           total[t] = _mm512_setzero_ps();
         });
-        if (++tile % kWriteTiles == 0 || tile == tile_end) {
+        if (++tile % kTiles == 0 || tile == tile_end) {
           write(epilogue, first_token, a.m, unwritten, tile - unwritten, totals);
           unwritten = tile;
         }
@@ -408,7 +597,9 @@ void run(const RowBlock& rows, const Activations& a, std::int64_t first_token,
          std::int64_t tile_begin, std::int64_t tile_end, std::int64_t, std::int64_t, std::int64_t,
          std::byte* scratch) {
   const auto go = [&](auto tokens) {
-    if (a.group == 64) {
+    if (a.group == 64 && a.k_padded % (kRun * 64) == 0) {
+      run_blocks<F, kPlanes, tokens>(rows, a, first_token, tile_begin, tile_end, scratch);
+    } else if (a.group == 64) {
       run_steps<F, kPlanes, tokens, true>(rows, a, first_token, tile_begin, tile_end, scratch);
     } else {
       run_steps<F, kPlanes, tokens, false>(rows, a, first_token, tile_begin, tile_end, scratch);

@@ -24,17 +24,22 @@ constexpr std::int64_t kNear = 2048;  // from the second level to the first
 }
 
 // Quad I's share of the lines of a block of 32 inputs, kept where it stands: the compiler would
-// gather the fetches of a block, and a burst of them fills the buffers of the first level.
-template <int I, std::int64_t kBlockBytes>
-[[gnu::always_inline]] inline void prefetch_quad_here(const std::byte* block) {
+// gather the fetches of a block, and a burst of them fills the buffers of the first level. To the
+// second level the lines of a block kFarAt behind `far`, to the first one kNearAt behind `near`.
+template <int I, std::int64_t kBlockBytes, std::int64_t kFarAt = kFar, std::int64_t kNearAt = kNear>
+[[gnu::always_inline]] inline void prefetch_quad_here(const std::byte* far, const std::byte* near) {
   constexpr int kLines = static_cast<int>(kBlockBytes / 64);
   static_assert(kLines <= 8);
   constexpr int kFirst = I * kLines / 8;
   if constexpr ((I + 1) * kLines / 8 > kFirst) {
-    __asm__ volatile("prefetcht1 %c1(%0)\n\tprefetcht0 %c2(%0)" ::"r"(block),
-                     "i"(kFar + kFirst * 64), "i"(kNear + kFirst * 64)
+    __asm__ volatile("prefetcht1 %c2(%0)\n\tprefetcht0 %c3(%1)" ::"r"(far), "r"(near),
+                     "i"(kFarAt + kFirst * 64), "i"(kNearAt + kFirst * 64)
                      : "memory");
   }
+}
+template <int I, std::int64_t kBlockBytes>
+[[gnu::always_inline]] inline void prefetch_quad_here(const std::byte* block) {
+  prefetch_quad_here<I, kBlockBytes>(block, block);
 }
 
 }  // namespace

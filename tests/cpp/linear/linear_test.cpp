@@ -176,6 +176,40 @@ TEST_P(Linear, LargeShapes) {
   }
 }
 
+// Few tokens and inputs that are a multiple of four groups of 64, padded or not: kernels that take
+// such runs of groups for several row tiles in turn, the last of which are fewer. The same bits
+// from any number of threads, whose shares begin anywhere.
+TEST_P(Linear, RunsOfGroups) {
+  std::mt19937_64 rng(10);
+  const std::int64_t rows[] = {1, 16, 60, 16 * 9 + 5};
+  for (const FormatInfo& info : formats()) {
+    if (!info.grouped()) continue;
+    for (std::int64_t m : {1, 2, 3, 4, 5, 8, 9, 12, 13, 16}) {
+      const std::int64_t n = rows[rng() % 4];
+      const std::int64_t k = 256 * (1 + static_cast<std::int64_t>(rng() % 3)) -
+                             static_cast<std::int64_t>(rng() % 2 * (rng() % 32));
+      const Weights w = random_weights(info.format, n, k, 64, rng);
+      Floats2d x(kDTypes[rng() % 3], m, k, static_cast<std::int64_t>(rng() % 3));
+      x.fill_normal(rng);
+      Floats2d bias(DType::kFloat32, 1, n);
+      bias.fill_normal(rng);
+      for (Precision precision : {Precision::kFp32, Precision::kInt8}) {
+        const DType dtype = kDTypes[rng() % 3];
+        const auto stride = static_cast<std::int64_t>(rng() % 2);
+        Floats2d one(dtype, m, n, stride);
+        linear(linear_args(x, w, &bias, one, precision));
+        expect_within_bound(x, w, &bias, one, precision);
+        for (int threads : {2, 3, 7}) {
+          Floats2d many(dtype, m, n, stride);
+          linear(linear_args(x, w, &bias, many, precision), SpawnThreads(threads));
+          EXPECT_EQ(one.bytes, many.bytes) << info.name << " m " << m << " n " << n << " k " << k;
+        }
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
 // More activations than the second-level cache is counted on to hold.
 TEST_P(Linear, ManyTokensAndInputs) {
   if (GetParam() == "scalar") {
