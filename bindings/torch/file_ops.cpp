@@ -82,12 +82,14 @@ struct Saves {
     return it->second;
   }
   std::shared_ptr<SaveWriter> take(std::int64_t handle) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto it = writers.find(handle);
-    check(it != writers.end(), ErrorCode::kValue, "save: no save has the handle ", handle);
-    std::shared_ptr<SaveWriter> writer = std::move(it->second);
-    writers.erase(it);
+    std::shared_ptr<SaveWriter> writer = take_if_any(handle);
+    check(writer != nullptr, ErrorCode::kValue, "save: no save has the handle ", handle);
     return writer;
+  }
+  std::shared_ptr<SaveWriter> take_if_any(std::int64_t handle) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto node = writers.extract(handle);
+    return node.empty() ? nullptr : node.mapped();
   }
 };
 
@@ -146,13 +148,7 @@ std::string file_save_commit(std::int64_t handle) {
 
 // A save that has not begun, or is finished, is none.
 void file_save_abort(std::int64_t handle) {
-  std::shared_ptr<SaveWriter> writer;
-  const std::lock_guard<std::mutex> lock(saves().mutex);
-  const auto it = saves().writers.find(handle);
-  if (it != saves().writers.end()) {
-    writer = std::move(it->second);
-    saves().writers.erase(it);
-  }
+  saves().take_if_any(handle);
 }
 
 }  // namespace

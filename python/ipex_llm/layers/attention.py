@@ -24,28 +24,7 @@ class MultiheadAttentionForward:
         average_attn_weights=True,
         is_causal=False,
     ):
-        served = (
-            all(isinstance(w, LowBitTensor) for w in self._projections())
-            and isinstance(self.out_proj.weight, LowBitTensor)
-            and self.bias_k is None
-            and not self.add_zero_attn
-            and not torch.compiler.is_exporting()
-            and not query.is_nested
-            and query.dim() in (2, 3)
-        )
-        if not served:
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
-            )
-        return _attend(
-            self,
+        arguments = (
             query,
             key,
             value,
@@ -55,6 +34,16 @@ class MultiheadAttentionForward:
             average_attn_weights,
             is_causal,
         )
+        served = (
+            all(isinstance(w, LowBitTensor) for w in self._projections())
+            and isinstance(self.out_proj.weight, LowBitTensor)
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not torch.compiler.is_exporting()
+            and not query.is_nested
+            and query.dim() in (2, 3)
+        )
+        return _attend(self, *arguments) if served else super().forward(*arguments)
 
     def _projections(self):
         if self._qkv_same_embed_dim:

@@ -289,14 +289,8 @@ struct RunLayout {
   static constexpr std::int64_t kStepBytes = 2 * Unpack<Grouped<F>::kBits>::kBlockBytes;
   static constexpr bool kMinimum = Grouped<F>::kMinimum;
 
-  static constexpr std::int64_t codes(int j) {
-    return kMinimum ? j * (kStepBytes + kUnitBytes) : j * kStepBytes + j / 2 * kUnitBytes;
-  }
-  static constexpr std::int64_t scales(int j) {
-    return kMinimum ? codes(j) + kStepBytes
-                    : codes(j / 2 * 2) + 2 * kStepBytes + j % 2 * (kUnitBytes / 2);
-  }
-  static constexpr std::int64_t kBytes = codes(kRun);
+  static constexpr GroupWalk<kMinimum> kWalk{kStepBytes, kRun, 64};
+  static constexpr std::int64_t kBytes = kWalk.codes(kRun);
   // Steps ahead that lines are fetched: 2 and 4 KiB, or a little more.
   static constexpr int kNearSteps = static_cast<int>((2048 + kStepBytes - 1) / kStepBytes);
   static constexpr int kFarSteps = 2 * kNearSteps;
@@ -390,7 +384,7 @@ void run_blocks(const RowBlock& rows, const Activations& a, std::int64_t first_t
           tile_load<kTile>(record + shape.head, 64);
         }
         const std::byte* operand =
-            kDirect ? of.at + At::codes(kMultiplied) : operands + kMultiplied * kSlot;
+            kDirect ? of.at + At::kWalk.codes(kMultiplied) : operands + kMultiplied * kSlot;
         unroll<kCount>([&](auto i) LOWBIT_LAMBDA {
           constexpr int kOperand = kWeights + i;
           tile_zero<i>();
@@ -402,8 +396,8 @@ void run_blocks(const RowBlock& rows, const Activations& a, std::int64_t first_t
         constexpr int kNearStep = j + At::kNearSteps, kFarStep = j + At::kFarSteps;
         const std::byte* near = ahead[kNearStep / kRun].at;
         const std::byte* far = ahead[kFarStep / kRun].at;
-        constexpr std::int64_t kNearAt = At::codes(kNearStep % kRun);
-        constexpr std::int64_t kFarAt = At::codes(kFarStep % kRun);
+        constexpr std::int64_t kNearAt = At::kWalk.codes(kNearStep % kRun);
+        constexpr std::int64_t kFarAt = At::kWalk.codes(kFarStep % kRun);
         unroll<2>([&](auto block) LOWBIT_LAMBDA {
           const auto fetch = [&](auto i) LOWBIT_LAMBDA {
             prefetch_quad_here<i, kBlockBytes, kFarAt + block * kBlockBytes,
@@ -412,16 +406,17 @@ void run_blocks(const RowBlock& rows, const Activations& a, std::int64_t first_t
           if constexpr (kDirect) {
             unroll<8>(fetch);
           } else {
-            expand<block>(bytes, now.at + At::codes(j), 64, block, operands + j * kSlot, fetch);
+            expand<block>(bytes, now.at + At::kWalk.codes(j), 64, block, operands + j * kSlot,
+                          fetch);
           }
         });
         // The line of scales.
         if constexpr (At::kMinimum || j % 2 == 1) {
-          prefetch_quad_here<0, 512, kFarAt + At::kStepBytes, kNearAt + At::kStepBytes>(far, near);
+          prefetch_line_here<kFarAt + At::kStepBytes, kNearAt + At::kStepBytes>(far, near);
         }
       }
       if (any) {
-        const std::byte* scales = before.at + At::scales(j);
+        const std::byte* scales = before.at + At::kWalk.scales(j);
         const __m512 minimum =
             At::kMinimum ? load_halves(scales + kUnitBytes / 2) : _mm512_setzero_ps();
         add_group<F, kPlanes>({sums + j * kSlot, sum_bytes, low}, load_halves(scales), minimum,
@@ -606,7 +601,6 @@ void run(const RowBlock& rows, const Activations& a, std::int64_t first_token,
     }
   };
   if constexpr (kPlanes == 2) {
-    if (a.m == 1) return go(std::integral_constant<int, 1>{});
     if (a.m == 2) return go(std::integral_constant<int, 2>{});
   }
   if (a.m <= 4) return go(std::integral_constant<int, 4>{});

@@ -23,18 +23,25 @@ constexpr std::int64_t kNear = 2048;  // from the second level to the first
   _mm_prefetch(reinterpret_cast<const char*>(p + kNear), _MM_HINT_T0);
 }
 
-// Quad I's share of the lines of a block of 32 inputs, kept where it stands: the compiler would
-// gather the fetches of a block, and a burst of them fills the buffers of the first level. To the
-// second level the lines of a block kFarAt behind `far`, to the first one kNearAt behind `near`.
+// The line kFarAt behind `far` to the second level, that kNearAt behind `near` to the first, kept
+// where it stands: the compiler would gather fetches, and a burst of them fills the buffers of the
+// first level.
+template <std::int64_t kFarAt, std::int64_t kNearAt>
+[[gnu::always_inline]] inline void prefetch_line_here(const std::byte* far, const std::byte* near) {
+  __asm__ volatile("prefetcht1 %c2(%0)\n\tprefetcht0 %c3(%1)" ::"r"(far), "r"(near), "i"(kFarAt),
+                   "i"(kNearAt)
+                   : "memory");
+}
+
+// Quad I's share of the lines of a block of 32 inputs: to the second level those of the block
+// kFarAt behind `far`, to the first of that kNearAt behind `near`.
 template <int I, std::int64_t kBlockBytes, std::int64_t kFarAt = kFar, std::int64_t kNearAt = kNear>
 [[gnu::always_inline]] inline void prefetch_quad_here(const std::byte* far, const std::byte* near) {
   constexpr int kLines = static_cast<int>(kBlockBytes / 64);
   static_assert(kLines <= 8);
   constexpr int kFirst = I * kLines / 8;
   if constexpr ((I + 1) * kLines / 8 > kFirst) {
-    __asm__ volatile("prefetcht1 %c2(%0)\n\tprefetcht0 %c3(%1)" ::"r"(far), "r"(near),
-                     "i"(kFarAt + kFirst * 64), "i"(kNearAt + kFirst * 64)
-                     : "memory");
+    prefetch_line_here<kFarAt + kFirst * 64, kNearAt + kFirst * 64>(far, near);
   }
 }
 template <int I, std::int64_t kBlockBytes>
