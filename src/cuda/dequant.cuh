@@ -81,6 +81,13 @@ inline std::uint32_t zero_pair_of(Format format, bool bf16) {
   return negative << 16 | negative;
 }
 
+// What decoding needs beside the codes.
+struct Decoding {
+  std::uint32_t zero_pair;
+  const std::uint8_t* table;  // of pairs
+  std::uint32_t lane_entry;   // the lane's copy in it, as a byte offset
+};
+
 // A lane's codes of one 16 x 64 block.
 template <Kind kKind>
 struct LaneCodes {
@@ -114,24 +121,26 @@ struct LaneCodes {
     }
   }
 
-  // Pair `c` as two floats. c is a compile-time constant after unrolling. `table` includes the
-  // lane's own offset.
-  template <bool kBf16>
-  __device__ __forceinline__ std::uint32_t pair(int c, std::uint32_t zero_pair,
-                                                const std::uint8_t* table) const {
+  // Pair `c` as two floats. c is a compile-time constant after unrolling. kShifted, of integers up
+  // to 5 bits: 128 + code (fp16: 1024 + code).
+  template <bool kBf16, bool kShifted = false>
+  __device__ __forceinline__ std::uint32_t pair(int c, const Decoding& how) const {
     const int step = c / 4;
     const int i = c % 4;
+    const std::uint32_t zero_pair = how.zero_pair;
     if constexpr (kKind == Kind::kInt4 || kKind == Kind::kInt5) {
+      const std::uint32_t word = words[step] >> (4 * i);
       std::uint32_t bits;
       if constexpr (kBf16) {
-        bits = and_or<0x000f000f, 0x43004300>(words[step] >> (4 * i));
+        bits = and_or<0x000f000f, 0x43004300>(word);
       } else {
-        bits = and_or<0x000f000f, 0x64006400>(words[step] >> (4 * i));
+        bits = and_or<0x000f000f, 0x64006400>(word);
       }
       if constexpr (kKind == Kind::kInt5) {
         const std::uint32_t top = c < 4 ? plane << (4 - c) : plane >> (c - 4);
         bits |= top & 0x00100010;
       }
+      if constexpr (kShifted) return bits;
       return fma_pair<kBf16>(bits, kBf16 ? 0x3f803f80u : 0x3c003c00u, zero_pair);
     } else if constexpr (kKind == Kind::kInt8) {
       const std::uint32_t word = words[2 * step + i / 2];
@@ -160,9 +169,8 @@ struct LaneCodes {
         return fma_pair<false>(bits, 0x5c005c00u, 0x80008000u);  // 2^8
       }
     } else if constexpr (kKind == Kind::kLut4) {
-      const std::uint32_t word = words[step];
-      const std::uint32_t at = (i == 0 ? word << 7 : word >> (8 * i - 7)) & 0x7f80;
-      return *reinterpret_cast<const std::uint32_t*>(table + at);
+      const std::uint32_t word = i == 0 ? words[step] << 7 : words[step] >> (8 * i - 7);
+      return entry(how, and_or_with<0x7f80>(word, how.lane_entry));
     } else {
       std::uint32_t at;
       if (c == 15) {
@@ -170,18 +178,22 @@ struct LaneCodes {
       } else {
         const int shift = 6 * (c % 5) - 7;
         const std::uint32_t word = words[c / 5];
-        at = (shift < 0 ? word << -shift : word >> shift) & 0x1f80;
+        at = shift < 0 ? word << -shift : word >> shift;
       }
-      return *reinterpret_cast<const std::uint32_t*>(table + at);
+      return entry(how, and_or_with<0x1f80>(at, how.lane_entry));
     }
   }
 
+  static __device__ __forceinline__ std::uint32_t entry(const Decoding& how, std::uint32_t at) {
+    return *reinterpret_cast<const std::uint32_t*>(how.table + at);
+  }
+
   // The A operand of k-step `step`.
-  template <bool kBf16>
-  __device__ __forceinline__ void operand(std::uint32_t (&a)[4], int step, std::uint32_t zero_pair,
-                                          const std::uint8_t* table) const {
+  template <bool kBf16, bool kShifted = false>
+  __device__ __forceinline__ void operand(std::uint32_t (&a)[4], int step,
+                                          const Decoding& how) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = pair<kBf16>(4 * step + i, zero_pair, table);
+    for (int i = 0; i < 4; ++i) a[i] = pair<kBf16, kShifted>(4 * step + i, how);
   }
 };
 

@@ -103,6 +103,14 @@ __device__ __forceinline__ std::uint32_t and_or(std::uint32_t a) {
   return d;
 }
 
+// (a & mask) | b
+template <std::uint32_t kMask>
+__device__ __forceinline__ std::uint32_t and_or_with(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "n"(kMask), "r"(b));
+  return d;
+}
+
 // ---- barriers in shared memory that count bytes as well as arrivals (sm_90)
 
 __device__ __forceinline__ void barrier_init(std::uint32_t barrier, int arrivals) {

@@ -104,8 +104,16 @@ LOWBIT_HD constexpr int qmm_end_bytes(Kind kind, int tokens, int groups) {
   const int out = tokens >= 128 ? tokens * qmm_out_bytes(groups) : 0;
   return sums > out ? sums : out;
 }
-LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, int tokens, int groups) {
-  return 1024 + table_bytes(kind) + qmm_end_bytes(kind, tokens, groups) + 256;
+// Sums of the activations of a stage's blocks, for minima: per warpgroup, of two stages.
+LOWBIT_HD constexpr int qmm_sums_bytes(Kind kind, Scales scales, int tokens, int groups) {
+  return scales == Scales::kMinima && tokens <= 32
+             ? groups * qmm_turns(kind, tokens, groups) *
+                   (2 * qmm_stage_blocks(kind, tokens) * tokens * 4)
+             : 0;
+}
+LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, Scales scales, int tokens, int groups) {
+  return 1024 + table_bytes(kind) + qmm_end_bytes(kind, tokens, groups) +
+         qmm_sums_bytes(kind, scales, tokens, groups) + 256;
 }
 LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens, int groups) {
   return (is_raw(kind) ? 1 : qmm_stage_blocks(kind, tokens)) * tokens * 128 +
@@ -115,14 +123,14 @@ LOWBIT_HD constexpr int qmm_stage_bytes(Kind kind, Scales scales, int tokens, in
 }
 // Stages of the ring; a multiple of the turns, so that a slot always belongs to the same one.
 LOWBIT_HD constexpr int qmm_ring(Kind kind, Scales scales, int tokens, int groups) {
-  const int stages = (227 * 1024 - qmm_fixed_bytes(kind, tokens, groups)) /
+  const int stages = (227 * 1024 - qmm_fixed_bytes(kind, scales, tokens, groups)) /
                      qmm_stage_bytes(kind, scales, tokens, groups);
   const int turns = qmm_turns(kind, tokens, groups);
   const int most = turns == 1 ? 8 : 16;  // barriers for 16 have room
   return (stages > most ? most : stages) / turns * turns;
 }
 LOWBIT_HD constexpr int qmm_shared_bytes(Kind kind, Scales scales, int tokens, int groups) {
-  return qmm_fixed_bytes(kind, tokens, groups) +
+  return qmm_fixed_bytes(kind, scales, tokens, groups) +
          qmm_ring(kind, scales, tokens, groups) * qmm_stage_bytes(kind, scales, tokens, groups);
 }
 
@@ -207,8 +215,8 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   constexpr int kRunBytes = qmm_run_bytes(kGroups);
   constexpr bool kGrouped = !has_row_scale(kKind);
   constexpr bool kScaleSums = kGrouped && ((kScales == Scales::kPlain && kTokens <= 64) ||
-                                           (kScales == Scales::kMinima && kTokens <= 16));
-  constexpr bool kOnes = kScaleSums && kScales == Scales::kMinima;
+                                           (kScales == Scales::kMinima && kTokens <= 32));
+  constexpr bool kSumsX = kScaleSums && kScales == Scales::kMinima;
   static_assert(kRing >= 3 && kRing >= 2 * kTurns, "too few stages");
 
   extern __shared__ __align__(1024) std::uint8_t smem_raw[];
@@ -218,7 +226,9 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   std::uint8_t* const scales_ring = codes_ring + kRing * kCodeBytes;
   std::uint8_t* const table_base = scales_ring + kRing * kScaleBytes;
   std::uint8_t* const end_base = table_base + table_bytes(kKind);  // the turns' sums, or flips
-  const std::uint32_t barriers = shared_address(end_base) + qmm_end_bytes(kKind, kTokens, kGroups);
+  std::uint8_t* const x_sums_base = end_base + qmm_end_bytes(kKind, kTokens, kGroups);
+  const std::uint32_t barriers =
+      shared_address(x_sums_base) + qmm_sums_bytes(kKind, kScales, kTokens, kGroups);
   const auto full = [&](int slot) { return barriers + slot * 8; };
   const auto empty = [&](int slot) { return barriers + (kRing + slot) * 8; };
 
@@ -358,7 +368,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / kLanes, 0);  // uniform to the compiler
   const int tile = warp % kTiles;  // past p.tiles: nothing of use, and dropped
   const int turn = kTurns == 1 ? 0 : warp / kTiles;
-  const std::uint8_t* const table = table_base + lane * 4;
+  const Decoding how{p.zero_pair, table_base, static_cast<std::uint32_t>(lane * 4)};
   const std::uint8_t* const my_codes = codes_ring + tile * (kBlocks * kBlockBytes);
   const std::uint8_t* const my_scales =
       scales_ring + tile * p.scale_bytes +
@@ -392,11 +402,43 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
     if constexpr (kScaleSums) {
       // A block's products go to `sums`, and while they are made the next block is dequantized from
       // codes that were loaded before: what a warp waits for is under way.
-      float sums[kTokens / 2], ones_sums[kOnes ? kTokens / 2 : 1];
+      float sums[kTokens / 2];
       std::uint32_t a[kBlocks][4][4] = {};
       LaneCodes<kKind> codes[kBlocks];
       float2 scale[kBlocks] = {}, minimum[kBlocks] = {};
       __half2 next_scale[kBlocks] = {}, next_minimum[kBlocks] = {};
+      // Minima are multiplied by sums of the activations. Each warp of the warpgroup sums 8 tokens
+      // of a block at a time, by multiplying them with ones, for all four of them; the other half
+      // of the room belongs to the stage before.
+      constexpr int kRoom = kBlocks * kTokens;
+      const int group = tile / 4 + kGroups * turn;
+      float* const x_sums = reinterpret_cast<float*>(x_sums_base) + group * (2 * kRoom);
+      int room = 0;
+      const auto sum_activations = [&] {
+#pragma unroll
+        for (int i = 0; i < kBlocks * kRuns; i += 4) {
+          const int item = i + tile % 4;
+          if (kBlocks * kRuns >= 4 || item < kBlocks * kRuns) {
+            const int s = item / kRuns, run = item % kRuns;
+            const std::uint32_t from =
+                acts_at + slot * kActBytes + s * (kTokens * 128) + run * 1024 + lane % 8 * 128;
+            constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
+            constexpr std::uint32_t kOneRows[4] = {kOne, kOne, kOne, kOne};
+            float sum[4] = {};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              std::uint32_t b[4];
+              ldmatrix_x4(b, from + ((half * 4 + lane / 8 ^ lane % 8) << 4));
+              mma_m16n8k16<kBf16>(sum, kOneRows, b[0], b[1]);
+              mma_m16n8k16<kBf16>(sum, kOneRows, b[2], b[3]);
+            }
+            if (lane < 4) {
+              reinterpret_cast<float2*>(x_sums + room + item * 8)[lane] =
+                  make_float2(sum[0], sum[1]);
+            }
+          }
+        }
+      };
       // The stage at `slot`, once it is there.
       const auto load = [&] {
         barrier_wait(full(slot), parity);
@@ -406,41 +448,42 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
           const auto* scales = reinterpret_cast<const __half2*>(my_scales + slot * kScaleBytes +
                                                                 s * p.block_scale_step);
           next_scale[s] = scales[0];
-          if constexpr (kOnes) next_minimum[s] = scales[1];
+          if constexpr (kSumsX) next_minimum[s] = scales[1];
         }
+        if constexpr (kSumsX) sum_activations();
       };
       const auto dequantize = [&](auto place) {
         constexpr int s = decltype(place)::value;
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          codes[s].template operand<kBf16>(a[s][j], j, p.zero_pair, table);
+        for (int j = 0; j < 4; ++j) codes[s].template operand<kBf16>(a[s][j], j, how);
         scale[s] = __half22float2(next_scale[s]);
-        if constexpr (kOnes) minimum[s] = __half22float2(next_minimum[s]);
+        if constexpr (kSumsX) minimum[s] = __half22float2(next_minimum[s]);
       };
       const auto multiply = [&](std::uint64_t b, auto place) {
         constexpr int s = decltype(place)::value;
         wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          Wgmma<kBf16, kTokens>::run(sums, a[s][j], b + 2 * j, j > 0);
-          if constexpr (kOnes) {
-            constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
-            const std::uint32_t ones[4] = {kOne, kOne, kOne, kOne};
-            Wgmma<kBf16, kTokens>::run(ones_sums, ones, b + 2 * j, j > 0);
-          }
-        }
+        for (int j = 0; j < 4; ++j) Wgmma<kBf16, kTokens>::run(sums, a[s][j], b + 2 * j, j > 0);
         wgmma_commit();
       };
-      const auto fold = [&](auto place) {
+      const auto fold = [&](auto place, int from) {
         constexpr int s = decltype(place)::value;
+        float2 x[kSumsX ? kRuns : 1];
+        if constexpr (kSumsX) {
+#pragma unroll
+          for (int run = 0; run < kRuns; ++run) {
+            x[run] =
+                reinterpret_cast<const float2*>(x_sums + from + s * kTokens + run * 8)[lane % 4];
+          }
+        }
         wgmma_wait<0>();
         settle(sums);
-        if constexpr (kOnes) settle(ones_sums);
 #pragma unroll
         for (int i = 0; i < kTokens / 2; ++i) {
           acc[i] = fmaf(i & 2 ? scale[s].y : scale[s].x, sums[i], acc[i]);
-          if constexpr (kOnes) {
-            acc[i] = fmaf(i & 2 ? minimum[s].y : minimum[s].x, ones_sums[i], acc[i]);
+          if constexpr (kSumsX) {
+            acc[i] =
+                fmaf(i & 2 ? minimum[s].y : minimum[s].x, i & 1 ? x[i / 4].y : x[i / 4].x, acc[i]);
           }
         }
       };
@@ -453,10 +496,15 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const std::uint32_t done = empty(slot);
+        const int present = room;
         multiply(activations_of(0), kFirst);
+        if constexpr (kBlocks == 2) dequantize(kLast);
+        if constexpr (kSumsX) {  // all four warps have written, and read what is written next
+          named_barrier(5 + group, 128);
+          room ^= kRoom;
+        }
         if constexpr (kBlocks == 2) {
-          dequantize(kLast);
-          fold(kFirst);
+          fold(kFirst, present);
           multiply(activations_of(1), kLast);
         }
         next_slot();
@@ -464,7 +512,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
           load();
           if constexpr (kBlocks == 2) dequantize(kFirst);
         }
-        fold(kLast);
+        fold(kLast, present);
         if (lane == 0) barrier_arrive(done);
         // No registers for a second A operand: other warps multiply meanwhile.
         if constexpr (kBlocks == 1) {
@@ -537,7 +585,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
           }
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            std::uint32_t pair = codes.template pair<kBf16>(4 * j + i, p.zero_pair, table);
+            std::uint32_t pair = codes.template pair<kBf16>(4 * j + i, how);
             if constexpr (kGrouped) {
               const PairScale<kBf16>& scale = pair_scale[i & 1];
               if constexpr (kScales == Scales::kMinima) {

@@ -58,8 +58,8 @@ int launch(const FusedArgs& args, std::int64_t run, const QmvShape& shape, Strea
   p.warps_n = shape.warps_n;
   p.warps_k = shape.warps_k;
   p.splits = shape.splits;
-  p.act_slots = qmv_act_slots(geometry.kind, token_tiles, p.tiles_per_warp, p.warps_k, p.splits,
-                              qmv_chunks(geometry.kind, token_tiles, geometry.k_padded));
+  p.slots = qmv_slots(geometry, token_tiles, p.tiles_per_warp, p.warps_k, p.splits);
+  p.act_slots = qmv_act_slots(geometry, token_tiles, p.tiles_per_warp, p.warps_k, p.splits);
   p.shared_bytes =
       qmv_shared_bytes(geometry, p.m, p.tiles_per_warp, p.warps_n, p.warps_k, p.splits);
   if (p.shared_bytes > kMostSharedBytes) return static_cast<int>(cudaErrorInvalidValue);

@@ -42,7 +42,7 @@ struct QmvParams {
   std::int32_t items;                // thread blocks along y: runs of tokens of one expert
   std::int32_t codes_at, scales_at, group_shift, group_bytes;
   std::int32_t scale_bytes;  // of a unit
-  std::int32_t tiles_per_warp, warps_n, warps_k, splits, act_slots;
+  std::int32_t tiles_per_warp, warps_n, warps_k, splits, slots, act_slots;
   std::uint32_t zero_pair;
   float factor;  // 2^exponent
   DType bias_dtype;
@@ -76,11 +76,20 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     qmv_kernel(const __grid_constant__ QmvParams p) {
   constexpr int kBlockBytes = 2 * kBlockInputs * kind_bits(kKind);  // 16 rows x 64 k
   constexpr int kChunk = chunk_blocks(kKind, kT);
-  constexpr int kSlots = ring_slots(kKind, kT);
+  constexpr int kMostSlots = ring_slots(kKind, kT);
+  const int slots = kMostSlots == 2 || kT > 1 ? kMostSlots : p.slots;
   constexpr int kTiles = qmv_tiles(kT);
+  constexpr bool kGrouped = !has_row_scale(kKind);
   // Groups of 32 and minima: constants but for Scales::kAny.
   const bool half_groups = kScales == Scales::kAny && p.half_groups;
   const bool minima = kScales == Scales::kMinima || (kScales == Scales::kAny && p.minima);
+  // Up to 8 tokens a chunk's activations stay in registers while the row tiles pass by, and with
+  // them what the sums of a block start from: integers enter as 128 + code, and sums at
+  // -(128 + zero point) x the sum of the activations, which costs nothing per row tile. (In fp16
+  // 1024 + code would cost accuracy.)
+  constexpr bool kHeld = kScales != Scales::kAny && kT == 1;
+  constexpr bool kShifted = kHeld && kBf16 && (kKind == Kind::kInt4 || kKind == Kind::kInt5);
+  constexpr bool kOffsets = kHeld && (kShifted || kScales == Scales::kMinima);
   extern __shared__ __align__(128) std::uint8_t smem[];
 
   const int warp = threadIdx.x / kLanes;
@@ -121,9 +130,9 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     first_token = item.first;
     x += first_token * p.x_stride_bytes;
   }
-  std::uint8_t* const ring = rings + warp * (kSlots * slot_bytes);
+  std::uint8_t* const ring = rings + warp * (slots * slot_bytes);
   const std::uint32_t ring_at = shared_address(ring);
-  const std::uint32_t acts_at = shared_address(rings + warps * (kSlots * slot_bytes)) +
+  const std::uint32_t acts_at = shared_address(rings + warps * (slots * slot_bytes)) +
                                 warp * (p.act_slots * kChunk * act_block_bytes);
 
   allow_next_kernel();
@@ -137,56 +146,78 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
   int issue_slot = 0;
   int issue_act = 0;
 
+  const bool copies_scales = kGrouped && lane * 16 < p.scale_bytes;
+  // Where the chunk's codes and scales are in a row tile, and whether all its blocks exist.
+  int codes_from = 0, scales_from = 0;
+  bool whole = true;
+  const auto enter_chunk = [&] {
+    codes_from = p.codes_at + issue_chunk * (kChunk * kBlockBytes);
+    if constexpr (kGrouped) {
+      scales_from =
+          p.scales_at + (issue_chunk * (kChunk * kBlockInputs) >> p.group_shift) * p.group_bytes;
+    }
+    whole = (issue_chunk + 1) * kChunk <= p.blocks;
+  };
+  enter_chunk();
   const auto issue_weights = [&] {
     if (issue_chunk < chunk_end) {
       const std::uint32_t to = ring_at + issue_slot * slot_bytes + lane * 16;
-      const std::uint8_t* from =
-          issue_base + p.codes_at + static_cast<std::int64_t>(issue_chunk) * (kChunk * kBlockBytes);
-      const int blocks = p.blocks - issue_chunk * kChunk;
-      if (blocks >= kChunk) {
+      const std::uint8_t* const from = issue_base + codes_from;
+      const std::uint8_t* scales = issue_base + scales_from;
+      if (whole) {
 #pragma unroll
         for (int at = 0; at < kChunk * kBlockBytes; at += 512) {
           if (at + 512 <= kChunk * kBlockBytes || at + lane * 16 < kChunk * kBlockBytes) {
             cp_async_weights(to + at, from + at, policy);
           }
         }
-      } else {  // the last chunk may have fewer blocks
-        for (int at = 0; at + lane * 16 < blocks * kBlockBytes; at += 512) {
-          cp_async_weights(to + at, from + at, policy);
+      } else {  // in place of blocks past the last, which meet zeros, the last one and its scales
+        const int first = issue_chunk * kChunk;
+        for (int at = lane * 16; at < kChunk * kBlockBytes; at += 512) {
+          const int block = min(at / kBlockBytes, p.blocks - 1 - first);
+          cp_async_weights(to + at - lane * 16,
+                           from - lane * 16 + block * kBlockBytes + at % kBlockBytes, policy);
+        }
+        if constexpr (kGrouped) {
+          const int last = (p.blocks * kBlockInputs - 1 >> p.group_shift) * p.group_bytes;
+          const int own = scales_from - p.scales_at + lane * 16;
+          scales -= max(0, own - (last + lane * 16 % p.group_bytes));
         }
       }
-      if constexpr (!has_row_scale(kKind)) {
-        const int inputs = issue_chunk * (kChunk * kBlockInputs);
-        const int group = inputs >> p.group_shift;
-        const int groups_end =
-            (min(p.blocks * kBlockInputs, inputs + kChunk * kBlockInputs) - 1 >> p.group_shift) + 1;
-        if (lane * 16 < (groups_end - group) * p.group_bytes) {
-          cp_async_weights(to + kChunk * kBlockBytes,
-                           issue_base + p.scales_at + group * p.group_bytes, policy);
-        }
+      if constexpr (kGrouped) {
+        if (copies_scales) cp_async_weights(to + kChunk * kBlockBytes, scales, policy);
       }
     }
-    issue_slot = issue_slot + 1 == kSlots ? 0 : issue_slot + 1;
+    issue_slot = issue_slot + 1 == slots ? 0 : issue_slot + 1;
     if (++issue_tile == p.tiles_per_warp) {
       issue_tile = 0;
       issue_base = tile_base;
       issue_chunk += p.warps_k;
+      enter_chunk();
     } else if (first_tile + issue_tile < p.tiles) {  // past the end: the last tile again, unused
       issue_base += p.tile_bytes;
     }
   };
   const auto issue_activations = [&](int chunk) {
     if (chunk < chunk_end) {
-      const std::uint32_t to = acts_at + issue_act * (kChunk * act_block_bytes);
-      const int pieces = min(kChunk, p.blocks - chunk * kChunk) * 8;  // of 16 bytes, per token
-      const std::uint8_t* from = x + chunk * (kChunk * 128) + lane * 16;
-      if (lane < pieces) {
-        const std::uint32_t at = to + lane / 8 * act_block_bytes;
+      constexpr int kPieces = kChunk * 8;      // of 16 bytes, per token
+      constexpr int kRows = kLanes / kPieces;  // at a time
+      const int piece = lane % kPieces;
+      int row = lane / kPieces;
+      const std::uint8_t* from = x + row * p.x_stride_bytes + chunk * (kChunk * 128) + piece * 16;
+      std::uint32_t to = acts_at + issue_act * (kChunk * act_block_bytes) +
+                         piece / 8 * act_block_bytes + row * 128;
+      const bool exists = chunk * kChunk + piece / 8 < p.blocks;  // zeros past the last block
 #pragma unroll 1
-        for (int row = 0; row < m; ++row) {
-          cp_async_shared_use(at + row * 128 + ((lane % 8 ^ (row & 7)) << 4), from);
-          from += p.x_stride_bytes;
+      for (; row < m; row += kRows) {
+        const std::uint32_t at = to + ((piece % 8 ^ row % 8) << 4);
+        if (exists) {
+          cp_async_shared_use(at, from);
+        } else {
+          store4_shared(at, 0, 0, 0, 0);
         }
+        from += kRows * p.x_stride_bytes;
+        to += kRows * 128;
       }
     }
     issue_act = issue_act + 1 == p.act_slots ? 0 : issue_act + 1;
@@ -198,7 +229,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
   // ptxas 13.0 gives a second copy of issue_weights() a descriptor in an odd uniform register,
   // an illegal instruction.
 #pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) {
+  for (int i = 0; i < slots - 1; ++i) {
     issue_weights();
     if (i == 0) {
       if (threadIdx.x < 8) reinterpret_cast<std::uint32_t*>(zeros)[threadIdx.x] = 0;
@@ -206,14 +237,14 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
         fill_table<kKind>(smem, p.codebook, blockDim.x);
         wait_for_previous_kernel();
       }
-      const int chunks_ahead = (kSlots - 1 + p.tiles_per_warp - 1) / p.tiles_per_warp;
+      const int chunks_ahead = kHeld ? 1 : (slots - 1 + p.tiles_per_warp - 1) / p.tiles_per_warp;
       for (int c = 0; c < chunks_ahead; ++c) issue_activations(chunk_begin + c * p.warps_k);
     }
     cp_async_commit();
   }
   __syncthreads();  // zeros and table
 
-  const std::uint8_t* const table = smem + lane * 4;
+  const Decoding how{p.zero_pair, smem, static_cast<std::uint32_t>(lane * 4)};
   const std::uint32_t zeros_at = shared_address(zeros);
   // This lane's row of the activation matrices, or zeros beyond the last token.
   std::uint32_t act_row[kT];
@@ -225,6 +256,41 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
     act_row[t] = row * 128;
   }
 
+  // B of a block: k-step 2i in b[t][i][0..1], 2i + 1 in b[t][i][2..3].
+  const auto load_activations = [&](std::uint32_t(&b)[kT][2][4], std::uint32_t from) {
+#pragma unroll
+    for (int t = 0; t < kT; ++t) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const int piece = part * 4 + lane / 8;
+        const std::uint32_t at = from + act_row[t] + ((piece ^ (lane & 7)) << 4);
+        ldmatrix_x4(b[t][part], act_valid[t] ? at : zeros_at);
+      }
+    }
+  };
+
+  std::uint32_t held[kHeld ? kChunk : 1][kT][2][4];
+  float offsets[kOffsets ? kChunk : 1][4];
+  const auto hold_activations = [&](std::uint32_t from) {
+#pragma unroll
+    for (int block = 0; block < kChunk; ++block) {
+      load_activations(held[block], from + block * act_block_bytes);
+    }
+    if constexpr (kOffsets) {
+      constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
+      const std::uint32_t factor = kShifted ? p.zero_pair : kOne;
+      const std::uint32_t factors[4] = {factor, factor, factor, factor};
+#pragma unroll
+      for (int block = 0; block < kChunk; ++block) {
+        offsets[block][0] = offsets[block][1] = offsets[block][2] = offsets[block][3] = 0;
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          const auto& b = held[block][0][step / 2];
+          mma_m16n8k16<kBf16>(offsets[block], factors, b[step % 2 * 2], b[step % 2 * 2 + 1]);
+        }
+      }
+    }
+  };
   float acc[kTiles][kT][4] = {};
   int slot = 0;
   int act = 0;
@@ -236,37 +302,83 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
       if (r >= p.tiles_per_warp) break;
-      cp_async_wait<kSlots - 2>();
+      if (slots == kMostSlots) {
+        cp_async_wait<kMostSlots - 2>();
+      } else {
+        cp_async_wait<kMostSlots - 2 == 0 ? 0 : kMostSlots - 3>();
+      }
       __syncwarp();  // every lane's copies are here; every lane has left the slot issued below
-      if (issue_tile == 0) issue_activations(issue_chunk);
+      if constexpr (kHeld) {
+        if (r == 0) {
+          hold_activations(act_from);
+          __syncwarp();  // every lane has read what the next chunk's activations replace
+          issue_activations(chunk + p.warps_k);
+        }
+      } else {
+        if (issue_tile == 0) issue_activations(issue_chunk);
+      }
       issue_weights();
       cp_async_commit();
       const std::uint8_t* const unit = ring + slot * slot_bytes;
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
+      slot = slot + 1 == slots ? 0 : slot + 1;
 
-      // Two blocks at a time are independent chains of multiplications; with 16 tokens there are
-      // two chains anyway, and no registers for more. Four would overflow the instruction cache.
-#pragma unroll(kScales != Scales::kAny && kT == 1 ? 2 : 1)
-      for (int block = 0; block < blocks; ++block) {
-        // B: k-step 2i in b[t][i][0..1], 2i + 1 in b[t][i][2..3].
-        std::uint32_t b[kT][2][4];
+      if constexpr (kHeld) {
+        // Words {scale of row g, of row g + 8}, with minima then {minimum g, g + 8}.
+        const std::uint8_t* const scales =
+            unit + kChunk * kBlockBytes + lane / 4 * (minima ? 8 : 4);
 #pragma unroll
-        for (int t = 0; t < kT; ++t) {
+        for (int block = 0; block < kChunk; ++block) {
+          LaneCodes<kKind> codes;
+          codes.load(unit + block * kBlockBytes, lane);
+          float sums[4];
 #pragma unroll
-          for (int part = 0; part < 2; ++part) {
-            const int piece = part * 4 + lane / 8;
-            const std::uint32_t at =
-                act_from + block * act_block_bytes + act_row[t] + ((piece ^ (lane & 7)) << 4);
-            ldmatrix_x4(b[t][part], act_valid[t] ? at : zeros_at);
+          for (int i = 0; i < 4; ++i) {
+            sums[i] = !kGrouped ? acc[r][0][i] : kShifted ? offsets[block][i] : 0.0f;
+          }
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {
+            std::uint32_t a[4];
+            codes.template operand<kBf16, kShifted>(a, step, how);
+            const auto& b = held[block][0][step / 2];
+            mma_m16n8k16<kBf16>(sums, a, b[step % 2 * 2], b[step % 2 * 2 + 1]);
+          }
+          if constexpr (kGrouped) {
+            const auto* const at = reinterpret_cast<const __half2*>(
+                scales + (block * kBlockInputs >> p.group_shift) * p.group_bytes);
+            const float2 scale = __half22float2(at[0]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              acc[r][0][i] = fmaf(i < 2 ? scale.x : scale.y, sums[i], acc[r][0][i]);
+            }
+            if constexpr (kScales == Scales::kMinima) {
+              // The offsets are the sums of the activations, shifted -128 times them.
+              constexpr float kBack = kShifted ? -0.0078125f : 1.0f;
+              const float2 minimum = __half22float2(at[1]);
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                acc[r][0][i] =
+                    fmaf((i < 2 ? minimum.x : minimum.y) * kBack, offsets[block][i], acc[r][0][i]);
+              }
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[r][0][i] = sums[i];
           }
         }
+        continue;
+      }
+
+#pragma unroll 1
+      for (int block = 0; block < blocks; ++block) {
+        std::uint32_t b[kT][2][4];
+        load_activations(b, act_from + block * act_block_bytes);
         LaneCodes<kKind> codes;
         codes.load(unit + block * kBlockBytes, lane);
         if constexpr (has_row_scale(kKind)) {
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
             std::uint32_t a[4];
-            codes.template operand<kBf16>(a, step, p.zero_pair, table);
+            codes.template operand<kBf16>(a, step, how);
 #pragma unroll
             for (int t = 0; t < kT; ++t) {
               mma_m16n8k16<kBf16>(acc[r][t], a, b[t][step / 2][step % 2 * 2],
@@ -295,7 +407,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
             std::uint32_t a[4];
-            codes.template operand<kBf16>(a, step, p.zero_pair, table);
+            codes.template operand<kBf16>(a, step, how);
 #pragma unroll
             for (int t = 0; t < kT; ++t) {
               mma_m16n8k16<kBf16>(sums[t], a, b[t][step / 2][step % 2 * 2],

@@ -34,10 +34,14 @@ LOWBIT_HD constexpr int qmv_tiles(int token_tiles) {
 LOWBIT_HD constexpr int chunk_blocks(Kind kind, int token_tiles) {
   return kind_bits(kind) == 8 || token_tiles >= 2 ? 2 : 4;
 }
-// Ring slots per warp, of which all but one are in flight: 16 warps x 2 x 2176 B = 70 KB per SM for
-// 4-bit types; the latency of HBM times its bandwidth is about 20 KB per SM.
+// Ring slots per warp at most, of which all but one are in flight: 16 warps x 2176 B = 35 KB per SM
+// for 4-bit types; the latency of HBM times its bandwidth is about 20 KB per SM.
 LOWBIT_HD constexpr int ring_slots(Kind kind, int token_tiles) {
-  return chunk_blocks(kind, token_tiles) == 2 && kind_bits(kind) < 8 ? 4 : 3;
+  return token_tiles == 1 ? (kind == Kind::kInt4 ? 3 : 2) : kind_bits(kind) < 8 ? 4 : 3;
+}
+// Activations of a chunk go to registers once and stay there for all row tiles.
+inline bool qmv_holds(const Geometry& geometry, int token_tiles) {
+  return token_tiles == 1 && geometry.group_size != 32;
 }
 
 inline int qmv_chunks(Kind kind, int token_tiles, std::int64_t k_padded) {
@@ -45,13 +49,31 @@ inline int qmv_chunks(Kind kind, int token_tiles, std::int64_t k_padded) {
   return static_cast<int>((k_padded + inputs - 1) / inputs);
 }
 
-// Slots for activations per warp. The newest chunk issued while chunk i is in use is
-// i + (r - 1 + slots - 1) / r; no more than the warp has in all.
-inline int qmv_act_slots(Kind kind, int token_tiles, int tiles_per_warp, int warps_k, int splits,
-                         int chunks) {
+// Chunks of a warp.
+inline int qmv_rounds(const Geometry& geometry, int token_tiles, int warps_k, int splits) {
+  const int chunks = qmv_chunks(geometry.kind, token_tiles, geometry.k_padded);
   const int share = (chunks + splits - 1) / splits;
-  const int rounds = (share + warps_k - 1) / warps_k;
-  const int ahead = (tiles_per_warp - 1 + ring_slots(kind, token_tiles) - 1) / tiles_per_warp + 1;
+  return (share + warps_k - 1) / warps_k;
+}
+
+// The slots in use: the third of a few tokens pays, measured, only where a warp has two row tiles
+// and several chunks. (With one tile it would wait for activations that are copied too late.)
+inline int qmv_slots(const Geometry& geometry, int token_tiles, int tiles_per_warp, int warps_k,
+                     int splits) {
+  const int most = ring_slots(geometry.kind, token_tiles);
+  if (token_tiles > 1 || most < 3) return most;
+  return tiles_per_warp == 2 && qmv_rounds(geometry, token_tiles, warps_k, splits) > 1 ? 3 : 2;
+}
+
+// Slots for activations per warp. One where registers hold them: the next chunk's are copied as
+// soon as they are there. Else the newest chunk issued while chunk i is in use is
+// i + (r - 1 + slots - 1) / r; no more than the warp has in all.
+inline int qmv_act_slots(const Geometry& geometry, int token_tiles, int tiles_per_warp, int warps_k,
+                         int splits) {
+  if (qmv_holds(geometry, token_tiles)) return 1;
+  const int rounds = qmv_rounds(geometry, token_tiles, warps_k, splits);
+  const int slots = qmv_slots(geometry, token_tiles, tiles_per_warp, warps_k, splits);
+  const int ahead = (tiles_per_warp - 1 + slots - 1) / tiles_per_warp + 1;
   return ahead < rounds ? ahead : rounds;
 }
 
@@ -67,13 +89,13 @@ inline std::size_t qmv_shared_bytes(const Geometry& geometry, int m, int tiles_p
   const Kind kind = geometry.kind;
   const int token_tiles = qmv_token_tiles(m);
   const int chunk = chunk_blocks(kind, token_tiles);
-  const int act_slots = qmv_act_slots(kind, token_tiles, tiles_per_warp, warps_k, splits,
-                                      qmv_chunks(kind, token_tiles, geometry.k_padded));
+  const int act_slots = qmv_act_slots(geometry, token_tiles, tiles_per_warp, warps_k, splits);
   const std::size_t warps = static_cast<std::size_t>(warps_n) * warps_k;
   const std::size_t unit = std::size_t(chunk) * 2 * kBlockInputs * kind_bits(kind) +
                            qmv_scale_bytes(geometry, token_tiles);
   const std::size_t rings =
-      warps * (ring_slots(kind, token_tiles) * unit + std::size_t(act_slots) * chunk * m * 128);
+      warps * (qmv_slots(geometry, token_tiles, tiles_per_warp, warps_k, splits) * unit +
+               std::size_t(act_slots) * chunk * m * 128);
   // Sums as they lie in registers: 16 bytes per lane, row tile and 8 tokens.
   const std::size_t sums =
       (warps + (splits > 1 ? warps_n : 0)) * std::size_t(tiles_per_warp) * token_tiles * 512;
