@@ -42,6 +42,7 @@ struct QmmParams {
   std::int64_t tile_bytes;
   std::int64_t out_stride;
   std::int32_t m, n;
+  std::int32_t act_bytes;            // of a stage
   std::int32_t stages;               // of the whole K
   std::int32_t tiles;                // row tiles of a thread block
   std::int32_t token_groups;         // tiles of tokens
@@ -236,15 +237,19 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   // tiles of outputs x a run of their tokens, one run after the other.
   struct Job {
     int first_row, first_token, tokens;
+    int done;        // of the tokens, which the tile before has
     int first_tile;  // of the expert's matrix
     int split, begin, steps;
   };
   const auto dense_job = [&](int work, int split, int begin, int end) {
     const int row_group = work / p.token_groups;
-    const int first_token = (work - row_group * p.token_groups) * kTokens;
+    // The last tile ends at the last token: the copy engine takes longer for rows past it.
+    const int first = (work - row_group * p.token_groups) * kTokens;
+    const int first_token = min(first, max(0, p.m - kTokens));
     return Job{row_group * (p.tiles * 16),
                first_token,
                min(kTokens, p.m - first_token),
+               first - first_token,
                0,
                split,
                begin,
@@ -264,6 +269,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       job = {(own - run * p.row_groups) * (p.tiles * 16),
              item.first,
              item.tokens,
+             0,
              item.expert * ((p.n + 15) / 16),
              -1,
              0,
@@ -349,7 +355,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       each_stage([&](const Job& job, int stage, int slot) {
         constexpr int kBoxes = kRaw ? 1 : kBlocks;
         constexpr int kBoxInputs = kRaw ? 2 * kBlockInputs : kBlockInputs;
-        barrier_expect(full(slot), kActBytes);
+        barrier_expect(full(slot), p.act_bytes);
 #pragma unroll
         for (int i = 0; i < kBoxes; ++i) {
           tensor_load(acts_at + slot * kActBytes + i * (kTokens * 128), &maps.x,
@@ -689,13 +695,13 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       }
     }
 
-    int owned_from = 0, owned_to = tokens;
+    int owned_from = job.done, owned_to = tokens;
     if (job.split >= 0) {
       const int owned = qmm_owned_runs(kTokens, p.splits);
       const int owned_shift = 31 - __clz(owned);
       const int first = job.split * owned;  // runs of 8 tokens
-      owned_from = first * 8;
-      owned_to = min(tokens, owned_from + owned * 8);
+      owned_from = max(job.done, first * 8);
+      owned_to = min(tokens, (first + owned) * 8);
       const std::uint32_t landing = shared_address(acts) + lane_place;
       cluster_wait();
 #pragma unroll
@@ -754,7 +760,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
 #pragma unroll
         for (int own = 0; own < kTurns; ++own) {
           const int a = run + own, b = run + own + kTurns;
-          if (mine(a) && a * 8 < owned_to && b * 8 >= owned_from) {
+          if (mine(a) && a * 8 < owned_to && b * 8 + 8 > owned_from) {
             stmatrix_x4_transposed(to + (lane < 16 ? a : b) * (8 * kOutBytes), packed(a, 0),
                                    packed(a, 1), packed(b, 0), packed(b, 1));
           }
@@ -773,11 +779,11 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       const int pair_row = tile * 16 + lane % 4 * 2;
 #pragma unroll
       for (int run = 0; run < kRuns; ++run) {
-        if (mine(run) && run * 8 >= owned_from && run * 8 < owned_to) {
+        if (mine(run) && run * 8 + 8 > owned_from && run * 8 < owned_to) {
           const std::uint32_t pairs[2] = {transpose8x8(packed(run, 0)),
                                           transpose8x8(packed(run, 1))};
           const int token = run * 8 + lane / 4;
-          if (token < owned_to) {
+          if (token >= owned_from && token < owned_to) {
             std::uint16_t* const to = out + (first_token + token) * p.out_stride + pair_row;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -136,6 +136,10 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
   p.m = static_cast<int>(args.m);
   p.n = static_cast<int>(geometry.n);
   p.stages = stages;
+  // Fewer tokens than a tile has: no rows past the last are asked for, what lies there reaches
+  // results of no token.
+  const int act_rows = static_cast<int>(std::min<std::int64_t>(shape.tokens, (args.m + 7) / 8 * 8));
+  p.act_bytes = (eight != nullptr ? 1 : stage_blocks) * act_rows * 128;
   const int row_tiles = shape.rows / 16;
   p.tiles = row_tiles;
   const std::int64_t row_groups = (geometry.tiles + row_tiles - 1) / row_tiles;
@@ -183,7 +187,7 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
                                                  args.m,
                                                  geometry.k,
                                                  2 * kBlockInputs,
-                                                 shape.tokens,
+                                                 act_rows,
                                                  CU_TENSOR_MAP_SWIZZLE_128B}
                                          : Plane{bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -193,7 +197,7 @@ int launch(const FusedArgs& args, const QmmShape& shape, const EightArgs* eight,
                                                  args.m,
                                                  args.x_stride * 2,
                                                  kBlockInputs * 2,
-                                                 shape.tokens,
+                                                 act_rows,
                                                  CU_TENSOR_MAP_SWIZZLE_128B};
   bool encoded = encode_map(maps.x, x_plane);
   encoded =
