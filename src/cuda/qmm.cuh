@@ -9,17 +9,20 @@
 // once (one bulk copy per row tile took twice as long, and cp.async by the multiplying warps half
 // of their instructions). All of its lanes run the loop and one starts the copies: with a single
 // lane the compiler cannot tell that addresses are uniform, and a stage takes four times as many
-// instructions. Inputs past K and rows past M read as zeros.
+// instructions. Inputs past K read as zeros; rows past M are not read where it can be helped, for
+// the copy engine takes long for rows that do not exist: fewer tokens than a tile are copied by
+// themselves, and the last of several tiles ends at the last token, some of which the tile before
+// has had.
 //
 // Scales. Up to 64 tokens (kScaleSums) codes enter as exact small numbers; the sums of a block of
 // 64 inputs are multiplied by their scale in fp32, minima (up to 16 tokens) by the sum of the
-// activations, which wgmma with ones yields. With more tokens that costs too much, and weights are
-// scaled before the product and rounded once to the dtype of x, as a dequantized weight would be:
-// for bf16, whose 8 bits cannot hold an fp16 scale, by two factors s = high + low, w = fma(q, high,
-// q low); with minima in fp32. Then a warp dequantizes one k-step of 16 inputs, issues its wgmma,
-// and dequantizes the next while up to three are in flight: an A operand in registers holds a warp
-// at its next wgmma until the tensor core takes it, so what is to overlap must stand between two of
-// them.
+// activations, which the warps of a warpgroup share out. With more tokens that costs too much, and
+// weights are scaled before the product and rounded once to the dtype of x, as a dequantized weight
+// would be: for bf16, whose 8 bits cannot hold an fp16 scale, by two factors s = high + low, w =
+// fma(q, high, q low); with minima in fp32. Then a warp dequantizes one k-step of 16 inputs, issues
+// its wgmma, and dequantizes the next while up to three are in flight: an A operand in registers
+// holds a warp at its next wgmma until the tensor core takes it, so what is to overlap must stand
+// between two of them.
 //
 // A thread block goes through its share of tiles, the ring running on across them; what is left
 // over when every thread block had the same number of tiles, the thread blocks of a cluster share
@@ -107,10 +110,8 @@ LOWBIT_HD constexpr int qmm_end_bytes(Kind kind, int tokens, int groups) {
 }
 // Sums of the activations of a stage's blocks, for minima: per warpgroup, of two stages.
 LOWBIT_HD constexpr int qmm_sums_bytes(Kind kind, Scales scales, int tokens, int groups) {
-  return scales == Scales::kMinima && tokens <= 32
-             ? groups * qmm_turns(kind, tokens, groups) *
-                   (2 * qmm_stage_blocks(kind, tokens) * tokens * 4)
-             : 0;
+  if (scales != Scales::kMinima || tokens > 16) return 0;
+  return groups * qmm_turns(kind, tokens, groups) * 2 * qmm_stage_blocks(kind, tokens) * tokens * 4;
 }
 LOWBIT_HD constexpr int qmm_fixed_bytes(Kind kind, Scales scales, int tokens, int groups) {
   return 1024 + table_bytes(kind) + qmm_end_bytes(kind, tokens, groups) +
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
   constexpr int kRunBytes = qmm_run_bytes(kGroups);
   constexpr bool kGrouped = !has_row_scale(kKind);
   constexpr bool kScaleSums = kGrouped && ((kScales == Scales::kPlain && kTokens <= 64) ||
-                                           (kScales == Scales::kMinima && kTokens <= 32));
+                                           (kScales == Scales::kMinima && kTokens <= 16));
   constexpr bool kSumsX = kScaleSums && kScales == Scales::kMinima;
   static_assert(kRing >= 3 && kRing >= 2 * kTurns, "too few stages");
 
@@ -414,35 +415,29 @@ __global__ void __launch_bounds__(qmm_threads(kKind, kTokens, kGroups), 1)
       float2 scale[kBlocks] = {}, minimum[kBlocks] = {};
       __half2 next_scale[kBlocks] = {}, next_minimum[kBlocks] = {};
       // Minima are multiplied by sums of the activations. Each warp of the warpgroup sums 8 tokens
-      // of a block at a time, by multiplying them with ones, for all four of them; the other half
-      // of the room belongs to the stage before.
+      // of a block, by multiplying them with ones, for all four of them; the other half of the room
+      // belongs to the stage before.
       constexpr int kRoom = kBlocks * kTokens;
+      static_assert(!kSumsX || kRoom <= 32, "a warp for every 8 tokens of a block");
       const int group = tile / 4 + kGroups * turn;
       float* const x_sums = reinterpret_cast<float*>(x_sums_base) + group * (2 * kRoom);
       int room = 0;
       const auto sum_activations = [&] {
+        const int item = tile % 4;
+        if (item * 8 >= kRoom) return;
+        const std::uint32_t from = acts_at + slot * kActBytes + item * 1024 + lane % 8 * 128;
+        constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
+        constexpr std::uint32_t kOnes[4] = {kOne, kOne, kOne, kOne};
+        float sum[4] = {};
 #pragma unroll
-        for (int i = 0; i < kBlocks * kRuns; i += 4) {
-          const int item = i + tile % 4;
-          if (kBlocks * kRuns >= 4 || item < kBlocks * kRuns) {
-            const int s = item / kRuns, run = item % kRuns;
-            const std::uint32_t from =
-                acts_at + slot * kActBytes + s * (kTokens * 128) + run * 1024 + lane % 8 * 128;
-            constexpr std::uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
-            constexpr std::uint32_t kOneRows[4] = {kOne, kOne, kOne, kOne};
-            float sum[4] = {};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              std::uint32_t b[4];
-              ldmatrix_x4(b, from + ((half * 4 + lane / 8 ^ lane % 8) << 4));
-              mma_m16n8k16<kBf16>(sum, kOneRows, b[0], b[1]);
-              mma_m16n8k16<kBf16>(sum, kOneRows, b[2], b[3]);
-            }
-            if (lane < 4) {
-              reinterpret_cast<float2*>(x_sums + room + item * 8)[lane] =
-                  make_float2(sum[0], sum[1]);
-            }
-          }
+        for (int half = 0; half < 2; ++half) {
+          std::uint32_t b[4];
+          ldmatrix_x4(b, from + ((half * 4 + lane / 8 ^ lane % 8) << 4));
+          mma_m16n8k16<kBf16>(sum, kOnes, b[0], b[1]);
+          mma_m16n8k16<kBf16>(sum, kOnes, b[2], b[3]);
+        }
+        if (lane < 4) {
+          reinterpret_cast<float2*>(x_sums + room + item * 8)[lane] = make_float2(sum[0], sum[1]);
         }
       };
       // The stage at `slot`, once it is there.

@@ -46,8 +46,8 @@ QmvShape select_qmv(const Problem& problem) {
           // Measured to lose, whatever the model says: fewer than 8 warps while K has work for
           // more, and cutting K further than it takes to give every SM something.
           if (warps < 8 && warps_k < share) continue;
-          // Two thread blocks of eight warps for one of sixteen: their tables and sums twice.
-          if (hopper && token_tiles == 1 && kind != Kind::kInt4 && warps < 16 && warps_k < share) {
+          // Measured for all types but 4-bit integers: many warps along K, in one thread block.
+          if (hopper && token_tiles == 1 && kind != Kind::kInt4 && warps_k < std::min(12, share)) {
             continue;
           }
           if (splits > 2 && geometry.tiles * splits > problem.sm_count) continue;
