@@ -3,16 +3,17 @@
 // The weights are the m16 operand of mma.m16n8k16, the tokens its n8: at M = 1 a weight costs 1/8
 // multiplication instruction. Codes enter as exact small numbers; a group's fp32 accumulators are
 // multiplied by its scale (kernels.md: 4 FMAs per 32 weights and lane instead of 16), minima by the
-// sum of the activations, which one more multiplication by ones yields.
+// sum of the activations, which a multiplication by ones yields: up to 8 tokens once for all row
+// tiles of a warp.
 //
 // Every warp is a stream of its own. It owns `tiles_per_warp` row tiles and every warps_k-th chunk
 // of 2 or 4 blocks of 64 inputs of its thread block's share of K, and copies what it needs, codes,
 // scales and activations, into a private ring with cp.async: no barrier of the whole thread block
 // until the end. A chunk of one row tile is a unit: its copies, waits and addresses are paid once
-// for up to 4 blocks (one block per unit took 150 instructions per block, of which 60 multiply),
-// and its blocks are independent chains of multiplications. At the end the warps along K, then the
-// thread blocks of the cluster along K, are summed in a fixed order through (distributed) shared
-// memory: deterministic, and no workspace.
+// for up to 4 blocks (one block per unit took 150 instructions per block, of which 60 multiply). Up
+// to 8 tokens a chunk's activations go to registers once, for all row tiles. At the end the warps
+// along K, then the thread blocks of the cluster along K, are summed in a fixed order through
+// (distributed) shared memory: deterministic, and no workspace.
 //
 // Preconditions: K a multiple of 64, rows of x 16-byte aligned, M <= 8 kT.
 #pragma once
