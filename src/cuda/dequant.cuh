@@ -15,8 +15,8 @@
 
 #include "cuda/codebooks.cuh"
 #include "cuda/device_layout.h"
+#include "cuda/kinds.h"
 #include "cuda/ptx.cuh"
-#include "cuda/qmv_shape.h"
 
 namespace lowbit::cuda {
 

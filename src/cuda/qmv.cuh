@@ -20,12 +20,13 @@
 
 #include <cuda_runtime.h>
 
-#include <initializer_list>
 #include <type_traits>
 
 #include "cuda/dequant.cuh"
 #include "cuda/grouped.cuh"
 #include "cuda/kernels.h"
+#include "cuda/launch.cuh"
+#include "cuda/qmv_shape.h"
 
 namespace lowbit::cuda {
 
@@ -51,26 +52,6 @@ struct QmvParams {
   bool minima, half_groups;  // half_groups: group size 32, two scales per block
   std::size_t shared_bytes;
 };
-
-__device__ __forceinline__ float bias_at(const void* bias, DType dtype, std::int64_t i) {
-  if (bias == nullptr) return 0.0f;
-  if (dtype == DType::kFloat32) return static_cast<const float*>(bias)[i];
-  if (dtype == DType::kFloat16) return __half2float(static_cast<const __half*>(bias)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[i]);
-}
-
-template <bool kBf16>
-__device__ __forceinline__ void store_out(std::uint8_t* out, std::int64_t i, float value) {
-  if constexpr (kBf16) {
-    reinterpret_cast<__nv_bfloat16*>(out)[i] = __float2bfloat16_rn(value);
-  } else {
-    reinterpret_cast<__half*>(out)[i] = __float2half_rn(value);
-  }
-}
-
-// What the scales of a block are. Known at compile time, for branches inside a unit would keep the
-// compiler from interleaving its blocks.
-enum class Scales { kPlain, kMinima, kAny };  // kAny: groups of 32, with or without minima
 
 template <Kind kKind, bool kBf16, int kT, Scales kScales>
 __global__ void __launch_bounds__(qmv_threads(kT), 1)
@@ -368,7 +349,8 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
         }
         continue;
       }
-
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 128
 #pragma unroll 1
       for (int block = 0; block < blocks; ++block) {
         std::uint32_t b[kT][2][4];
@@ -442,6 +424,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
           }
         }
       }
+#pragma nv_diagnostic pop
     }
   }
 
@@ -519,44 +502,6 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
 // Launches the kernel of one kind; defined by LOWBIT_DEFINE_QMV in one file per kind.
 template <Kind kKind>
 int launch_qmv(const QmvParams& params, bool bf16, const QmvShape& shape, Stream stream);
-
-template <typename Kernel>
-int launch_cluster(Kernel kernel, dim3 grid, unsigned threads, std::size_t shared_bytes,
-                   int cluster, bool early, Stream stream,
-                   std::initializer_list<const void*> params) {
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // reported once, by us
-    return static_cast<int>(error);
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(cluster);
-    attributes[config.numAttrs].val.clusterDim.y = 1;
-    attributes[config.numAttrs].val.clusterDim.z = 1;
-    ++config.numAttrs;
-  }
-  if (early) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-    ++config.numAttrs;
-  }
-  void* arguments[8] = {};
-  int count = 0;
-  for (const void* param : params) arguments[count++] = const_cast<void*>(param);
-  error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
-  if (error != cudaSuccess) cudaGetLastError();
-  return static_cast<int>(error);
-}
 
 #define LOWBIT_DEFINE_QMV(kind)                                                                    \
   template <>                                                                                      \

@@ -3,20 +3,9 @@
 
 #include <cstddef>
 
-#include "cuda/device_layout.h"
+#include "cuda/kinds.h"
 
 namespace lowbit::cuda {
-
-LOWBIT_HD constexpr bool is_table(Kind kind) {
-  return kind == Kind::kLut4 || kind == Kind::kLut3;
-}
-LOWBIT_HD constexpr bool has_row_scale(Kind kind) {
-  return kind == Kind::kE4M3 || kind == Kind::kE5M2 || is_raw(kind);
-}
-// Tables of pairs: one 4-byte entry per pair of codes and lane.
-LOWBIT_HD constexpr int table_bytes(Kind kind) {
-  return kind == Kind::kLut4 ? 256 * 32 * 4 : kind == Kind::kLut3 ? 64 * 32 * 4 : 0;
-}
 
 // Tokens in steps of 8, the n of the multiplication.
 LOWBIT_HD constexpr int qmv_token_tiles(std::int64_t m) {
