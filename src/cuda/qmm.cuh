@@ -32,6 +32,7 @@
 #include <cuda.h>
 
 #include "cuda/dequant.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/grouped.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/qmm_shape.h"

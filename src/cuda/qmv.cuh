@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "cuda/dequant.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/grouped.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(qmv_threads(kT), 1)
       if (slots == kMostSlots) {
         cp_async_wait<kMostSlots - 2>();
       } else {
-        cp_async_wait<kMostSlots - 2 == 0 ? 0 : kMostSlots - 3>();
+        cp_async_wait<0>();  // two
       }
       __syncwarp();  // every lane's copies are here; every lane has left the slot issued below
       if constexpr (kHeld) {

@@ -1,6 +1,7 @@
 #include "cuda/select.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "cuda/qmv_shape.h"
 
@@ -36,18 +37,20 @@ QmvShape select_qmv(const Problem& problem) {
                              static_cast<double>(qmv_scale_bytes(geometry, token_tiles)) / chunk;
   QmvShape best{1, 1, 1, 1, hopper};
   double best_cost = 1e300;
+  constexpr int kWarpsK[] = {1, 2, 4, 6, 8, 12, 16};
   for (int tiles_per_warp = 1; tiles_per_warp <= qmv_tiles(token_tiles); ++tiles_per_warp) {
     for (int warps_n = 1; warps_n <= 2; ++warps_n) {
       for (int splits = 1; splits <= most_splits && splits <= chunks; splits *= 2) {
         const int share = (chunks + splits - 1) / splits;
-        for (int warps_k : {1, 2, 4, 6, 8, 12, 16}) {
+        const int busy = *(std::upper_bound(std::begin(kWarpsK), std::end(kWarpsK), share) - 1);
+        for (int warps_k : kWarpsK) {
           const int warps = warps_n * warps_k;
           if (warps * 32 > qmv_threads(token_tiles) || warps_k > share) continue;
           // Measured to lose, whatever the model says: fewer than 8 warps while K has work for
           // more, and cutting K further than it takes to give every SM something.
-          if (warps < 8 && warps_k < share) continue;
+          if (warps < 8 && warps_k < busy) continue;
           // Measured for all types but 4-bit integers: many warps along K, in one thread block.
-          if (hopper && token_tiles == 1 && kind != Kind::kInt4 && warps_k < std::min(12, share)) {
+          if (hopper && token_tiles == 1 && kind != Kind::kInt4 && warps_k < std::min(12, busy)) {
             continue;
           }
           if (splits > 2 && geometry.tiles * splits > problem.sm_count) continue;

@@ -53,6 +53,23 @@ TEST(Select, QmmShapesAreValid) {
   }
 }
 
+// However K is cut, the warps share it out: whatever excludes shapes leaves one of many warps.
+TEST(Select, DecodeUsesTheWarpsThatKHasWorkFor) {
+  for (const FormatInfo& info : formats()) {
+    if (info.scale_kind == ScaleKind::kNone) continue;
+    for (std::int64_t k = 64; k <= 5120; k += 64) {
+      for (std::int64_t m : {1, 8}) {
+        const Problem p = problem(info.format, m, 4096, k);
+        const QmvShape shape = select_qmv(p);
+        const int rounds = qmv_rounds(p.geometry, qmv_token_tiles(m), shape.warps_k, shape.splits);
+        EXPECT_TRUE(rounds <= 2 || shape.warps_n * shape.warps_k >= 8)
+            << info.name << " k " << k << " m " << m << ": " << shape.warps_n << " x "
+            << shape.warps_k << " warps, " << rounds << " chunks each";
+      }
+    }
+  }
+}
+
 TEST(Select, SixteenBitWeightsGoToCublas) {
   EXPECT_EQ(select(problem(Format::kBf16, 1, 4096, 4096)).path, Path::kDirect);
   Problem p = problem(Format::kFp16, 1, 4096, 4096);
